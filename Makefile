@@ -1,0 +1,49 @@
+# The commands of this project.  `make demo` and `make test` do all their set-up themselves.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test test-all check bench dist clean
+
+demo: $(VENV)/.runtime  ## a web service through a relay on this machine; ONCE=1 ends after one fetch
+	$(RUN) deploy/demo.py $(if $(ONCE),--once)
+
+test: $(VENV)/.test  ## the fast tests, and those with real peers where the programs are installed
+	$(RUN) -m pytest $(ARGS)
+
+test-all:  ## the tests on every Python from 3.10 to 3.13 that is installed
+	@found=0; for version in 3.10 3.11 3.12 3.13; do \
+	  python$$version -c '' 2>/dev/null || continue; found=1; echo "== Python $$version"; \
+	  $(MAKE) --no-print-directory test VENV=.venv-$$version PYTHON=python$$version || exit 1; \
+	done; [ $$found = 1 ] || { echo "no Python from 3.10 to 3.13 found"; exit 1; }
+
+check: $(VENV)/.check  ## ruff, mypy --strict and the tests
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(MAKE) --no-print-directory test
+
+bench: $(VENV)/.test  ## a first look at speed and memory
+	$(RUN) -m tests.bench $(ARGS)
+
+dist: $(VENV)/.runtime  ## dist/tcprelays and dist/tcprelayc, one executable file each, and the wheel
+	$(RUN) deploy/make_dist.py
+
+clean:
+	rm -rf $(VENV) .venv-3.* dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.runtime: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=python3.x")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.runtime
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+$(VENV)/.check: $(VENV)/.test
+	$(RUN) -m pip install --quiet --disable-pip-version-check ruff mypy
+	touch $@

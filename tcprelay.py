@@ -1,0 +1,1988 @@
+"""tcprelay: what the relay server and the relay client both stand on.
+
+    service client ──▶ service port ┐                              ┌ dials ──▶ service
+    (anywhere)                      │ relay server ◀══ link ══ relay client   (behind the NAT)
+                        relay port ─┘ (public host)                └ keeps idle links in a pool
+
+A relay client keeps a pool of idle links to a relay server. When a service client connects to a service
+port, the server pairs it with an idle link, the client dials the service, and the two are spliced until
+both directions have ended; then the link goes back to the pool.
+
+This file, from top to bottom:
+
+    addresses, deadlines     endpoints, listening, dialling, and waiting for a descriptor with a deadline
+    the link protocol        frames, and the machine that says which frame may come when; no I/O
+    streams and links        the legs of a connection: a byte stream, or a link that carries one in frames
+    splicing                 two pumps, one a direction; the watch that ends what is idle or dead
+    threads                  a cache of parked threads
+    events                   what happens, told once: the log, the counters and ``on_event`` listen
+    options                  one table for the command line, the environment and the configuration file
+    running                  signals, systemd, the way a command starts and ends
+
+Threads and sockets, in both roles:
+
+    - Every connection is served by a thread of its own from `Threads`; a spliced one by two, one a direction.
+      A pump blocks in a plain ``recv``, ``send`` or ``splice`` and in nothing else.
+    - The thread that serves a connection owns its socket: it closes it, after the other pump has left.
+      Everybody else only *wakes* it (see `Stream.wake`).  ``close`` would not wake a blocked ``recv``, and
+      the number of a closed descriptor may already belong to another connection.
+    - Sockets are blocking.  Where time matters before a connection is spliced, a thread waits in ``poll``
+      with a `Deadline`; once it is spliced, time is watched from outside (`Splices.sweep`).
+    - No lock is held across I/O, a callback or logging: decide under the lock, act after it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import os
+import secrets
+import select
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import IO, TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from tcprelay_client import RelayClient, create_relay_client
+    from tcprelay_server import RelayServer, create_relay_server
+
+__version__ = "0.1.0"
+__all__ = ["RelayClient", "RelayServer", "create_relay_client", "create_relay_server"]
+
+HANDSHAKE_TIMEOUT = 10.0
+"""Seconds from a link's TCP connection to WELCOME, over everything between them."""
+DIAL_TIMEOUT = 10.0
+"""Seconds to reach the service or the relay server, over all their addresses."""
+SILENCE = 2.5
+"""Heartbeat intervals without a frame after which an idle link is dead: two PINGs may be lost."""
+FLUSH_TIMEOUT = 5.0
+"""Seconds that the bytes sent before an abort have to leave, before the RST that would discard them."""
+JOIN_TIMEOUT = 5.0
+"""Seconds that threads have to leave after their sockets were woken."""
+
+
+# --- Addresses and deadlines ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where to listen or what to dial: a host and a port, or the path of a Unix socket."""
+
+    host: str
+    port: int = 0
+    path: str = ""
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix:{self.path}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def parse_port(text: str) -> int:
+    """A TCP port, 0 to 65535.  Raises `ValueError` that says what is accepted."""
+    if not (text.isascii() and text.isdigit() and int(text) <= 65535):
+        raise ValueError("a port is a number from 0 to 65535")
+    return int(text)
+
+
+def parse_endpoint(text: str, default_host: str | None = None) -> Endpoint:
+    """``HOST:PORT``, ``[IPV6]:PORT``, ``unix:PATH`` or, where there is a default host, ``PORT``.
+
+    Raises `ValueError` that says what is accepted.
+    """
+    if text.startswith("unix:"):
+        if not text[5:]:
+            raise ValueError("a Unix socket is written unix:PATH")
+        return Endpoint("", 0, text[5:])
+    host, colon, port = text.rpartition(":")
+    if not colon and default_host is not None:
+        return Endpoint(default_host, parse_port(port))
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not host or (":" in host and not bracketed):
+        raise ValueError("an address is written HOST:PORT, and an IPv6 one [HOST]:PORT")
+    return Endpoint(host[1:-1] if bracketed else host, parse_port(port))
+
+
+def show_address(address: Any) -> str:
+    """A socket address as users write it; an IPv4 address mapped into IPv6 as the IPv4 one."""
+    if not isinstance(address, tuple):
+        return f"unix:{address}" if address else "a Unix socket"
+    return str(Endpoint(address[0].removeprefix("::ffff:"), address[1]))
+
+
+def is_loopback(address: Any) -> bool:
+    """Whether a peer's socket address is on this machine's loopback (or a Unix socket)."""
+    if not isinstance(address, tuple):
+        return True
+    try:
+        return ipaddress.ip_address(address[0].removeprefix("::ffff:").partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+def shown(text: object, limit: int = 120) -> str:
+    """A string from a peer, made safe for the log: escaped, and cut to `limit` characters."""
+    return str(text)[: 4 * limit].encode("unicode_escape").decode("ascii")[:limit]
+
+
+def say_error(error: BaseException) -> str:
+    """An exception in the words of a log line: the system's sentence without numbers and class names."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return str(error) or type(error).__name__
+
+
+class Deadline:
+    """A moment by which several steps together must be done; ``None`` seconds is never."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._end = None if seconds is None else time.monotonic() + seconds
+
+    def remaining(self) -> float | None:
+        """Seconds left, 0 when it has passed, ``None`` when there is no end."""
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+    def shorten(self, seconds: float) -> None:
+        """Let it be no later than `seconds` from now."""
+        end = time.monotonic() + seconds
+        self._end = end if self._end is None else min(self._end, end)
+
+
+class Stop:
+    """A flag that threads can wait for in ``poll``: its descriptor turns readable once, for all, for ever."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self.requested = False
+
+    def fileno(self) -> int:
+        return self._reader.fileno()
+
+    def request(self) -> None:
+        """Set the flag and wake everybody who waits for it; any thread, any number of times."""
+        self.requested = True
+        self._writer.send(b"\0", socket.MSG_DONTWAIT)
+
+    def wait(self, seconds: float) -> None:
+        """Wait for the request, up to `seconds`."""
+        try:
+            wait_for(self.fileno(), select.POLLIN, Deadline(seconds))
+        except TimeoutError:
+            pass
+
+    def close(self) -> None:
+        """Give the descriptors back, when no thread waits any more."""
+        self._reader.close()
+        self._writer.close()
+
+
+class Stopping(ConnectionError):
+    """A wait was cut short because this role is ending."""
+
+
+def wait_for(fd: int, events: int, deadline: Deadline, stop: Stop | None = None) -> None:
+    """Block until `fd` has one of the poll `events` (or an error, or its end).
+
+    Raises `TimeoutError` at the deadline and `Stopping` when `stop` is requested first.
+    """
+    poller = select.poll()
+    poller.register(fd, events)
+    if stop is not None:
+        poller.register(stop.fileno(), select.POLLIN)
+    left = deadline.remaining()
+    ready = poller.poll(None if left is None else left * 1000)
+    if not ready:
+        raise TimeoutError("timed out")
+    if all(number != fd for number, _ in ready):
+        raise Stopping("ending")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A non-blocking listening TCP socket; host "" is every address, IPv6 and IPv4 together where both exist.
+
+    Accepted sockets inherit its options (Linux and BSD copy them): no delay, keepalive, and RST on close
+    until somebody disarms it.  Raises `OSError`.
+    """
+    if host:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.create_server(address[:2], family=family, backlog=1024)
+    elif socket.has_dualstack_ipv6():
+        listener = socket.create_server(("::", port), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
+    else:
+        listener = socket.create_server(("", port), backlog=1024)
+    set_tcp_options(listener)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+    listener.setblocking(False)
+    return listener
+
+
+def dial(target: Endpoint, timeout: float = DIAL_TIMEOUT, stop: Stop | None = None) -> socket.socket:
+    """Connect to `target`, trying its addresses in turn, within `timeout` seconds in all.
+
+    Raises `OSError` (the last address's error) and `Stopping`.
+    """
+    deadline = Deadline(timeout)
+    addresses: list[tuple[int, Any]]
+    if target.path:
+        addresses = [(socket.AF_UNIX, target.path)]
+    else:
+        found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+        addresses = [(family, address) for family, _, _, _, address in found]
+    problem = OSError("no address")
+    for family, address in addresses:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            _connect(sock, address, deadline, stop)
+            if family != socket.AF_UNIX:
+                set_tcp_options(sock)
+            return sock
+        except OSError as error:
+            sock.close()
+            if isinstance(error, Stopping):
+                raise
+            problem = error
+    raise problem
+
+
+def _connect(sock: socket.socket, address: Any, deadline: Deadline, stop: Stop | None) -> None:
+    sock.setblocking(False)
+    code = sock.connect_ex(address)
+    if code == errno.EINPROGRESS:
+        wait_for(sock.fileno(), select.POLLOUT, deadline, stop)
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if code:
+        raise OSError(code, os.strerror(code))
+    if sock.family != socket.AF_UNIX and sock.getsockname() == sock.getpeername():
+        # A port of the ephemeral range on this host where nobody listens can connect to itself.
+        raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+    sock.setblocking(True)
+
+
+RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+CLOSE_NORMALLY = struct.pack("ii", 0, 0)
+
+
+def set_tcp_options(sock: socket.socket) -> None:
+    """No delay, and keepalive that finds a silent dead peer within two minutes.
+
+    TCP_USER_TIMEOUT is left alone: on Linux it also ends a connection whose living peer merely does not read
+    (measured: a stalled reader was cut off after 3.5 s with a time-out of 3 s), and stalling is no fault.
+    """
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+# --- The link protocol ----------------------------------------------------------------------------------------
+#
+# docs/protocol.md tells it for people who write another implementation.  A frame is a type (1 byte), a length
+# (3 bytes, big-endian) and a body.  Control frames carry a JSON object, or nothing, which means {}.
+
+HEADER = 4
+MAX_CONTROL = 4096
+MAX_DATA = (1 << 24) - 1
+PROTOCOL_VERSION = 1
+
+HELLO, CHALLENGE, AUTH, WELCOME, REFUSED = 1, 2, 3, 4, 5
+PING, PONG = 6, 7
+START, READY, FAIL, DATA, END, ABORT, BYE = 8, 9, 10, 11, 12, 13, 14
+FRAME_NAMES = {
+    HELLO: "HELLO", CHALLENGE: "CHALLENGE", AUTH: "AUTH", WELCOME: "WELCOME", REFUSED: "REFUSED",
+    PING: "PING", PONG: "PONG", START: "START", READY: "READY", FAIL: "FAIL",
+    DATA: "DATA", END: "END", ABORT: "ABORT", BYE: "BYE",
+}  # fmt: skip
+
+CLIENT, SERVER = "client", "server"
+
+NEW, GREETED, CHALLENGED, PROVEN = "new", "greeted", "challenged", "proven"
+IDLE, OPENING, SPLICED, FAILED, CLOSED = "idle", "opening", "spliced", "failed", "closed"
+
+TRANSITIONS = {
+    # (state, sender, frame): the next state.  END and ABORT count separately: see `LinkMachine`.
+    (NEW, CLIENT, HELLO): GREETED,
+    (GREETED, SERVER, CHALLENGE): CHALLENGED,
+    (CHALLENGED, CLIENT, AUTH): PROVEN,
+    (GREETED, SERVER, WELCOME): IDLE,
+    (PROVEN, SERVER, WELCOME): IDLE,
+    (IDLE, SERVER, PING): IDLE,
+    (IDLE, CLIENT, PONG): IDLE,
+    (IDLE, SERVER, BYE): CLOSED,
+    (IDLE, CLIENT, BYE): IDLE,  # and leaving: a START that crossed it is still served
+    (IDLE, SERVER, START): OPENING,
+    (OPENING, CLIENT, PONG): OPENING,  # crossed START
+    (OPENING, CLIENT, BYE): OPENING,  # crossed START
+    (OPENING, CLIENT, READY): SPLICED,
+    (OPENING, CLIENT, FAIL): FAILED,
+    **{(state, SERVER, frame): state for state in (OPENING, SPLICED, FAILED) for frame in (DATA, END, ABORT)},
+    **{(SPLICED, CLIENT, frame): SPLICED for frame in (DATA, END, ABORT)},
+}
+
+
+class LinkFault(ConnectionError):
+    """The peer broke the link protocol; the message says how, in words that it may be told."""
+
+
+class LinkMachine:
+    """What may be sent and received on one link, at either end; no I/O.
+
+    A frame that the state does not allow raises `LinkFault`.  A connection is over, and the link idle again,
+    when both sides have ended their direction (`END` or `ABORT`; `FAIL` is the client's end as well).  In
+    between, one thread sends and another receives, so the transitions happen under a lock; DATA needs none.
+    """
+
+    def __init__(self, role: str) -> None:
+        self.role = role
+        self.peer = SERVER if role == CLIENT else CLIENT
+        self.state = NEW
+        self.leaving = False
+        """The client has said BYE: no further connection after this one."""
+        self._ended: set[str] = set()
+        self._lock = threading.Lock()
+
+    def send(self, kind: int) -> None:
+        """Note that a frame of this kind goes out.  Raises `LinkFault` where it may not."""
+        self._step(self.role, kind)
+
+    def receive(self, kind: int) -> None:
+        """Note that a frame of this kind came in.  Raises `LinkFault` where it may not."""
+        self._step(self.peer, kind)
+
+    def check(self, kind: int, length: int) -> None:
+        """Whether a frame with this header may come in now, before its body is read.  Raises `LinkFault`."""
+        if kind not in FRAME_NAMES:
+            raise LinkFault(f"unknown frame type {kind}")
+        if kind != DATA and length > MAX_CONTROL:
+            raise LinkFault(f"{FRAME_NAMES[kind]} of {length} bytes is longer than {MAX_CONTROL}")
+        self._next_state(self.peer, kind)
+
+    def has_ended(self, who: str) -> bool:
+        """Whether that side has ended its direction of the present connection."""
+        return who in self._ended or self.state in (IDLE, CLOSED)
+
+    def _next_state(self, sender: str, kind: int) -> str:
+        if kind == REFUSED:
+            return CLOSED
+        state = TRANSITIONS.get((self.state, sender, kind))
+        if state is None or sender in self._ended:
+            raise LinkFault(f"{FRAME_NAMES[kind]} from the {sender} where the link is {self.state}")
+        return state
+
+    def _step(self, sender: str, kind: int) -> None:
+        if kind == DATA:
+            self._next_state(sender, kind)
+            return
+        with self._lock:
+            self.state = self._next_state(sender, kind)
+            if kind == BYE and sender == CLIENT:
+                self.leaving = True
+            if kind in (END, ABORT):
+                self._ended.add(sender)
+            if kind == FAIL:
+                self._ended.add(CLIENT)
+            if len(self._ended) == 2:
+                self._ended.clear()
+                self.state = IDLE
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A control frame (`fields` is its JSON object), or the head of a DATA frame of `length` bytes."""
+
+    kind: int
+    length: int = 0
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    def text(self, name: str, default: str = "") -> str:
+        """A string field.  Raises `LinkFault` where it is something else."""
+        value = self.fields.get(name, default)
+        if not isinstance(value, str):
+            raise LinkFault(f"{FRAME_NAMES[self.kind]}: {name} is not a string")
+        return value
+
+    def number(self, name: str, default: float, most: float) -> float:
+        """A number field, at least 0 and at most `most`.  Raises `LinkFault` where it is something else."""
+        value = self.fields.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+            raise LinkFault(f"{FRAME_NAMES[self.kind]}: {name} is not a number from 0")
+        return min(value, most)
+
+
+def encode_frame(kind: int, fields: dict[str, Any] | None = None) -> bytes:
+    """The bytes of a control frame.  Raises `ValueError` where the body is longer than `MAX_CONTROL`."""
+    body = json.dumps(fields, separators=(",", ":")).encode() if fields else b""
+    if len(body) > MAX_CONTROL:
+        raise ValueError(f"{FRAME_NAMES[kind]} of {len(body)} bytes is longer than {MAX_CONTROL}")
+    return encode_header(kind, len(body)) + body
+
+
+def encode_header(kind: int, length: int) -> bytes:
+    """The four bytes before a frame's body."""
+    return struct.pack("!I", kind << 24 | length)
+
+
+def decode_fields(kind: int, body: bytes) -> dict[str, Any]:
+    """The JSON object of a control frame.  Raises `LinkFault`."""
+    if not body:
+        return {}
+    # The decoder is recursive, and a thread's stack is small: no frame has a reason to nest.
+    if body.count(b"{") + body.count(b"[") > 32:
+        raise LinkFault(f"{FRAME_NAMES[kind]}: too many brackets")
+    try:
+        fields = json.loads(body.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise LinkFault(f"{FRAME_NAMES[kind]}: the body is not JSON") from error
+    if not isinstance(fields, dict):
+        raise LinkFault(f"{FRAME_NAMES[kind]}: the body is not a JSON object")
+    return fields
+
+
+def new_nonce() -> str:
+    return secrets.token_hex(16)
+
+
+def prove(token: bytes, role: str, client_nonce: str, server_nonce: str, service: str, client: str) -> str:
+    """What `role` shows to prove that it knows the token: HMAC-SHA256 (RFC 2104), in hexadecimal.
+
+    Each part is preceded by its length, so that no two lists of parts give the same message.
+    """
+    message = b""
+    for part in ("tcprelay link 1", role, client_nonce, server_nonce, service, client):
+        encoded = part.encode("utf-8", "surrogatepass")
+        message += struct.pack("!I", len(encoded)) + encoded
+    return hmac.new(token, message, hashlib.sha256).hexdigest()
+
+
+def is_proof(given: str, expected: str) -> bool:
+    """Compare in constant time; as bytes, since `hmac.compare_digest` refuses text outside ASCII."""
+    return hmac.compare_digest(given.encode("utf-8", "surrogatepass"), expected.encode())
+
+
+def guess_protocol(start: bytes) -> str:
+    """What a peer that does not speak the link protocol seems to speak, from its first bytes."""
+    if start[:1] == b"\x16" and (len(start) < 2 or start[1] == 3):
+        return "TLS"
+    if start[:4] in (b"GET ", b"HEAD", b"POST", b"PUT ", b"OPTI", b"CONN", b"PRI ", b"HTTP"):
+        return "HTTP"
+    if start[:4] == b"SSH-":
+        return "SSH"
+    return "something else"
+
+
+# --- Streams and links ----------------------------------------------------------------------------------------
+
+
+class Leg(Protocol):
+    """One side of a spliced connection, as a pump sees it.
+
+    A pump's buffer has `HEADER` free bytes before the data: a leg that sends frames puts its header there, so
+    that header and bytes leave in one system call and are never copied together.
+    """
+
+    name: str
+    fd: int
+    spliceable: bool
+    """Whether its bytes can pass inside the kernel, from and to `fd`."""
+
+    def recv_into(self, view: memoryview) -> int:
+        """Receive at least a byte; 0 is the end, and one that can be believed.  Raises `OSError`."""
+
+    def send_buffer(self, view: memoryview, count: int) -> None:
+        """Send the `count` bytes behind the header space of `view`, all of them.  Raises `OSError`."""
+
+    def bulk_ahead(self) -> int:
+        """How many bytes may be taken from `fd` directly; 0: use `recv_into`.  Raises `OSError`."""
+
+    def took_bulk(self, count: int) -> None:
+        """So many of them were taken; 0 at the end of the descriptor.  Raises `OSError` if that is no end."""
+
+    def announce_bulk(self, count: int) -> None:
+        """`count` bytes are about to be written to `fd` directly.  Raises `OSError`."""
+
+    def end(self) -> None:
+        """End the sending direction: the other side has got everything.  Raises `OSError`."""
+
+
+class Stream:
+    """A byte stream over one TCP or Unix socket.
+
+    The socket resets its connection when it is closed, or when the process dies, until `complete` says that
+    both directions are whole: nobody must take a part for the whole.
+    """
+
+    spliceable = hasattr(os, "splice")
+
+    def __init__(self, sock: socket.socket, name: str, peer: Any = None) -> None:
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.name = name
+        """What it is in a log line: "service client 192.0.2.7:50312"."""
+        self.peer = peer
+        self.flushable = True
+        """Whether what was sent may still be delivered before an RST."""
+        self._tcp = sock.family != socket.AF_UNIX
+
+    def recv_into(self, view: memoryview) -> int:
+        return self.sock.recv_into(view)
+
+    def recv_now(self, view: memoryview) -> int | None:
+        """Like `recv_into`, but ``None`` where it would have to wait."""
+        try:
+            return self.sock.recv_into(view, 0, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+
+    def send(self, data: bytes | bytearray | memoryview) -> None:
+        """Send all of it, however long the peer takes.  Raises `OSError`."""
+        self.sock.sendall(data)
+
+    def send_now(self, data: bytearray) -> None:
+        """Send what can go without waiting, and remove it from `data`.  Raises `OSError`."""
+        if data:
+            try:
+                del data[: self.sock.send(data, socket.MSG_DONTWAIT)]
+            except BlockingIOError:
+                pass
+
+    def send_buffer(self, view: memoryview, count: int) -> None:
+        self.sock.sendall(view[HEADER : HEADER + count])
+
+    def bulk_ahead(self) -> int:
+        return PIPE_SIZE
+
+    def took_bulk(self, count: int) -> None:
+        pass
+
+    def announce_bulk(self, count: int) -> None:
+        pass
+
+    def end(self) -> None:
+        self.sock.shutdown(socket.SHUT_WR)
+
+    def reset_on_close(self) -> None:
+        """Have `close`, or the death of this process, reset the connection."""
+        if self._tcp:
+            ignore_oserror(self.sock.setsockopt, socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+
+    def abort(self, force: bool = False) -> None:
+        """Have `close` reset the connection, and wake whoever uses it."""
+        self.reset_on_close()
+        self.wake(force)
+
+    def complete(self) -> None:
+        """Both directions are whole: close normally, and let the kernel deliver what it still has."""
+        if self._tcp:
+            ignore_oserror(self.sock.setsockopt, socket.SOL_SOCKET, socket.SO_LINGER, CLOSE_NORMALLY)
+
+    def wake(self, force: bool = False) -> None:
+        """Make other threads' blocked receives, and with `force` sends too, return with an end or an error.
+
+        Shutting down the receiving side sends nothing.  Shutting down the sending side sends a FIN, which
+        says "complete": so that is done only where a sender may be blocked.  There the FIN waits behind a full
+        buffer, which the RST of `close` discards, so it must not be flushed any more.
+        """
+        poller = select.poll()
+        try:
+            poller.register(self.sock, select.POLLOUT)
+            if force and not poller.poll(0):
+                self.flushable = False
+                self.sock.shutdown(socket.SHUT_RDWR)
+            else:
+                self.sock.shutdown(socket.SHUT_RD)
+        except (OSError, ValueError):
+            pass  # not connected any more, or closed by its owner
+
+    def close(self) -> None:
+        """Close the socket; only its owner does, when no other thread uses it."""
+        self.sock.close()
+
+    def flush(self, timeout: float = FLUSH_TIMEOUT) -> None:
+        """Wait until the peer has acknowledged what was sent: an RST would discard the rest.
+
+        No descriptor turns readable at that moment, so this looks again and again, at growing intervals; only
+        connections that end in an error come here.  It ends at once where the peer has reset the connection.
+        """
+        deadline, pause = Deadline(timeout), 1.0
+        poller = select.poll()
+        try:
+            poller.register(self.sock, 0)
+            while unsent_bytes(self.sock) and deadline.remaining() and not poller.poll(pause):
+                pause = min(2 * pause, 50.0)
+        except (OSError, ValueError):
+            pass  # gone already
+
+    def close_politely(self) -> None:
+        """Close so that the peer can still read what was sent last, however much of its own is unread here."""
+        try:
+            self.complete()
+            self.sock.shutdown(socket.SHUT_WR)
+            deadline, scrap = Deadline(1.0), memoryview(bytearray(4096))
+            for _ in range(64):
+                wait_for(self.fd, select.POLLIN, deadline)
+                if not self.recv_now(scrap):
+                    break
+        except OSError:
+            pass
+        self.close()
+
+
+def unsent_bytes(sock: socket.socket) -> int:
+    """How many sent bytes the peer has not acknowledged (SIOCOUTQ); 0 where the system cannot tell."""
+    try:
+        import fcntl
+        import termios
+
+        return int(struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0\0\0\0"))[0])
+    except (ImportError, AttributeError):
+        return 0
+
+
+def ignore_oserror(function: Callable[..., Any], *args: Any) -> None:
+    try:
+        function(*args)
+    except OSError:
+        pass
+
+
+class Link:
+    """A link that speaks protocol 1: control frames, and one connection at a time as a `Leg`.
+
+    Between connections one thread uses it (on the server, whoever has taken it out of the pool); while
+    it is spliced, one thread sends and one receives.  `close` is for the last of them.
+    """
+
+    def __init__(self, stream: Stream, role: str) -> None:
+        self.stream = stream
+        self.sock = stream.sock
+        self.fd = stream.fd
+        self.name = stream.name
+        self.spliceable = stream.spliceable
+        self.machine = LinkMachine(role)
+        self.heartbeat = 0.0
+        """Seconds between the server's PINGs, as it said in WELCOME."""
+        self._buffer = bytearray(512)  # what has been received beyond the last frame: [_start:_end]
+        self._start = self._end = 0
+        self._left = 0  # bytes of the present DATA frame that are still to come out of here
+
+    def __repr__(self) -> str:
+        return f"<Link {self.name} {self.machine.state}>"
+
+    # Control frames
+
+    def send(self, kind: int, fields: dict[str, Any] | None = None, also: bytes = b"") -> None:
+        """Send a control frame, with further encoded frames behind it in the same call.  Raises `OSError`."""
+        self.machine.send(kind)
+        self.stream.send(encode_frame(kind, fields) + also)
+
+    def receive(self, deadline: Deadline, stop: Stop | None = None) -> Frame:
+        """The next frame, waited for.  Raises `EOFError` at the end of the link, `LinkFault`, `OSError`."""
+        while (frame := self.receive_now()) is None:
+            wait_for(self.fd, select.POLLIN, deadline, stop)
+        return frame
+
+    def receive_now(self) -> Frame | None:
+        """The next frame if it is here, as a whole.  Raises as `receive` does."""
+        while (frame := self._decode()) is None:
+            count = self.stream.recv_now(self._space())
+            if count is None:
+                return None
+            if count == 0:
+                raise EOFError("the link was closed")
+            self._end += count
+        return frame
+
+    def refuse(self, code: str, reason: str) -> None:
+        """Tell the peer why, and close.  The caller owns the link."""
+        try:
+            self.stream.send(encode_frame(REFUSED, {"code": code, "reason": reason}))
+            self.stream.close_politely()
+        except OSError:
+            self.close()
+
+    def unread(self) -> bytes:
+        """The bytes that have come in and are no frame yet."""
+        return bytes(self._buffer[self._start : self._end])
+
+    # The leg
+
+    def recv_into(self, view: memoryview) -> int:
+        while self._left == 0:
+            if (frame := self._decode()) is None:
+                count = self.stream.recv_into(self._space())
+                if count == 0:
+                    raise ConnectionResetError("the link was lost")
+                self._end += count
+            elif frame.kind == END:
+                return 0
+            elif frame.kind == ABORT:
+                raise ConnectionAbortedError(shown(frame.text("reason") or "broken off by the other relay"))
+        ahead = self._end - self._start
+        if ahead:
+            count = min(ahead, self._left, len(view))
+            view[:count] = memoryview(self._buffer)[self._start : self._start + count]
+            self._start += count
+        else:
+            count = self.stream.recv_into(view[: self._left])
+            if count == 0:
+                raise ConnectionResetError("the link was lost")
+        self._left -= count
+        return count
+
+    def send_buffer(self, view: memoryview, count: int) -> None:
+        self.machine.send(DATA)
+        view[:HEADER] = encode_header(DATA, count)
+        self.stream.send(view[: HEADER + count])
+
+    def bulk_ahead(self) -> int:
+        # Read exactly a header, nothing behind it: those bytes are to go from socket to socket.
+        while self._left == 0 and self._end - self._start < HEADER:
+            self._space()
+            view = memoryview(self._buffer)[self._end : self._start + HEADER]
+            count = self.stream.recv_into(view)
+            if count == 0:
+                raise ConnectionResetError("the link was lost")
+            self._end += count
+        if self._left == 0 and self._buffer[self._start] == DATA:
+            self._decode()
+        return self._left if self._start == self._end else 0
+
+    def took_bulk(self, count: int) -> None:
+        if count == 0:
+            raise ConnectionResetError("the link was lost")
+        self._left -= count
+
+    def announce_bulk(self, count: int) -> None:
+        self.machine.send(DATA)
+        self.sock.sendall(encode_header(DATA, count), socket.MSG_MORE)
+
+    def end(self) -> None:
+        self.send(END)
+
+    def abort(self, reason: str) -> None:
+        if not self.machine.has_ended(self.machine.role):
+            self.send(ABORT, {"reason": shown(reason)})
+
+    def discard(self, most: int = 1 << 20) -> None:
+        """Receive and drop until the other side has ended its direction too.
+
+        Raises `OSError`, also when more than `most` bytes come: then a new link costs less than the rest.
+        """
+        scrap = memoryview(bytearray(LARGE_BUFFER))
+        try:
+            while not self.machine.has_ended(self.machine.peer) and (count := self.recv_into(scrap)):
+                most -= count
+                if most < 0:
+                    raise ConnectionResetError("the other side did not stop sending")
+        except ConnectionAbortedError:
+            pass  # the end that was waited for
+
+    def wake(self) -> None:
+        """Make blocked calls of other threads return.  A FIN here deceives nobody: only END is an end."""
+        ignore_oserror(self.sock.shutdown, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.stream.close()
+
+    # Decoding
+
+    def _decode(self) -> Frame | None:
+        """The next frame out of the buffer, if it is there; of DATA, its head."""
+        buffer, start = self._buffer, self._start
+        if self._end - start < HEADER:
+            return None
+        kind, length = buffer[start], int.from_bytes(buffer[start + 1 : start + HEADER], "big")
+        self.machine.check(kind, length)
+        if kind == DATA:
+            self._start += HEADER
+            self._left = length
+            return Frame(DATA, length)
+        if self._end - start < HEADER + length:
+            return None
+        self._start += HEADER + length
+        fields = decode_fields(kind, bytes(buffer[start + HEADER : start + HEADER + length]))
+        self.machine.receive(kind)
+        return Frame(kind, length, fields)
+
+    def _space(self) -> memoryview:
+        """Where the next bytes go; the buffer grows to one control frame and no further."""
+        if self._start:
+            self._buffer[: self._end - self._start] = self._buffer[self._start : self._end]
+            self._end -= self._start
+            self._start = 0
+        if self._end == len(self._buffer):
+            self._buffer.extend(bytes(HEADER + MAX_CONTROL - len(self._buffer)))
+        return memoryview(self._buffer)[self._end :]
+
+
+# --- Splicing -------------------------------------------------------------------------------------------------
+
+SMALL_BUFFER = 1024
+"""A pump's first buffer: what an idle connection costs is mostly its two buffers and two stacks."""
+LARGE_BUFFER = 65536
+"""A pump's buffer when reads fill the smaller ones."""
+BULK = 16384
+"""Reads of this size on are bulk traffic, worth passing through a pipe inside the kernel."""
+PIPE_SIZE = 1 << 18
+"""Bytes that a pipe for bulk traffic takes, where the system allows."""
+SMALL_READS = 4
+"""So many small reads in a row end bulk traffic."""
+DEAD_PATH = 120.0
+"""Seconds that sent bytes stay unacknowledged before the path counts as dead; keepalive watches silent ones."""
+
+
+class LegError(ConnectionError):
+    """A leg broke; the message names it."""
+
+    def __init__(self, leg: Leg, error: OSError) -> None:
+        super().__init__(f"{leg.name}: {say_error(error)}")
+        self.leg = leg
+        self.cause = error
+
+
+class Splice:
+    """A stream and a link that carry one connection: two pumps, and the record that they share.
+
+    Each direction ends by itself.  Where one breaks, the other is woken, what was read before is still sent,
+    and nobody sees a clean end: the stream gets an RST, the link an ABORT or its own end.
+    """
+
+    def __init__(self, id: str, service: str, stream: Stream, link: Link | Stream) -> None:
+        self.id = id
+        self.service = service
+        self.stream = stream
+        self.link = link
+        self.reason = ""
+        """Why it was broken off; empty while all is well."""
+        self.to_link = self.from_link = 0
+        """Bytes carried from the stream to the link and back; each is written by one pump."""
+        self.opened = time.monotonic()
+        self.thread = threading.get_ident()
+        self.to_link_ended = False
+        """The stream's end was passed on (by the pump, or before the link was ready)."""
+        self.from_link_ended = False
+        self._pumps: int = 0
+        self._lock = threading.Lock()  # reason, _broken_at, _over
+        self._broken_at = 0.0
+        self._over = False
+        # For `check_time` alone: how many bytes there were when it last looked, and since when.
+        self._seen = (-1, False, False)
+        self._quiet_since = self.opened
+
+    def run(self, threads: Threads) -> None:
+        """Carry the connection until both directions have ended; then no other thread uses the legs.
+
+        The caller owns both legs.  Afterwards a `Link` whose machine is not idle is of no further use.
+        """
+        left = threading.Lock()
+        left.acquire()
+        if not self.to_link_ended:
+            try:
+                threads.start(self._carry_to_link, left)
+            except RuntimeError as error:
+                self.break_off(str(error), link_lost=True)
+                return
+        else:
+            left.release()
+        self._carry_from_link()
+        left.acquire()
+        with self._lock:
+            self._over = True
+        if not self.reason:
+            self.stream.complete()
+            if isinstance(self.link, Stream):
+                self.link.complete()
+        elif self.stream.flushable:
+            self.stream.flush()
+
+    def break_off(self, reason: str, force: bool = False, link_lost: bool = False) -> None:
+        """End both directions with an error; any thread, any number of times, the first reason counts.
+
+        Bytes that were read before still go out, for `FLUSH_TIMEOUT` at most; with `force` they do not.
+        """
+        with self._lock:
+            # The legs are woken under the lock (that never blocks): when the connection is over, its link
+            # may be carrying another one.
+            if self._over:
+                return
+            if not self.reason:
+                self.reason = reason
+                self._broken_at = time.monotonic()
+            self.stream.abort(force)
+            if isinstance(self.link, Stream):
+                self.link.abort(force)
+            elif force or link_lost:
+                self.link.wake()
+
+    def check_time(self, now: float, idle_timeout: float, half_close_timeout: float) -> None:
+        """Break off what has carried no byte for too long, or is broken and does not leave; for one thread."""
+        if self.reason:
+            if now - self._broken_at > FLUSH_TIMEOUT:
+                self.break_off(self.reason, force=True)
+            return
+        state = (self.to_link + self.from_link, self.to_link_ended, self.from_link_ended)
+        if state != self._seen:
+            self._seen, self._quiet_since = state, now
+        quiet = now - self._quiet_since
+        if idle_timeout and quiet >= idle_timeout:
+            self.break_off(f"idle for {idle_timeout:g} s", force=True)
+        elif self.to_link_ended != self.from_link_ended and half_close_timeout and quiet >= half_close_timeout:
+            self.break_off(f"half closed and idle for {half_close_timeout:g} s", force=True)
+        elif quiet >= DEAD_PATH and (path_is_dead(self.stream.sock) or path_is_dead(self.link.sock)):
+            self.break_off("sent bytes are no longer acknowledged", force=True)
+
+    def _carry_to_link(self, left: threading.Lock) -> None:
+        try:
+            try:
+                self._pump(self.stream, self.link, inbound=True)
+                if not self.reason:
+                    self.link.end()
+            except OSError as error:
+                self.break_off(say_error(error))
+            if self.reason and isinstance(self.link, Link):
+                ignore_oserror(self.link.abort, self.reason)
+        finally:
+            self.to_link_ended = True
+            left.release()
+
+    def _carry_from_link(self) -> None:
+        try:
+            self._pump(self.link, self.stream, inbound=False)
+            if not self.reason:
+                self.stream.end()
+        except LegError as error:
+            # An ABORT leaves the link whole.
+            lost = error.leg is self.link and not isinstance(error.cause, ConnectionAbortedError)
+            self.break_off(say_error(error), link_lost=lost)
+        except OSError as error:
+            self.break_off(f"{self.stream.name}: {say_error(error)}")
+        self.from_link_ended = True
+        if self.reason and isinstance(self.link, Link):
+            try:
+                self.link.discard()
+            except OSError:
+                self.link.wake()
+
+    def _pump(self, source: Leg, sink: Leg, *, inbound: bool) -> None:
+        """Pass bytes on until the source ends or the connection is broken off.  Raises `LegError`."""
+        size = SMALL_BUFFER
+        view = memoryview(bytearray(HEADER + size))
+        while True:
+            try:
+                count = source.recv_into(view[HEADER:])
+            except OSError as error:
+                raise LegError(source, error) from error
+            if count == 0 or self.reason:
+                return
+            try:
+                sink.send_buffer(view, count)
+            except OSError as error:
+                raise LegError(sink, error) from error
+            if inbound:
+                self.to_link += count
+            else:
+                self.from_link += count
+            if count == size < LARGE_BUFFER:
+                size *= 8
+            elif count >= BULK and source.spliceable and sink.spliceable:
+                if self._pump_bulk(source, sink, inbound):
+                    return
+                size = SMALL_BUFFER
+            else:
+                continue
+            view = memoryview(bytearray(HEADER + size))
+
+    def _pump_bulk(self, source: Leg, sink: Leg, inbound: bool) -> bool:
+        """Pass bytes on inside the kernel, through a pipe, while reads are large; True at the source's end."""
+        try:
+            reader, writer = os.pipe()
+        except OSError:
+            return False  # out of descriptors: copying needs none
+        try:
+            _set_pipe_size(writer)
+            small = 0
+            while small < SMALL_READS:
+                try:
+                    ahead = source.bulk_ahead()
+                    if not ahead:
+                        return False
+                    count = os.splice(source.fd, writer, min(ahead, PIPE_SIZE))
+                    source.took_bulk(count)
+                except OSError as error:
+                    raise LegError(source, error) from error
+                if count == 0 or self.reason:
+                    return True
+                try:
+                    sink.announce_bulk(count)
+                    rest = count
+                    while rest:
+                        rest -= os.splice(reader, sink.fd, rest)
+                except OSError as error:
+                    raise LegError(sink, error) from error
+                if inbound:
+                    self.to_link += count
+                else:
+                    self.from_link += count
+                small = small + 1 if count < BULK else 0
+            return False
+        finally:
+            os.close(reader)
+            os.close(writer)
+
+
+def _set_pipe_size(pipe: int) -> None:
+    try:
+        import fcntl
+
+        fcntl.fcntl(pipe, 1031, PIPE_SIZE)  # F_SETPIPE_SZ; the fcntl module names it from Python 3.10 on Linux
+    except (ImportError, OSError):
+        pass  # the default size works too
+
+
+class Splices:
+    """The connections of one role: how many there may be, and the watch over them."""
+
+    def __init__(self, most: int, idle_timeout: float, half_close_timeout: float) -> None:
+        self.most = most
+        self._idle_timeout = idle_timeout
+        self._half_close_timeout = half_close_timeout
+        self._condition = threading.Condition()  # over the two below
+        self._admitted = 0
+        self._all: set[Splice] = set()
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def admit(self) -> bool:
+        """Count in what has or may get a connection: on the server a service client, on the client a link.
+
+        False where there are as many as there may be.  Each one counted in calls `leave`.
+        """
+        with self._condition:
+            if self._admitted >= self.most:
+                return False
+            self._admitted += 1
+            return True
+
+    def leave(self) -> None:
+        with self._condition:
+            self._admitted -= 1
+            self._condition.notify_all()
+
+    def add(self, splice: Splice) -> None:
+        """Watch a connection from now on."""
+        with self._condition:
+            self._all.add(splice)
+
+    def remove(self, splice: Splice) -> None:
+        with self._condition:
+            self._all.discard(splice)
+            self._condition.notify_all()
+
+    def snapshot(self) -> list[Splice]:
+        with self._condition:
+            return list(self._all)
+
+    def drain(self, deadline: Deadline) -> None:
+        """Wait until all that was admitted has left, or for the deadline; `hurry` makes it look again."""
+        with self._condition:
+            while self._admitted and deadline.remaining() != 0:
+                self._condition.wait(deadline.remaining())
+
+    def hurry(self) -> None:
+        with self._condition:
+            self._condition.notify_all()
+
+    def break_off_all(self, reason: str, deadline: Deadline) -> None:
+        """Break off all connections and wait for their end, waking them again until it has come."""
+        me = threading.get_ident()
+        while (splices := self.snapshot()) and deadline.remaining() != 0:
+            for splice in splices:
+                splice.break_off(reason, force=True)
+            with self._condition:
+                if all(splice.thread == me for splice in self._all):
+                    return
+                self._condition.wait(0.05)
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two sweeps, short enough for the shortest time-out."""
+        timeouts = [t for t in (self._idle_timeout, self._half_close_timeout) if t > 0]
+        return min([1.0] + [t / 4 for t in timeouts])
+
+    def sweep(self) -> None:
+        """Break off what has been idle or half closed for too long, and what is dead without a pump noticing.
+
+        A pump that is blocked in a send does not see that the connection it reads from was reset, and one
+        that has done its direction no longer sees that the link is lost: so look at all of them in one poll.
+        """
+        now = time.monotonic()
+        splices = self.snapshot()
+        poller = select.poll()
+        by_fd: dict[int, tuple[Splice, Leg]] = {}
+        for splice in splices:
+            splice.check_time(now, self._idle_timeout, self._half_close_timeout)
+            half_closed = splice.from_link_ended
+            legs: tuple[tuple[Leg, int], ...] = ((splice.stream, 0), (splice.link, _RDHUP if half_closed else 0))
+            for leg, events in legs:
+                poller.register(leg.fd, events)
+                by_fd[leg.fd] = splice, leg
+        for fd, events in poller.poll(0):
+            splice, leg = by_fd[fd]
+            if events & (select.POLLERR | _RDHUP):
+                splice.break_off(f"{leg.name}: connection lost", link_lost=leg is splice.link)
+
+
+_RDHUP: int = getattr(select, "POLLRDHUP", 0)
+
+
+def path_is_dead(sock: socket.socket) -> bool:
+    """Whether sent bytes have gone without any acknowledgement for `DEAD_PATH` seconds.
+
+    A living peer that does not read acknowledges the probes of its closed window, so it does not count.
+    Reads `struct tcp_info` of Linux: tcpi_unacked at byte 24, tcpi_last_ack_recv (ms) at byte 56.
+    """
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)
+        unacked, last_ack = struct.unpack_from("I", info, 24)[0], struct.unpack_from("I", info, 56)[0]
+    except (OSError, AttributeError, struct.error):
+        return False
+    return bool(unacked and last_ack > 1000 * DEAD_PATH)
+
+
+# --- Threads --------------------------------------------------------------------------------------------------
+
+
+class Threads:
+    """Runs functions in threads, and parks each thread for the next one: starting one for every connection
+    would halve the connection rate.
+
+    The thread that was parked last is used first, so that those a burst has left behind can go.
+    """
+
+    PARKED = 10.0
+    """Seconds that a thread waits for a function before it goes."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._condition = threading.Condition()  # over the three below
+        self._parked: list[_Worker] = []
+        self._workers: set[_Worker] = set()
+        self._ended = False
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def start(self, function: Callable[..., object], *args: Any) -> None:
+        """Run `function` in a thread.  Raises `RuntimeError` where none can be had."""
+        with self._condition:
+            if self._ended:
+                raise RuntimeError("ending")
+            worker = self._parked.pop() if self._parked else None
+            if worker is None:
+                worker = _Worker(self)
+                self._workers.add(worker)
+                fresh = True
+            else:
+                fresh = False
+            worker.task = (function, args)
+        if not fresh:
+            worker.wake.release()
+            return
+        try:
+            with _stack_size_lock:
+                before = threading.stack_size(STACK_SIZE)
+                try:
+                    threading.Thread(target=worker.run, name=f"{self._name} worker", daemon=True).start()
+                finally:
+                    threading.stack_size(before)
+        except RuntimeError as error:
+            self.leave(worker)
+            raise RuntimeError("cannot start a thread") from error
+
+    def park(self, worker: _Worker) -> bool:
+        """Keep a thread that has done its work; False where it is to go."""
+        with self._condition:
+            if not self._ended:
+                self._parked.append(worker)
+            return not self._ended
+
+    def unpark(self, worker: _Worker) -> bool:
+        """Let a parked thread go; False where it has just been given a function."""
+        with self._condition:
+            if worker not in self._parked:
+                return False
+            self._parked.remove(worker)
+            return True
+
+    def is_mine(self) -> bool:
+        """Whether the caller runs in one of these threads."""
+        me = threading.get_ident()
+        with self._condition:
+            return any(worker.ident == me for worker in self._workers)
+
+    def leave(self, worker: _Worker) -> None:
+        with self._condition:
+            self._workers.discard(worker)
+            self._condition.notify_all()
+
+    def end(self, deadline: Deadline) -> list[str]:
+        """Start nothing more, wait for all threads but the caller's own, and name those that did not leave."""
+        with self._condition:
+            self._ended = True
+            parked, self._parked = self._parked, []
+        for worker in parked:
+            worker.wake.release()
+        me = threading.get_ident()
+
+        def others() -> list[_Worker]:
+            return [worker for worker in self._workers if worker.ident != me]
+
+        with self._condition:
+            self._condition.wait_for(lambda: not others(), deadline.remaining())
+            return [worker.task[0].__name__ for worker in others() if worker.task]
+
+
+STACK_SIZE = 256 * 1024
+_stack_size_lock = threading.Lock()  # the size is one for the whole process
+
+
+class _Worker:
+    """One thread of `Threads`: what it runs, and the lock it waits for while it is parked."""
+
+    __slots__ = ("ident", "owner", "task", "wake")
+
+    def __init__(self, owner: Threads) -> None:
+        self.owner = owner
+        self.wake = threading.Lock()
+        self.wake.acquire()
+        self.task: tuple[Callable[..., object], tuple[Any, ...]] | None = None
+        self.ident = 0
+
+    def run(self) -> None:
+        self.ident = threading.get_ident()
+        try:
+            while self.task is not None:
+                function, args = self.task
+                try:
+                    function(*args)
+                except Exception:
+                    logging.getLogger("tcprelay").exception("unexpected error in %s", function.__name__)
+                self.task = function = args = None  # type: ignore[assignment]
+                if not self.owner.park(self):
+                    return
+                if not self.wake.acquire(timeout=Threads.PARKED) and not self.owner.unpark(self):
+                    self.wake.acquire()
+        finally:
+            self.owner.leave(self)
+
+
+# --- Events ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that happened, told once: the log, the counters and ``on_event`` all get the same object.
+
+    A class says its line in the log, with its fields in it, and the level of that line.
+    """
+
+    level = logging.INFO
+    says = ""
+
+    def __str__(self) -> str:
+        return self.says.format_map({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkUp(Event):
+    """A link is ready for a connection."""
+
+    level = logging.DEBUG
+    says = "service {service}: link with {peer} is up"
+    service: str
+    peer: str
+    client: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkDown(Event):
+    """A link is gone."""
+
+    level = logging.DEBUG
+    says = "service {service}: link with {peer} is down: {reason}"
+    service: str
+    peer: str
+    client: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionOpened(Event):
+    """A service client and its service are connected; `via` is the relay client, or the service that was dialled."""
+
+    says = "[{id}] service {service}: connection from {peer} opened via {via}"
+    id: str
+    service: str
+    peer: str
+    via: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionClosed(Event):
+    """The closing record of a connection.  `bytes_in` went to the service; `reason` is empty if all is whole."""
+
+    id: str
+    service: str
+    peer: str
+    bytes_in: int
+    bytes_out: int
+    seconds: float
+    reason: str
+
+    def __str__(self) -> str:
+        outcome = f"broken off ({self.reason})" if self.reason else "complete"
+        return (
+            f"[{self.id}] service {self.service}: connection from {self.peer} {outcome}"
+            f" after {self.seconds:.3f} s, {self.bytes_in} bytes in, {self.bytes_out} bytes out"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionFailed(Event):
+    """The closing record of a connection that was never opened: the service client gets an RST."""
+
+    level = logging.WARNING
+    says = "[{id}] service {service}: connection from {peer} refused: {reason}"
+    id: str
+    service: str
+    peer: str
+    seconds: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draining(Event):
+    """`end` has begun; open connections have until the drain time-out."""
+
+    says = "ending: {connections} connections are open"
+    connections: int
+
+
+class Events:
+    """Tells events to the log, to the counters and to ``on_event``."""
+
+    def __init__(self, logger: logging.Logger, on_event: Callable[[Event], object] | None) -> None:
+        self._logger = logger
+        self._on_event = on_event
+        self._lock = threading.Lock()  # over the counts
+        self.counts = {"connections": 0, "failed": 0, "broken": 0, "bytes_in": 0, "bytes_out": 0}
+
+    def __call__(self, event: Event) -> None:
+        with self._lock:
+            if isinstance(event, ConnectionClosed):
+                self.counts["connections"] += 1
+                self.counts["broken"] += bool(event.reason)
+                self.counts["bytes_in"] += event.bytes_in
+                self.counts["bytes_out"] += event.bytes_out
+            elif isinstance(event, ConnectionFailed):
+                self.counts["failed"] += 1
+        self._logger.log(event.level, "%s", event, extra={"event": event})
+        if self._on_event is not None:
+            try:
+                self._on_event(event)
+            except Exception:
+                self._logger.exception("on_event failed for %s", type(event).__name__)
+
+
+# --- Options --------------------------------------------------------------------------------------------------
+#
+# An option is a field of an options class; its metadata say the rest.  The command line, the environment, the
+# configuration file, --help, the README's table (a test compares it) and the constructors all come from there.
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field of an options class says about its option."""
+
+    parse: Callable[[str], Any]
+    """From text; raises `ValueError` that says what is accepted."""
+    help: str
+    group: str
+    metavar: str
+    spelling: str
+    """node-tcp-relay's name for it, where it has one."""
+    many: bool
+    secret: bool
+    default: str
+    """The default in words."""
+
+
+def option(
+    default: Any,
+    parse: Callable[[str], Any],
+    help: str,
+    *,
+    group: str,
+    metavar: str = "",
+    spelling: str = "",
+    many: bool = False,
+    secret: bool = False,
+    shown_default: str | None = None,
+) -> Any:
+    """A field of an options class."""
+    if shown_default is None:
+        shown_default = "" if default is None or default == () or default == "" else f"{default}".lower()
+    info = Option(parse, help, group, metavar, spelling, many, secret, shown_default)
+    return field(default=default, metadata={"option": info})
+
+
+def parse_flag(text: str) -> bool:
+    if text.lower() not in ("true", "yes", "on", "1", "false", "no", "off", "0"):
+        raise ValueError("true or false")
+    return text.lower() in ("true", "yes", "on", "1")
+
+
+def parse_seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 1e7:
+        raise ValueError("a number of seconds, 0 or more")
+    return seconds
+
+
+def parse_heartbeat(text: str) -> float:
+    seconds = parse_seconds(text)
+    if not 0.05 <= seconds <= 3600:
+        raise ValueError("a number of seconds from 0.05 to 3600")
+    return seconds
+
+
+def parse_count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 9):
+        raise ValueError("a whole number, 0 or more")
+    return int(text)
+
+
+def parse_secret(text: str) -> str:
+    if not text.strip():
+        raise ValueError("it must not be empty")
+    return text
+
+
+def parse_name(text: str) -> str:
+    """The name of a service: letters, digits and ``._-``."""
+    if not 0 < len(text) <= 64 or not all(c.isascii() and (c.isalnum() or c in "._-") for c in text):
+        raise ValueError("a name has 1 to 64 letters, digits, dots, dashes and underscores")
+    return text
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(" or ".join(choices))
+        return text
+
+    return parse
+
+
+def from_descriptor_limit() -> int:
+    """How many connections the limit on open descriptors allows: each may need two sockets and a pipe."""
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    except ImportError:
+        limit = 1024
+    return 100_000 if limit < 0 or limit > 400_000 else max(16, (limit - 64) // 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of both roles."""
+
+    idle_timeout: float = option(
+        0.0, parse_seconds, "seconds without a byte either way that end a connection; 0 is never",
+        group="Connections", metavar="SECONDS")  # fmt: skip
+    half_close_timeout: float = option(
+        3600.0, parse_seconds,
+        "seconds without a byte that end a connection of which one direction has ended; 0 is never",
+        group="Connections", metavar="SECONDS")  # fmt: skip
+    wire: str = option(
+        "v1", one_of("v1", "raw"),
+        "what is spoken on the links: v1, or raw to work with node-tcp-relay; the same on both sides",
+        group="Links", metavar="v1|raw")  # fmt: skip
+    token: str = option(
+        "", parse_secret, "secret that server and client prove to each other; better given by file or environment",
+        group="Trust", metavar="SECRET", secret=True)  # fmt: skip
+    token_file: str = option(
+        "", parse_secret, "file whose first line is the token", group="Trust", metavar="FILE")  # fmt: skip
+    drain_timeout: float = option(
+        10.0, parse_seconds, "seconds that open connections have to finish at SIGTERM or SIGINT",
+        group="Running", metavar="SECONDS")  # fmt: skip
+    log_level: str = option(
+        "info", one_of("debug", "info", "warning", "error"), "least weight of what is logged to standard error",
+        group="Running", metavar="debug|info|warning|error")  # fmt: skip
+    log_format: str = option(
+        "text", one_of("text", "json"), "a line of text or a JSON object for each log record",
+        group="Running", metavar="text|json")  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.token and self.token_file:
+            raise ValueError("give --token or --token-file, not both")
+        if self.wire == "raw" and (self.token or self.token_file):
+            raise ValueError("--wire raw cannot check a token: leave it out, or use --wire v1 on both sides")
+
+    def read_token(self) -> bytes:
+        """The token, from wherever it is; empty where there is none.  Raises `OSError` and `ValueError`."""
+        if not self.token_file:
+            return self.token.encode("utf-8", "surrogateescape")
+        with open(self.token_file, "rb") as file:
+            token = file.readline(65536).strip()
+        if not token:
+            raise ValueError(f"--token-file: {self.token_file} is empty")
+        return token
+
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+def options_of(cls: type[Options]) -> list[tuple[str, Option]]:
+    """The options of an options class as pairs of field name and `Option`."""
+    return [(f.name, f.metadata["option"]) for f in dataclasses.fields(cls)]
+
+
+def parse_options(
+    prog: str, description: str, cls: type[OptionsT], argv: Sequence[str] | None
+) -> tuple[OptionsT, bool]:
+    """Options from the command line, the environment and the configuration file; and whether to check alone.
+
+    Ends the process for ``--help`` and ``--version``, with status 2 for a wrong option (one line that names the
+    option, the value, where it came from and what is accepted), and 1 for a file that cannot be read.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _make_parser(prog, description, cls, argv)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        names = [word.partition("=")[0] for word in unknown if word.startswith("-")] or ["a word without an option"]
+        fail(prog, 2, f"unknown option: {shown(' '.join(names))}")
+    origins = _find_origins(parser)
+    values: dict[str, Any] = {}
+    for name, info in options_of(cls):
+        text = getattr(given, name)
+        if text is None:
+            continue
+        words = [text]
+        if info.many:
+            words = [word.strip() for item in text for word in item.split(",") if word.strip()]
+        try:
+            parsed = [info.parse(word) for word in words]
+        except ValueError as error:
+            value = "" if info.secret else f" {shown(','.join(words))!r}"
+            origin = origins.get(name, "command line")
+            fail(prog, 2, f"--{name.replace('_', '-')}{value} (from {origin}): accepted is: {error}")
+        values[name] = tuple(parsed) if info.many else parsed[0]
+    try:
+        return cls(**values), given.check
+    except ValueError as error:
+        fail(prog, 2, str(error))
+
+
+def fail(prog: str, status: int, message: str) -> NoReturn:
+    """End the process with one line.  Raises `SystemExit`."""
+    print(f"{prog}: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def _make_parser(prog: str, description: str, cls: type[Options], argv: list[str]) -> Any:
+    import argparse
+
+    import configargparse  # here alone: what embeds the relay needs the standard library only
+
+    class Parser(configargparse.ArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> NoReturn:
+            fail(prog, 2, message.replace("\n", " "))
+
+    class HelpFormatter(argparse.HelpFormatter):
+        def _format_action_invocation(self, action: argparse.Action) -> str:
+            names = [n for n in action.option_strings if n.islower() or len(n) == 2]
+            return ", ".join(names) + (f" {action.metavar}" if action.metavar else "")
+
+    class ConfigFile(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
+        """``key = value`` lines; a repeated key makes a list instead of replacing what stood before."""
+
+        def parse(self, stream: IO[str]) -> dict[str, Any]:
+            items: dict[str, Any] = {}
+            for number, line in enumerate(stream, 1):
+                try:
+                    found = super().parse([line])
+                except configargparse.ConfigFileParserException:
+                    fail(prog, 2, f"{stream.name}, line {number}: not a line of the form key = value")
+                for key, value in found.items():
+                    if key not in known:
+                        fail(prog, 2, f"{stream.name}, line {number}: unknown option {shown(key)}")
+                    if key in items:
+                        value = [*_as_list(items[key]), *_as_list(value)]
+                    items[key] = value
+            return items
+
+    def open_file(path: str, mode: str = "r") -> IO[str]:
+        try:
+            return open(path, mode, encoding="utf-8")
+        except OSError as error:
+            fail(prog, 1, f"cannot read {path}: {say_error(error)}")
+
+    role = prog.removeprefix("tcprelay")
+    file = {"s": "server.conf", "c": "client.conf"}.get(role, "tcprelay.conf")
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    places = [f"/etc/tcprelay/{file}", os.path.join(home, "tcprelay", file)]
+    chosen = "TCPRELAY_CONFIG" in os.environ or any(w.partition("=")[0] == "--config" for w in argv)
+    parser = Parser(
+        prog=prog, description=description, allow_abbrev=False, add_help=False,
+        default_config_files=[] if chosen else places, config_file_parser_class=ConfigFile,
+        config_file_open_func=open_file, add_config_file_help=False, add_env_var_help=False,
+        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=30, width=110),
+        epilog="Every option can also stand in the environment (--relay-port as TCPRELAY_RELAY_PORT) and in a "
+        f"configuration file (relay-port = 10080): the one named by --config, or {' and '.join(places)}. "
+        "The command line goes before the environment, and that before the file.",
+    )  # fmt: skip
+    groups: dict[str, Any] = {}
+    known: set[str] = set()
+    for name, info in options_of(cls):
+        if info.group not in groups:
+            groups[info.group] = parser.add_argument_group(info.group)
+        dashed = name.replace("_", "-")
+        names = [f"--{dashed}"] + ([f"--{info.spelling}"] if info.spelling and info.spelling != dashed else [])
+        known.update(n[2:] for n in names)
+        extra: dict[str, Any] = {"action": "append"} if info.many else {}
+        if info.parse is parse_flag:
+            extra = {"nargs": "?", "const": "true"}
+        default = f" (default: {info.default})" if info.default else ""
+        groups[info.group].add_argument(
+            *names, dest=name, default=None, env_var=f"TCPRELAY_{name.upper()}",
+            metavar=info.metavar or None, help=(info.help + default).replace("%", "%%"), **extra,
+        )  # fmt: skip
+    running = groups["Running"]
+    running.add_argument("--config", metavar="FILE", is_config_file_arg=True, env_var="TCPRELAY_CONFIG",
+                         help="configuration file, instead of the ones in the default places")  # fmt: skip
+    running.add_argument("--check", action="store_true", help="check the configuration and exit")
+    running.add_argument(
+        "--version", action="version", version=f"{prog} {__version__}", help="say the version and exit"
+    )
+    running.add_argument("-h", "--help", action="help", help="say this and exit")
+    return parser
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _find_origins(parser: Any) -> dict[str, str]:
+    """Where each value that is not from the command line came from, by field name."""
+    origins = {}
+    for source, settings in parser.get_source_to_settings_dict().items():
+        kind, _, path = source.partition("|")
+        for key, (action, _) in settings.items():
+            if kind == "environment_variables":
+                origins[action.dest] = f"environment variable {key}"
+            elif kind == "config_file":
+                origins[action.dest] = path
+    return origins
+
+
+# --- Running --------------------------------------------------------------------------------------------------
+
+
+class Relay:
+    """What the two roles have in common: how they begin and end, and what their connections stand on."""
+
+    def __init__(self, logger: str, options: Options, most: int, on_event: Callable[[Event], object] | None) -> None:
+        self.options = options
+        self._log = logging.getLogger(logger)
+        self._emit = Events(self._log, on_event)
+        self._token = options.read_token()
+        self._threads = Threads(logger)
+        self._splices = Splices(most or from_descriptor_limit(), options.idle_timeout, options.half_close_timeout)
+        self._stop: Stop
+        """Requested when `end` begins: nothing new is begun, and handshakes are cut short."""
+        self._cut: Stop
+        """Requested at the drain deadline: whatever still waits for something is cut short."""
+        self._lock = threading.Lock()  # over the three below
+        self._started = False
+        self._drain: Deadline | None = None
+        self._stragglers: list[str] = []
+        self._ended = threading.Event()
+
+    def start(self: RelayT) -> RelayT:
+        """Begin to serve; returns when that is so.  Raises `OSError`, with nothing left behind, and
+        `RuntimeError` where it was started or ended before."""
+        with self._lock:
+            if self._started or self._drain is not None:
+                raise RuntimeError("this relay was started or ended before")
+            self._started = True
+            self._stop, self._cut = Stop(), Stop()
+        try:
+            self._open()
+        except OSError:
+            self.end(0)
+            raise
+        return self
+
+    def end(self, drain_timeout: float | None = None) -> list[str]:
+        """Stop: nothing new, then up to `drain_timeout` seconds (the option's, if ``None``) for open connections.
+
+        Any thread, any number of times, also before `start`; a later call with a shorter time-out shortens it.
+        Returns within a few seconds of the deadline; what it returns names the threads that did not leave.
+        """
+        timeout = self.options.drain_timeout if drain_timeout is None else drain_timeout
+        with self._lock:
+            first = self._drain is None
+            if self._drain is None:
+                self._drain = Deadline(timeout)
+            else:
+                self._drain.shorten(timeout)
+            drain = self._drain
+        if not first:
+            self._splices.hurry()
+            if not self._threads.is_mine():
+                self._ended.wait(timeout + 2 * JOIN_TIMEOUT)
+        else:
+            try:
+                if self._started:
+                    self._stragglers = self._end(drain)
+            finally:
+                self._ended.set()
+        return self._stragglers
+
+    def _end(self, drain: Deadline) -> list[str]:
+        self._stop.request()
+        self._stop_intake()
+        if len(self._splices):
+            self._emit(Draining(connections=len(self._splices)))
+        self._splices.drain(drain)
+        self._cut.request()
+        deadline = Deadline(JOIN_TIMEOUT)
+        self._splices.break_off_all("this relay is ending", deadline)
+        stragglers = self._threads.end(deadline)
+        if stragglers:
+            self._log.error("still running at the end: %s", ", ".join(stragglers))
+        elif not self._threads.is_mine():
+            self._close()
+        return stragglers
+
+    def _open(self) -> None:
+        """Begin; `end` is called where this raises `OSError`."""
+        raise NotImplementedError
+
+    def _stop_intake(self) -> None:
+        """Begin nothing new, and give up what is idle; `_stop` has been requested."""
+        raise NotImplementedError
+
+    def _close(self) -> None:
+        """Give back what threads were waiting on; there are none any more."""
+        self._stop.close()
+        self._cut.close()
+
+    def _count(self, inbound_is_to_link: bool) -> dict[str, int]:
+        """The counts so far, those of open connections included."""
+        counts = dict(self._emit.counts)
+        for splice in self._splices.snapshot():
+            inbound, outbound = splice.to_link, splice.from_link
+            if not inbound_is_to_link:
+                inbound, outbound = outbound, inbound
+            counts["bytes_in"] += inbound
+            counts["bytes_out"] += outbound
+        return {**counts, "open": len(self._splices)}
+
+    def __enter__(self: RelayT) -> RelayT:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+
+RelayT = TypeVar("RelayT", bound=Relay)
+
+
+def join(thread: threading.Thread, timeout: float) -> None:
+    """Wait for a thread's end, unless it has not begun, or is this one."""
+    if thread.ident is not None and thread is not threading.current_thread():
+        thread.join(timeout)
+
+
+def run_command(
+    prog: str,
+    description: str,
+    cls: type[OptionsT],
+    make: Callable[[OptionsT], Relay],
+    argv: Sequence[str] | None,
+) -> int:
+    """The life of a command: options, log, start, signals, end.  Returns its exit status."""
+    options, check = parse_options(prog, description, cls, argv)
+    set_up_logging(options.log_level, options.log_format)
+    raise_descriptor_limit()
+    try:
+        role = make(options)
+        if check:
+            print(f"{prog}: the configuration is valid")
+            return 0
+        with _Signals() as signals:
+            role.start()
+            return _run(role, signals)
+    except OSError as error:
+        name = f"{error.filename}: " if isinstance(error.filename, str) else ""
+        fail(prog, 1, f"{name}{say_error(error)}")
+    except ValueError as error:
+        fail(prog, 2, str(error))
+
+
+def _run(role: Relay, signals: _Signals) -> int:
+    notify_systemd("READY=1")
+    signals.wait()
+    notify_systemd("STOPPING=1")
+    stragglers: list[str] = []
+
+    def end() -> None:
+        stragglers.extend(role.end())
+        signals.done()
+
+    ender = threading.Thread(target=end, name="end", daemon=True)
+    ender.start()
+    while signals.wait():  # a further signal: at once
+        threading.Thread(target=role.end, args=(0.0,), daemon=True).start()
+    ender.join()
+    if stragglers:
+        # Their stacks may hold locks that the interpreter's own end would wait for.
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(0)
+    return 0
+
+
+class _Signals:
+    """SIGINT and SIGTERM as bytes on a socket: the handlers themselves do nothing."""
+
+    HANDLED = (signal.SIGINT, signal.SIGTERM)
+
+    def __enter__(self) -> _Signals:
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._fd_before = signal.set_wakeup_fd(self._writer.fileno())
+        self._before = {number: signal.signal(number, lambda *_: None) for number in self.HANDLED}
+        return self
+
+    def wait(self) -> bool:
+        """Wait for a signal; False when `done` was called first."""
+        while True:
+            number = self._reader.recv(1)[0]
+            if number in self.HANDLED or number == 0:
+                return number != 0
+
+    def done(self) -> None:
+        self._writer.send(b"\0")
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._fd_before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._reader.close()
+        self._writer.close()
+
+
+def raise_descriptor_limit() -> None:
+    """Raise the soft limit on open descriptors to the hard one, as servers do: a connection needs several."""
+    try:
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ImportError, OSError, ValueError):
+        pass
+
+
+def notify_systemd(state: str) -> None:
+    """Tell the service manager, if one started us (sd_notify(3)); no news to it is no reason to fail."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
+    except OSError as error:
+        logging.getLogger("tcprelay").warning("cannot notify systemd: %s", say_error(error))
+
+
+class JsonFormatter(logging.Formatter):
+    """A log record as a JSON object in one line; of an event, with its fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        event = getattr(record, "event", None)
+        if isinstance(event, Event):
+            entry["event"] = type(event).__name__
+            entry |= dataclasses.asdict(event)
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
+def set_up_logging(level: str, format: str) -> None:
+    """Log to standard error; only the commands do this, a program that embeds the relay has its own way."""
+    handler = logging.StreamHandler()
+    text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    handler.setFormatter(JsonFormatter() if format == "json" else text)
+    logger = logging.getLogger("tcprelay")
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+    logger.setLevel(level.upper())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python3 -m tcprelay server …`` and ``… client …``: the commands tcprelays and tcprelayc."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["server"]:
+        import tcprelay_server
+
+        return tcprelay_server.main(words[1:])
+    if words[:1] == ["client"]:
+        import tcprelay_client
+
+        return tcprelay_client.main(words[1:])
+    fail("tcprelay", 2, "say server or client: python3 -m tcprelay server --help")
+
+
+def __getattr__(name: str) -> Any:
+    """The two roles, from their own files, when they are asked for."""
+    if name in ("RelayServer", "create_relay_server"):
+        import tcprelay_server
+
+        return getattr(tcprelay_server, name)
+    if name in ("RelayClient", "create_relay_client"):
+        import tcprelay_client
+
+        return getattr(tcprelay_client, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if __name__ == "__main__":
+    import tcprelay  # the roles import this module by its name, so run that one and not a second copy
+
+    sys.exit(tcprelay.main())

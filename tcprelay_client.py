@@ -1,0 +1,549 @@
+"""The relay client: keeps idle links to the relay server, and connects them to services when they are started.
+
+    tcprelayc --host localhost --port 22 --relay-host relay.example.net --relay-port 10080
+
+Threads, beside the second one of each connection:
+
+    keeper     waits on a condition; opens links where some are missing, sweeps over the connections; joined by
+               `RelayClient.end`
+    links      one each, from dialling to its end; an idle one blocks in ``poll`` on its link and on `_stop`
+
+A link's life, in one thread:
+
+    keeper ─▶ _run_link: _connect (dial, HELLO … WELCOME)
+                _serve_idle: PING ─▶ PONG
+                             START ─▶ _serve: dial the service, READY, Splice.run ─▶ idle again
+                             BYE, silence, loss ─▶ closed; the keeper opens another
+
+Backing off: after a failure, one link at a time tries again, at a random moment within a span that doubles; the
+first that gets through brings the others after it.  A loss after a stable time is mended at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import secrets
+import select
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tcprelay
+from tcprelay import (
+    AUTH, BYE, CHALLENGE, CLIENT, FAIL, HELLO, IDLE, PING, PONG, READY, REFUSED, SERVER, START,
+    ConnectionClosed, ConnectionFailed, ConnectionOpened, Deadline, Endpoint, Event, Frame, Link, LinkDown,
+    LinkFault, LinkUp, Options, Relay, Splice, Stopping, Stream, option, parse_count, parse_endpoint, parse_name,
+    parse_port, say_error, shown,
+)  # fmt: skip
+
+__all__ = ["ClientOptions", "RelayClient", "create_relay_client", "main"]
+
+FIRST_BACKOFF = 1.0
+"""Seconds of the span after a first failure; a random moment within it is taken, and each further one doubles it."""
+LAST_BACKOFF = 30.0
+"""Seconds at which that span stops growing."""
+BYE_TIMEOUT = 2.0
+"""Seconds that the server has to close a link after BYE; meanwhile a START that crossed it is still served."""
+STABLE_TIME = 10.0
+"""Seconds that a link must have been up for its loss to count as the first."""
+
+
+# --- Options and events ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Publication:
+    """A service's name at the relay server, and where it is reached from here."""
+
+    name: str
+    target: Endpoint
+
+
+def parse_publication(text: str) -> Publication:
+    """``NAME=HOST:PORT`` or ``NAME=unix:PATH``.  Raises `ValueError` that says what is accepted."""
+    name, equals, target = text.partition("=")
+    if not equals:
+        raise ValueError("a service is written NAME=HOST:PORT or NAME=unix:PATH")
+    return Publication(parse_name(name), parse_endpoint(target))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientOptions(Options):
+    """The options of `RelayClient` and of ``tcprelayc``."""
+
+    host: str = option(
+        "localhost", str, "host of the service named default, or unix:PATH",
+        group="Addresses", metavar="HOST", spelling="host")  # fmt: skip
+    port: int | None = option(
+        None, parse_port, "port of the service named default",
+        group="Addresses", metavar="PORT", spelling="port")  # fmt: skip
+    publish: tuple[Publication, ...] = option(
+        (), parse_publication, "a further service, by its name at the relay server; may be repeated",
+        group="Addresses", metavar="NAME=HOST:PORT", many=True)  # fmt: skip
+    relay_host: str = option(
+        "", str, "host of the relay server", group="Addresses", metavar="HOST", spelling="relayHost")  # fmt: skip
+    relay_port: int | None = option(
+        None, parse_port, "port of the relay server for relay clients",
+        group="Addresses", metavar="PORT", spelling="relayPort")  # fmt: skip
+    num_conn: int = option(
+        8, parse_count, "idle links kept for each service", group="Links", metavar="N", spelling="numConn")  # fmt: skip
+    max_conn: int = option(
+        0, parse_count, "links at once, idle ones and all", group="Links", metavar="N",
+        shown_default="a quarter of the limit on open files")  # fmt: skip
+    name: str = option(
+        "", str, "what the relay server calls this client in its log", group="Links", metavar="NAME",
+        shown_default="this host's name")  # fmt: skip
+    secret: str = option(
+        "", tcprelay.parse_secret, "node-tcp-relay 0.0.13's shared key; --wire raw only, crosses the wire readable",
+        group="Trust", metavar="KEY", secret=True)  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.relay_host:
+            raise ValueError("--relay-host is required")
+        if self.relay_port is None:
+            raise ValueError("--relay-port is required")
+        services = self.services
+        if not services:
+            raise ValueError("--port (with --host) or --publish is required")
+        if len({service.name for service in services}) < len(services):
+            raise ValueError("two services have the same name")
+        if self.num_conn < 1:
+            raise ValueError("--num-conn must be at least 1")
+        if self.secret and self.wire != "raw":
+            raise ValueError("--secret is for --wire raw; otherwise use --token")
+        if self.wire == "raw" and len(services) > 1:
+            raise ValueError("--wire raw carries one service: links have no name there")
+
+    @property
+    def services(self) -> list[Publication]:
+        """All services, that of ``--host`` and ``--port`` first."""
+        if self.host.startswith("unix:"):
+            return [Publication("default", parse_endpoint(self.host)), *self.publish]
+        if self.port is None:
+            return list(self.publish)
+        return [Publication("default", Endpoint(self.host, self.port)), *self.publish]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published(Event):
+    """The service can be reached through the relay, for the first time or again."""
+
+    says = "service {service}: {target} is published at {address}"
+    service: str
+    target: str
+    relay: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unpublished(Event):
+    """No link to the relay can be had.  The client goes on trying; told again only when the reason changes."""
+
+    level = logging.WARNING
+    says = "service {service}: no link to the relay at {relay}, trying again: {reason}"
+    service: str
+    relay: str
+    reason: str
+
+
+class RefusedByServer(ConnectionError):
+    """The relay server sent REFUSED; the message is its reason."""
+
+
+# --- The client -----------------------------------------------------------------------------------------------
+
+
+class Service:
+    """A published service and the state of its links; all but the first three under `RelayClient._condition`."""
+
+    def __init__(self, publication: Publication) -> None:
+        self.name = publication.name
+        self.target = publication.target
+        self.idle = self.busy = self.connecting = 0
+        self.asked = 0
+        """Links wanted beyond the idle ones, because service clients wait at the server."""
+        self.failures = 0
+        """Failures in a row; a link that has been stable resets them."""
+        self.probing = False
+        """After a failure, until a link is up: one attempt at a time."""
+        self.retry_at = 0.0
+        self.told: str | None = None
+        """What was last told of its state: "" is published, ``None`` nothing yet, otherwise why not."""
+
+
+class RelayClient(Relay):
+    """A relay client.
+
+    Parameters: where the service is (``host`` may be ``unix:PATH``), where the relay server is, how many idle
+    links to keep; ``on_event``, which is called with each `tcprelay.Event` in the thread where it happens and
+    must not block; and every option of ``tcprelayc`` by its name with underscores (``token="…"``), times in
+    seconds.  ``publish=`` takes strings (``"web=localhost:80"``) or `Publication` objects.
+
+    Raises `ValueError` for options that do not fit, and `OSError` where the token file cannot be read.
+    """
+
+    options: ClientOptions
+
+    def __init__(
+        self,
+        host: str,
+        port: int | None,
+        relay_host: str,
+        relay_port: int,
+        num_conn: int = 8,
+        *,
+        on_event: Callable[[Event], object] | None = None,
+        **options: Any,
+    ) -> None:
+        options["publish"] = tuple(
+            parse_publication(item) if isinstance(item, str) else item for item in options.get("publish", ())
+        )
+        checked = ClientOptions(
+            host=host, port=port, relay_host=relay_host, relay_port=relay_port, num_conn=num_conn, **options
+        )
+        super().__init__("tcprelay.client", checked, checked.max_conn, on_event)
+        self._id = secrets.token_hex(8)
+        self._name = checked.name or socket.gethostname()
+        self._relay = Endpoint(relay_host, relay_port)
+        self._services = [Service(publication) for publication in checked.services]
+        self._condition = threading.Condition()  # over the links' states in _services
+        self._keeper = threading.Thread(target=self._keep, name="tcprelay-client keeper", daemon=True)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What has been counted since the start, and how many connections and links there are now."""
+        with self._condition:
+            idle = sum(service.idle for service in self._services)
+        return {**self._count(inbound_is_to_link=False), "links_idle": idle}
+
+    def _open(self) -> None:
+        """Begin.  Raises `OSError` where the relay server's name does not exist; anything else is tried again."""
+        try:
+            socket.getaddrinfo(self._relay.host, self._relay.port, type=socket.SOCK_STREAM)
+        except socket.gaierror as error:
+            if error.errno == socket.EAI_NONAME:
+                raise OSError(error.errno, f"unknown relay host {self._relay.host}") from error
+        self._keeper.start()
+
+    def _stop_intake(self) -> None:
+        with self._condition:
+            self._condition.notify_all()
+        tcprelay.join(self._keeper, tcprelay.JOIN_TIMEOUT)
+
+    # The keeper
+
+    def _keep(self) -> None:
+        """The keeper's life: open the links that are missing, and look at the time every so often."""
+        next_sweep = time.monotonic() + self._splices.interval
+        while not self._stop.requested:
+            now = time.monotonic()
+            with self._condition:
+                missing = [(service, self._take_missing(service, now)) for service in self._services]
+                if not any(count for _, count in missing):
+                    retries = [s.retry_at for s in self._services if s.retry_at > now]
+                    self._condition.wait(max(0.0, min([next_sweep, *retries]) - now))
+            for service, count in missing:
+                for _ in range(count):
+                    self._start_link(service)
+            if time.monotonic() >= next_sweep:
+                self._splices.sweep()
+                next_sweep = time.monotonic() + self._splices.interval
+
+    def _take_missing(self, service: Service, now: float) -> int:
+        """How many links to open now; they count as connecting from here on.  Under the lock."""
+        wanted = self.options.num_conn + service.asked - service.idle - service.connecting
+        if now < service.retry_at:
+            return 0
+        if service.probing:
+            wanted = min(wanted, 1 - service.connecting)
+        else:
+            service.asked = 0
+        count = 0
+        while count < wanted and self._splices.admit():
+            count += 1
+        service.connecting += count
+        return count
+
+    def _start_link(self, service: Service) -> None:
+        try:
+            self._threads.start(self._run_link, service)
+        except RuntimeError as error:
+            self._splices.leave()
+            self._note_failure(service, str(error))
+
+    def _note_failure(self, service: Service, reason: str) -> None:
+        """An attempt has failed: wait, longer each time, and tell once."""
+        with self._condition:
+            service.connecting -= 1
+            self._back_off(service)
+            tell = service.idle + service.busy == 0 and service.told != reason and not self._stop.requested
+            if tell:
+                service.told = reason
+        if tell:
+            self._emit(Unpublished(service=service.name, relay=str(self._relay), reason=reason))
+
+    def _back_off(self, service: Service) -> None:
+        """Set the moment of the next attempt.  Under the lock."""
+        now = time.monotonic()
+        if now >= service.retry_at:  # attempts that failed together count once
+            service.failures += 1
+            span = min(LAST_BACKOFF, FIRST_BACKOFF * 2 ** min(service.failures - 1, 16))
+            service.retry_at = now + random.uniform(0.0, span)
+            service.probing = True
+        self._condition.notify_all()
+
+    # Links
+
+    def _run_link(self, service: Service) -> None:
+        """A link from dialling to its end; the top of its thread."""
+        try:
+            try:
+                link = self._connect(service)
+            except (OSError, EOFError) as error:
+                self._note_failure(service, say_error(error))
+            else:
+                self._use_link(link, service)
+        finally:
+            self._splices.leave()
+            with self._condition:
+                self._condition.notify_all()
+
+    def _use_link(self, link: Link | Stream, service: Service) -> None:
+        """A link from its first idle moment to its end."""
+        since, lost = time.monotonic(), True
+        try:
+            reason = self._serve_raw(link, service) if isinstance(link, Stream) else self._serve_idle(link, service)
+            lost = False
+        except TimeoutError:
+            reason = "no PING in time"
+        except (OSError, EOFError) as error:
+            reason = say_error(error)
+        finally:
+            link.close()
+            with self._condition:
+                service.idle -= 1
+                if time.monotonic() - since >= STABLE_TIME:
+                    service.failures, service.retry_at = 0, 0.0
+                elif lost:
+                    self._back_off(service)
+        self._emit(LinkDown(service=service.name, peer=str(self._relay), client=self._id, reason=reason))
+
+    def _connect(self, service: Service) -> Link | Stream:
+        """Dial the relay server and bring the link to its idle state.
+
+        Raises `OSError`, `EOFError`, and `RefusedByServer` with the server's reason.
+        """
+        sock = tcprelay.dial(self._relay, stop=self._stop)
+        stream = Stream(sock, f"link with relay {self._relay}", sock.getpeername())
+        try:
+            if self.options.wire == "raw":
+                stream.send(self.options.secret.encode())
+                self._note_success(service, "")
+                return stream
+            link = Link(stream, CLIENT)
+            welcome = self._greet(link, service)
+        except TimeoutError:
+            stream.close()
+            raise TimeoutError(f"no WELCOME within {tcprelay.HANDSHAKE_TIMEOUT:g} s") from None
+        except (OSError, EOFError):
+            stream.close()
+            raise
+        link.heartbeat = welcome.number("heartbeat", 15, 3600)
+        self._note_success(service, shown(welcome.text("address")), int(welcome.number("waiting", 0, 1e6)))
+        return link
+
+    def _greet(self, link: Link, service: Service) -> Frame:
+        """HELLO, CHALLENGE, AUTH; returns WELCOME.  The server proves that it knows the token, too."""
+        deadline = Deadline(tcprelay.HANDSHAKE_TIMEOUT)
+        nonce, token = tcprelay.new_nonce(), self._token
+        hello = {"version": tcprelay.PROTOCOL_VERSION, "service": service.name, "client": self._id,
+                 "name": self._name, "idle": self.options.num_conn, "nonce": nonce}  # fmt: skip
+        link.send(HELLO, hello)
+        try:
+            answer = link.receive(deadline, self._stop)
+        except LinkFault as error:
+            spoken = tcprelay.guess_protocol(link.unread())
+            raise LinkFault(f"the relay port answers with {spoken}, not the link protocol ({error})") from error
+        except EOFError:
+            raise EOFError("the relay closed the link without a word; does it use --wire raw, or TLS?") from None
+        expected = ""
+        if answer.kind == CHALLENGE:
+            if not token:
+                raise RefusedByServer("the relay asks for a token; set --token-file or --token")
+            server_nonce = answer.text("nonce")
+            parts = (nonce, server_nonce, service.name, self._id)
+            expected = tcprelay.prove(token, SERVER, *parts)
+            link.send(AUTH, {"proof": tcprelay.prove(token, CLIENT, *parts)})
+            answer = link.receive(deadline, self._stop)
+        if answer.kind == REFUSED:
+            raise RefusedByServer(f"refused by the relay: {shown(answer.text('reason'), 240)}")
+        if token and not (expected and tcprelay.is_proof(answer.text("proof"), expected)):
+            raise RefusedByServer("the relay did not prove that it knows the token; is --token-file set there?")
+        return answer
+
+    def _note_success(self, service: Service, address: str, waiting: int = 0) -> None:
+        """A link is up: it counts as idle, and others may follow it."""
+        with self._condition:
+            service.connecting -= 1
+            service.idle += 1
+            service.asked = max(0, waiting - 1)  # this one serves the first
+            service.probing = False
+            tell, service.told = service.told != "", ""
+            self._condition.notify_all()
+        if tell:
+            host, _, port = address.rpartition(":")
+            where = f"{self._relay.host}:{port}" if host in ("[::]", "0.0.0.0") else address or f"{self._relay}"
+            self._emit(
+                Published(service=service.name, target=str(service.target), relay=str(self._relay), address=where)
+            )
+        self._emit(LinkUp(service=service.name, peer=str(self._relay), client=self._id))
+
+    def _serve_idle(self, link: Link, service: Service) -> str:
+        """Answer on an idle link, and carry connections on it, until it ends in peace; returns why it did.
+
+        Raises `OSError`, `EOFError`, `LinkFault`, `TimeoutError` where it is lost while it is idle.
+        """
+        patience = tcprelay.SILENCE * link.heartbeat
+        while True:
+            try:
+                frame = link.receive(Deadline(patience), self._stop)
+            except Stopping:
+                return self._say_bye(link, service)
+            if frame.kind == PING:
+                link.send(PONG)
+            elif frame.kind == START:
+                if not self._serve(link, frame, service):
+                    return "its connection was broken off"
+            elif frame.kind == BYE:
+                return "the relay server said BYE"
+            else:
+                raise RefusedByServer(f"refused by the relay: {shown(frame.text('reason'), 240)}")
+
+    def _say_bye(self, link: Link, service: Service) -> str:
+        """Give an idle link up: a START that crosses BYE is still served."""
+        link.send(BYE)
+        deadline = Deadline(BYE_TIMEOUT)
+        try:
+            while (frame := link.receive(deadline, self._cut)).kind != START:
+                pass
+            self._serve(link, frame, service)
+        except (OSError, EOFError):
+            pass  # the server has closed it, as BYE asks it to
+        return "ending"
+
+    def _serve(self, link: Link, start: Frame, service: Service) -> bool:
+        """Connect a started link to the service; True where the link is idle again afterwards."""
+        record = {"id": shown(start.text("id"), 32), "service": service.name, "peer": shown(start.text("client"), 64)}
+        began = time.monotonic()
+        self._set_busy(service, waiting=int(start.number("waiting", 0, 1e6)))
+        try:
+            try:
+                sock = tcprelay.dial(service.target, stop=self._cut)
+            except OSError as error:
+                reason = f"cannot reach {service.target}: {say_error(error)}"
+                self._emit(ConnectionFailed(reason=reason, seconds=time.monotonic() - began, **record))
+                link.send(FAIL, {"reason": reason})
+                link.discard()
+            else:
+                link.send(READY)
+                self._splice(sock, link, service, record)
+        finally:
+            self._set_idle(service)
+        return link.machine.state == IDLE
+
+    def _serve_raw(self, link: Stream, service: Service) -> str:
+        """Carry one connection on a raw link: the first bytes start it.  Raises as `_serve_idle` does."""
+        try:
+            tcprelay.wait_for(link.fd, select.POLLIN, Deadline(None), self._stop)
+        except Stopping:
+            return "ending"
+        early = bytearray(4096)
+        count = link.recv_now(memoryview(early))
+        if not count:
+            raise EOFError("the relay closed it")
+        record = {"id": secrets.token_hex(4), "service": service.name, "peer": f"relay {self._relay}"}
+        self._set_busy(service, waiting=0)
+        try:
+            sock = tcprelay.dial(service.target, stop=self._cut)
+        except OSError as error:
+            reason = f"cannot reach {service.target}: {say_error(error)}"
+            self._emit(ConnectionFailed(reason=reason, seconds=0.0, **record))
+        else:
+            self._splice(sock, link, service, record, early[:count])
+        finally:
+            self._set_idle(service)
+        return "its connection is over"
+
+    def _splice(
+        self,
+        sock: socket.socket,
+        link: Link | Stream,
+        service: Service,
+        record: dict[str, str],
+        early: bytes | bytearray = b"",
+    ) -> None:
+        """Carry a connection between a link and the service that was dialled, and tell its record."""
+        stream = Stream(sock, f"service {service.target}")
+        stream.reset_on_close()
+        splice = Splice(record["id"], service.name, stream, link)
+        splice.from_link = len(early)
+        self._splices.add(splice)
+        self._emit(ConnectionOpened(via=str(service.target), **record))
+        try:
+            try:
+                stream.send(early)
+            except OSError as error:
+                splice.break_off(f"{stream.name}: {say_error(error)}")
+            splice.run(self._threads)
+        finally:
+            self._splices.remove(splice)
+            stream.close()
+            self._emit(
+                ConnectionClosed(
+                    bytes_in=splice.from_link, bytes_out=splice.to_link, seconds=time.monotonic() - splice.opened,
+                    reason=splice.reason, **record,
+                )
+            )  # fmt: skip
+
+    def _set_busy(self, service: Service, waiting: int) -> None:
+        with self._condition:
+            service.idle -= 1
+            service.busy += 1
+            service.asked = waiting
+            self._condition.notify_all()
+
+    def _set_idle(self, service: Service) -> None:
+        with self._condition:
+            service.busy -= 1
+            service.idle += 1
+
+
+# --- The command ----------------------------------------------------------------------------------------------
+
+
+def create_relay_client(
+    host: str, port: int, relay_host: str, relay_port: int, num_conn: int = 1, **options: Any
+) -> RelayClient:
+    """A `RelayClient` that has been started, as node-tcp-relay's ``createRelayClient``.  Raises `OSError`."""
+    return RelayClient(host, port, relay_host, relay_port, num_conn, **options).start()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command ``tcprelayc``.  Returns its exit status."""
+    return tcprelay.run_command(
+        "tcprelayc",
+        "Relay client: for a host behind a NAT. It makes a service that it can reach available at the relay server.",
+        ClientOptions,
+        lambda options: RelayClient(**vars(options)),
+        argv,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,930 @@
+"""The relay server: accepts links and service clients, and pairs them.
+
+    tcprelays --relay-port 10080 --service-port 10081
+
+Threads, beside one for each link in its handshake and one or two for each connection:
+
+    acceptor   blocks in a selector over all listeners and `_stop`; hands every socket to a thread of its own;
+               joined by `RelayServer.end`
+    keeper     blocks in a selector over all idle links and `_stop`; hears PONG and BYE, sends PING, closes
+               dead and surplus links, and sweeps over the connections; joined by `RelayServer.end`
+
+An idle link needs no thread: the keeper watches all of them.  A link's life:
+
+    _accept ─▶ _serve_link: HELLO … WELCOME ─▶ Pool.put ─▶ its thread is parked again
+                                                 │   ▲
+    _accept ─▶ _serve_client: Pool.take ◀────────┘   │      the service client's thread now owns the link:
+                 _start: START, first bytes … READY   │      it sends and receives alone until READY,
+                 Splice.run: two pumps               │      then is one of the two pumps
+                 └── idle again ─────────────────────┘
+
+Who holds a link out of the pool owns it: the service client's thread, or the keeper while it looks at it.
+Ending: stop and join the acceptor, close the listeners, drop who waits, say BYE on idle links, let
+connections finish until the drain deadline, wake the rest, join everything.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import secrets
+import select
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tcprelay
+from tcprelay import (
+    ABORT, BYE, CHALLENGE, CLIENT, DATA, END, FAIL, HELLO, IDLE, PING, READY, SERVER, START, WELCOME,
+    ConnectionClosed, ConnectionFailed, ConnectionOpened, Deadline, Endpoint, Event, Link, LinkDown, LinkFault,
+    LinkUp, Options, Relay, Splice, Stopping, Stream, encode_frame, encode_header, option, parse_count,
+    parse_endpoint, parse_flag, parse_heartbeat, parse_name, parse_port, parse_seconds, say_error, show_address,
+    shown,
+)  # fmt: skip
+
+__all__ = ["RelayServer", "ServerOptions", "create_relay_server", "main"]
+
+EARLY_BYTES = 65536
+"""How much a service client may send before READY; it is kept, to be offered to another link after a FAIL."""
+MAX_HANDSHAKES = 256
+"""Link handshakes under way at once; the oldest gives way to the newest, and a real client needs milliseconds."""
+SURPLUS_TIME = 60.0
+"""Seconds after which an idle link beyond what its client asked for is retired."""
+
+
+# --- Options and events ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ServicePort:
+    """A service and where its clients connect; host "" means the server's ``hostname``."""
+
+    name: str
+    host: str
+    port: int
+
+
+def parse_service(text: str) -> ServicePort:
+    """``NAME=[ADDRESS:]PORT``.  Raises `ValueError` that says what is accepted."""
+    name, equals, where = text.partition("=")
+    if not equals:
+        raise ValueError("a service is written NAME=PORT or NAME=ADDRESS:PORT")
+    endpoint = parse_endpoint(where, default_host="")
+    if endpoint.path:
+        raise ValueError("a service is written NAME=PORT or NAME=ADDRESS:PORT")
+    return ServicePort(parse_name(name), endpoint.host, endpoint.port)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions(Options):
+    """The options of `RelayServer` and of ``tcprelays``."""
+
+    relay_port: int | None = option(
+        None, parse_port, "port for relay clients; 0 takes a free one",
+        group="Addresses", metavar="PORT", spelling="relayPort")  # fmt: skip
+    service_port: int | None = option(
+        None, parse_port, "port for the clients of the service named default; 0 takes a free one",
+        group="Addresses", metavar="PORT", spelling="servicePort")  # fmt: skip
+    service: tuple[ServicePort, ...] = option(
+        (), parse_service, "a further service and its port; may be repeated",
+        group="Addresses", metavar="NAME=[ADDRESS:]PORT", many=True)  # fmt: skip
+    hostname: str = option(
+        "", str, "address to listen on", group="Addresses", metavar="ADDRESS",
+        shown_default="all, IPv6 and IPv4")  # fmt: skip
+    pair_timeout: float = option(
+        20.0, parse_seconds, "seconds that a service client waits for a link and its service",
+        group="Connections", metavar="SECONDS")  # fmt: skip
+    max_pending: int = option(
+        512, parse_count, "service clients of one service that may wait for a link at once",
+        group="Connections", metavar="N")  # fmt: skip
+    max_connections: int = option(
+        0, parse_count, "connections at once", group="Connections", metavar="N",
+        shown_default="a quarter of the limit on open files")  # fmt: skip
+    heartbeat: float = option(
+        15.0, parse_heartbeat, "seconds between two PINGs on an idle link; it is dead after 2.5 silent ones",
+        group="Links", metavar="SECONDS")  # fmt: skip
+    secret: str = option(
+        "", tcprelay.parse_secret, "node-tcp-relay 0.0.13's shared key; --wire raw only, crosses the wire readable",
+        group="Trust", metavar="KEY", secret=True)  # fmt: skip
+    allow_unauthenticated: bool = option(
+        False, parse_flag, "accept links from other hosts although neither token nor certificates are asked for",
+        group="Trust")  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.relay_port is None:
+            raise ValueError("--relay-port is required")
+        services = self.services
+        if not services:
+            raise ValueError("--service-port or --service is required")
+        if len({service.name for service in services}) < len(services):
+            raise ValueError("two services have the same name")
+        if self.wire == "raw" and len(services) > 1:
+            raise ValueError("--wire raw carries one service: links have no name there")
+        if self.secret and self.wire != "raw":
+            raise ValueError("--secret is for --wire raw; otherwise use --token")
+
+    @property
+    def services(self) -> list[ServicePort]:
+        """All services, ``--service-port`` first."""
+        first = [] if self.service_port is None else [ServicePort("default", "", self.service_port)]
+        return first + list(self.service)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listening(Event):
+    """The server listens for the clients of `service`, or for relay clients where that is empty."""
+
+    service: str
+    address: str
+
+    def __str__(self) -> str:
+        return f"listening for {f'clients of {self.service}' if self.service else 'relay clients'} on {self.address}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientUp(Event):
+    """The first link of a relay client for a service is in the pool."""
+
+    says = "service {service}: relay client {name} at {peer} is connected"
+    service: str
+    client: str
+    name: str
+    peer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientDown(Event):
+    """The last link of a relay client for a service is gone."""
+
+    says = "service {service}: relay client {name} at {peer} is gone: {reason}"
+    service: str
+    client: str
+    name: str
+    peer: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkRefused(Event):
+    """Somebody who connected to the relay port got no link."""
+
+    level = logging.WARNING
+    says = "link from {peer} refused: {reason}"
+    peer: str
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AcceptPaused(Event):
+    """Connections cannot be taken for a moment.  Told once a second at most."""
+
+    level = logging.WARNING
+    says = "cannot take a connection, trying again: {reason}"
+    reason: str
+
+
+class Refusal(Exception):
+    """Why a service client or a link is turned away; `code` is the one of REFUSED."""
+
+    def __init__(self, reason: str, code: str = "") -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+# --- The server -----------------------------------------------------------------------------------------------
+
+
+class RelayServer(Relay):
+    """A relay server.
+
+    Parameters: the relay port, the port of the service named ``default`` (or ``None``), ``on_event``, which is
+    called with each `tcprelay.Event` in the thread where it happens and must not block; and every option of
+    ``tcprelays`` by its name with underscores (``pair_timeout=5``, ``token="…"``), times in seconds.
+    ``service=`` takes strings (``"web=8080"``) or `ServicePort` objects.
+
+    Raises `ValueError` for options that do not fit, and `OSError` where the token file cannot be read.
+    """
+
+    options: ServerOptions
+
+    def __init__(
+        self,
+        relay_port: int,
+        service_port: int | None = None,
+        *,
+        on_event: Callable[[Event], object] | None = None,
+        **options: Any,
+    ) -> None:
+        options["service"] = tuple(
+            parse_service(item) if isinstance(item, str) else item for item in options.get("service", ())
+        )
+        checked = ServerOptions(relay_port=relay_port, service_port=service_port, **options)
+        super().__init__("tcprelay.server", checked, checked.max_connections, on_event)
+        self._pool: Pool
+        self._handshakes = Handshakes(MAX_HANDSHAKES)
+        self._listeners: dict[socket.socket, str] = {}  # the service, "" for the relay port
+        self._bound: dict[str, tuple[str, int]] = {}
+        self._acceptor = threading.Thread(target=self._accept, name="tcprelay-server acceptor", daemon=True)
+        self._keeper = threading.Thread(target=self._keep, name="tcprelay-server keeper", daemon=True)
+
+    # Beginning and ending
+
+    @property
+    def relay_address(self) -> tuple[str, int]:
+        """The bound host and port for relay clients, after `start`."""
+        return self._bound[""]
+
+    @property
+    def service_addresses(self) -> dict[str, tuple[str, int]]:
+        """The bound host and port of each service, after `start`."""
+        return {name: address for name, address in self._bound.items() if name}
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What has been counted since the start, and how many connections and links there are now."""
+        return {
+            **self._count(inbound_is_to_link=True),
+            "links_idle": self._pool.count_idle(),
+            "waiting": self._pool.count_waiting(),
+        }
+
+    def _open(self) -> None:
+        """Bind all ports and begin to accept.  Raises `OSError` that names the address."""
+        options = self.options
+        self._pool = Pool([service.name for service in options.services], options.max_pending)
+        wanted = [("", options.hostname, options.relay_port or 0)]
+        wanted += [(service.name, service.host or options.hostname, service.port) for service in options.services]
+        for name, host, port in wanted:
+            try:
+                self._listeners[tcprelay.listen(host, port)] = name
+            except OSError as error:
+                raise OSError(
+                    error.errno, f"cannot listen on {Endpoint(host or '*', port)}: {say_error(error)}"
+                ) from error
+        self._bound = {name: listener.getsockname()[:2] for listener, name in self._listeners.items()}
+        for name, address in self._bound.items():
+            self._emit(Listening(service=name, address=show_address(address)))
+        if not self._token:
+            self._warn_about_trust()
+        self._acceptor.start()
+        self._keeper.start()
+
+    def _warn_about_trust(self) -> None:
+        if self.options.secret:
+            self._log.warning("--secret crosses the wire readable: whoever can listen in can become a relay client")
+        elif self.options.allow_unauthenticated:
+            self._log.warning("--allow-unauthenticated: any host that reaches the relay port can become a relay client")
+        else:
+            self._log.info("no token is set: links are accepted from this machine alone")
+
+    def _stop_intake(self) -> None:
+        tcprelay.join(self._acceptor, tcprelay.JOIN_TIMEOUT)
+        for listener in self._listeners:
+            listener.close()
+        for pooled in self._pool.close():
+            self._retire(pooled, "ending")
+
+    def _close(self) -> None:
+        tcprelay.join(self._keeper, tcprelay.JOIN_TIMEOUT)
+        self._pool.selector.close()
+        super()._close()
+
+    # Accepting
+
+    def _accept(self) -> None:
+        """The acceptor's life.  It only accepts: whatever could wait happens in the connection's thread."""
+        pause, told = 0.005, 0.0
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._stop.fileno(), selectors.EVENT_READ)
+            for listener in self._listeners:
+                selector.register(listener, selectors.EVENT_READ, listener)
+            while not self._stop.requested:
+                for key, _ in selector.select():
+                    if key.data is None:
+                        continue
+                    try:
+                        self._accept_from(key.data)
+                        pause = 0.005
+                    except (OSError, RuntimeError) as error:
+                        # Out of descriptors, memory or threads: the connection stays queued, or is reset.
+                        if time.monotonic() - told >= 1.0:
+                            told = time.monotonic()
+                            self._emit(AcceptPaused(reason=say_error(error)))
+                        self._stop.wait(pause)
+                        pause = min(2 * pause, 1.0)
+
+    def _accept_from(self, listener: socket.socket) -> None:
+        service = self._listeners[listener]
+        for _ in range(64):  # then look at the other listeners
+            try:
+                sock, address = listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            try:
+                if service:
+                    self._threads.start(self._serve_client, service, sock, address)
+                else:
+                    self._threads.start(self._serve_link, sock, address)
+            except RuntimeError:
+                sock.close()
+                raise
+
+    # Links
+
+    def _serve_link(self, sock: socket.socket, address: Any) -> None:
+        """A relay client's connection from accept to the pool; the top of its thread."""
+        peer = show_address(address)
+        stream = Stream(sock, f"link with {peer}", address)
+        refusal: Refusal | None = None
+        link = Link(stream, SERVER)
+        self._handshakes.enter(stream)
+        try:
+            pooled = self._greet_raw(stream) if self.options.wire == "raw" else self._greet(link)
+            self._add_to_pool(pooled)
+            return
+        except Refusal as error:
+            refusal = error
+        except LinkFault as error:
+            spoken = tcprelay.guess_protocol(link.unread())
+            known = link.machine.state == tcprelay.NEW and spoken != "something else"
+            refusal = Refusal(f"it speaks {spoken}, not the link protocol" if known else str(error), "protocol")
+        except TimeoutError:
+            refusal = Refusal(f"no complete handshake within {tcprelay.HANDSHAKE_TIMEOUT:g} s", "timeout")
+        except Stopping:
+            refusal = Refusal("the relay server is ending", "draining")
+        except (OSError, EOFError) as error:
+            evicted = self._handshakes.was_evicted(stream)
+            refusal = Refusal("too many handshakes at once" if evicted else say_error(error), "lost")
+        finally:
+            self._handshakes.leave(stream)
+        self._emit(LinkRefused(peer=peer, code=refusal.code, reason=str(refusal)))
+        if self.options.wire == "raw" or refusal.code == "lost":
+            stream.close()
+        else:
+            link.refuse(refusal.code, str(refusal))
+
+    def _greet(self, link: Link) -> PooledLink:
+        """HELLO, CHALLENGE, AUTH, WELCOME.  Raises `Refusal`, `LinkFault`, `OSError`, `EOFError`."""
+        self._check_protected_mode(link.stream)
+        deadline = Deadline(tcprelay.HANDSHAKE_TIMEOUT)
+        hello = link.receive(deadline, self._stop)
+        if hello.kind != HELLO:
+            raise LinkFault("the first frame is not HELLO")
+        if hello.fields.get("version") != tcprelay.PROTOCOL_VERSION:
+            raise Refusal("the versions differ: this relay server speaks link protocol 1", "version")
+        service, client, nonce = hello.text("service"), hello.text("client")[:64], hello.text("nonce")
+        proof = ""
+        if self._token:
+            own_nonce = tcprelay.new_nonce()
+            link.send(CHALLENGE, {"nonce": own_nonce})
+            auth = link.receive(deadline, self._stop)
+            expected = tcprelay.prove(self._token, CLIENT, nonce, own_nonce, service, client)
+            if not tcprelay.is_proof(auth.text("proof"), expected):
+                raise Refusal("the token is wrong or missing; set the server's with --token-file or --token", "token")
+            proof = tcprelay.prove(self._token, SERVER, nonce, own_nonce, service, client)
+        if service not in self._bound:
+            raise Refusal(f"there is no service {shown(service, 64)} here; add --service to the server", "service")
+        pooled = PooledLink(link, service, client, shown(hello.text("name"), 64), show_address(link.stream.peer))
+        pooled.wanted = int(hello.number("idle", 1, 1e6))
+        welcome = {
+            "heartbeat": self.options.heartbeat,
+            "address": show_address(self._bound[service]),
+            "waiting": self._pool.count_waiting(service),
+        }
+        link.send(WELCOME, {"proof": proof, **welcome} if proof else welcome)
+        return pooled
+
+    def _greet_raw(self, stream: Stream) -> PooledLink:
+        """Raw wire has no handshake, except for the key of node-tcp-relay 0.0.13 where one is set."""
+        self._check_protected_mode(stream)
+        deadline, key = Deadline(tcprelay.HANDSHAKE_TIMEOUT), self.options.secret.encode()
+        given = bytearray(len(key))
+        have = 0
+        while have < len(key):
+            tcprelay.wait_for(stream.fd, select.POLLIN, deadline, self._stop)
+            count = stream.recv_now(memoryview(given)[have:])
+            if count == 0:
+                raise EOFError("the link was closed")
+            have += count or 0
+        if not hmac.compare_digest(bytes(given), key):
+            raise Refusal("the secret is wrong or missing", "token")
+        peer = show_address(stream.peer)
+        return PooledLink(stream, self.options.services[0].name, peer.rpartition(":")[0], "raw", peer)
+
+    def _check_protected_mode(self, stream: Stream) -> None:
+        options = self.options
+        if self._token or options.secret or options.allow_unauthenticated or tcprelay.is_loopback(stream.peer):
+            return
+        raise Refusal(
+            "this relay server has no token, so it accepts links from its own machine alone; "
+            "set --token-file on both sides (or --allow-unauthenticated on the server)", "protected",
+        )  # fmt: skip
+
+    def _add_to_pool(self, pooled: PooledLink) -> None:
+        first = self._pool.join(pooled)
+        where = {"service": pooled.service, "client": pooled.client, "peer": pooled.peer}
+        if first:
+            self._emit(ClientUp(name=pooled.name, **where))
+        self._emit(LinkUp(**where))
+        self._give_back(pooled)
+
+    def _give_back(self, pooled: PooledLink) -> None:
+        """Put an idle link into the pool, or close it where it is not to be used again."""
+        if not self._pool.put(pooled):
+            self._retire(pooled, "no longer needed")
+
+    def _retire(self, pooled: PooledLink, reason: str) -> None:
+        """Close an idle link, with BYE."""
+        link = pooled.link
+        if isinstance(link, Link) and not link.machine.leaving:
+            try:
+                link.send(BYE)
+                link.stream.complete()
+            except OSError:
+                pass
+        self._drop_link(pooled, reason)
+
+    def _drop_link(self, pooled: PooledLink, reason: str) -> None:
+        """Close a link that is not in the pool; its owner calls this."""
+        pooled.link.close()
+        last = self._pool.leave(pooled)
+        where = {"service": pooled.service, "client": pooled.client, "peer": pooled.peer, "reason": reason}
+        self._emit(LinkDown(**where))
+        if last:
+            self._emit(ClientDown(name=pooled.name, **where))
+
+    # The keeper
+
+    def _keep(self) -> None:
+        """The keeper's life: watch idle links, and every so often look at the time."""
+        interval = min(self._splices.interval, self.options.heartbeat / 5)
+        next_look = time.monotonic() + interval
+        selector = self._pool.selector
+        selector.register(self._stop.fileno(), selectors.EVENT_READ)
+        while not self._stop.requested:
+            for key, _ in selector.select(max(0.0, next_look - time.monotonic())):
+                if key.data is not None and self._pool.hold(key.data):
+                    self._hear(key.data)
+            if time.monotonic() >= next_look:
+                self._splices.sweep()
+                for pooled in self._pool.idle_links():
+                    self._look_after(pooled)
+                next_look = time.monotonic() + interval
+        while not self._cut.requested:  # while connections drain, their time-outs still count
+            self._cut.wait(self._splices.interval)
+            self._splices.sweep()
+
+    def _hear(self, pooled: PooledLink) -> None:
+        """Take what has come in on an idle link that the keeper holds."""
+        link = pooled.link
+        try:
+            if isinstance(link, Stream):
+                if link.recv_now(memoryview(bytearray(1))) == 0:
+                    raise EOFError("the link was closed")
+                raise LinkFault("bytes on an idle link; does the other side speak --wire v1?")
+            while (frame := link.receive_now()) is not None:
+                if frame.kind == tcprelay.REFUSED:
+                    raise EOFError(f"the relay client gave it up: {shown(frame.text('reason'))}")
+                pooled.last_heard = time.monotonic()
+        except LinkFault as error:
+            if isinstance(link, Link):
+                refused = encode_frame(tcprelay.REFUSED, {"code": "protocol", "reason": str(error)})
+                tcprelay.ignore_oserror(link.stream.send, refused)
+            self._drop_link(pooled, str(error))
+        except (OSError, EOFError) as error:
+            self._drop_link(pooled, say_error(error))
+        else:
+            if isinstance(link, Link) and link.machine.leaving:
+                self._drop_link(pooled, "the relay client needs it no longer")
+            else:
+                self._give_back(pooled)
+
+    def _look_after(self, pooled: PooledLink) -> None:
+        """Close an idle link that is dead or surplus; PING it when it is time."""
+        now, heartbeat = time.monotonic(), self.options.heartbeat
+        if not isinstance(pooled.link, Link):
+            return
+        dead = now - pooled.last_heard >= tcprelay.SILENCE * heartbeat
+        due = now - max(pooled.last_pinged, pooled.last_heard) >= heartbeat
+        surplus = now - pooled.last_used >= SURPLUS_TIME and self._pool.has_surplus(pooled)
+        if not (dead or due or surplus) or not self._pool.hold(pooled):
+            return
+        if dead:
+            self._drop_link(pooled, f"silent for {tcprelay.SILENCE * heartbeat:g} s")
+        elif surplus:
+            self._retire(pooled, "surplus")
+        else:
+            pooled.last_pinged = now
+            try:
+                pooled.link.send(PING)
+            except OSError as error:
+                self._drop_link(pooled, say_error(error))
+            else:
+                self._give_back(pooled)
+
+    # Service clients
+
+    def _serve_client(self, service: str, sock: socket.socket, address: Any) -> None:
+        """A service client's connection from accept to its closing record; the top of its thread."""
+        client = ServiceClient(service, sock, address)
+        refusal = Refusal("too many connections at once (--max-connections)")
+        admitted = self._splices.admit()
+        try:
+            if admitted:
+                self._splice(client, self._find_link(client))
+                return
+        except Refusal as error:
+            refusal = error
+        finally:
+            client.stream.close()
+            if admitted:
+                self._splices.leave()
+        self._emit(ConnectionFailed(reason=str(refusal), seconds=client.seconds, **client.record))
+
+    def _find_link(self, client: ServiceClient) -> PooledLink:
+        """Offer the service client to one idle link after another until a service answers.  Raises `Refusal`."""
+        deadline = Deadline(self.options.pair_timeout)
+        failed: set[PooledLink] = set()
+        reason = ""
+        while True:
+            pooled = self._pool.take(client.service, failed, deadline, reason)
+            pooled.last_used = time.monotonic()
+            try:
+                client.look()
+            except Refusal:
+                self._give_back(pooled)
+                raise
+            try:
+                if isinstance(pooled.link, Stream):
+                    pooled.link.send(client.early)
+                    return pooled
+                reason = self._start(pooled.link, client, deadline)
+            except (OSError, EOFError) as error:
+                self._drop_link(pooled, say_error(error))
+                if isinstance(error, TimeoutError):
+                    raise Refusal(f"no answer from the service within {self.options.pair_timeout:g} s") from error
+                if client.early or isinstance(error, Stopping):
+                    # Bytes that may have arrived are never delivered twice.
+                    raise Refusal(f"the link was lost before the service answered: {say_error(error)}") from error
+                continue
+            pooled.last_heard = time.monotonic()
+            if not reason:
+                return pooled
+            self._give_back(pooled)
+            if client.gone:
+                raise Refusal(client.gone)
+            failed.add(pooled)
+
+    def _start(self, link: Link, client: ServiceClient, deadline: Deadline) -> str:
+        """START a connection on a link, with what the client has sent and goes on to send; wait for the answer.
+
+        Returns why the service could not be reached, "" when it answered.  Nothing here can block beyond the
+        deadline.  Raises `TimeoutError`, `Stopping`, `EOFError`, `LinkFault`, `OSError`: the link is lost.
+        """
+        waiting = self._pool.count_waiting(client.service)
+        link.machine.send(START)
+        fields = {"id": client.id, "client": client.peer, "port": show_address(self._bound[client.service]),
+                  "waiting": waiting}  # fmt: skip
+        out = bytearray(encode_frame(START, fields))
+        client.pass_early(link, out, 0)
+        while True:
+            link.stream.send_now(out)
+            frame = link.receive_now()
+            if frame is not None and frame.kind in (READY, FAIL):
+                break
+            if frame is not None and frame.kind == tcprelay.REFUSED:
+                raise EOFError(f"the relay client gave it up: {shown(frame.text('reason'))}")
+            if frame is not None:
+                continue
+            reading = not out and client.may_send_more
+            poller = select.poll()
+            poller.register(link.fd, select.POLLIN | (select.POLLOUT if out else 0))
+            poller.register(self._cut.fileno(), select.POLLIN)
+            if reading:
+                poller.register(client.stream.fd, select.POLLIN)
+            left = deadline.remaining() or 0.0
+            ready = dict(poller.poll(left * 1000))
+            if not ready:
+                raise TimeoutError("timed out")
+            if self._cut.fileno() in ready:
+                raise Stopping("the relay server is ending")
+            if client.stream.fd in ready:
+                before = len(client.early)
+                client.read_early()
+                client.pass_early(link, out, before)
+        if frame.kind == FAIL and not link.machine.has_ended(SERVER):
+            link.machine.send(END)
+            out += encode_frame(END)
+        while out:
+            tcprelay.wait_for(link.fd, select.POLLOUT, deadline)
+            link.stream.send_now(out)
+        return "" if frame.kind == READY else shown(frame.text("reason")) or "no reason given"
+
+    def _splice(self, client: ServiceClient, pooled: PooledLink) -> None:
+        """Carry a connection whose service has answered, tell its record, and give the link back."""
+        link = pooled.link
+        splice = Splice(client.id, client.service, client.stream, link)
+        splice.to_link = len(client.early)
+        splice.to_link_ended = isinstance(link, Link) and link.machine.has_ended(SERVER)
+        if client.gone:
+            splice.break_off(client.gone)
+        client.early = bytearray()
+        self._splices.add(splice)
+        self._emit(ConnectionOpened(via=pooled.peer, **client.record))
+        try:
+            splice.run(self._threads)
+        finally:
+            self._splices.remove(splice)
+            closed = ConnectionClosed(
+                bytes_in=splice.to_link, bytes_out=splice.from_link, seconds=client.seconds,
+                reason=splice.reason, **client.record,
+            )  # fmt: skip
+            client.stream.close()
+            if isinstance(link, Link) and link.machine.state == IDLE:
+                self._give_back(pooled)
+            else:
+                self._drop_link(pooled, splice.reason or "its connection is over")
+            self._emit(closed)
+
+
+class ServiceClient:
+    """A service client until its service has answered: its stream, and the bytes that it sent early."""
+
+    def __init__(self, service: str, sock: socket.socket, address: Any) -> None:
+        self.id = secrets.token_hex(4)
+        self.service = service
+        self.peer = show_address(address)
+        self.stream = Stream(sock, f"service client {self.peer}", address)
+        self.early = bytearray()
+        self.ended = False
+        """It has ended its direction: all that it sends is in `early`."""
+        self.gone = ""
+        """Why it is no longer there."""
+        self._since = time.monotonic()
+        self.record = {"id": self.id, "service": service, "peer": self.peer}
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._since
+
+    @property
+    def may_send_more(self) -> bool:
+        return not self.ended and not self.gone and len(self.early) < EARLY_BYTES
+
+    def read_early(self) -> None:
+        """Take some of what it has sent, without waiting; a little, so that sending it on never blocks."""
+        piece = bytearray(min(4096, EARLY_BYTES - len(self.early)))
+        try:
+            count = self.stream.recv_now(memoryview(piece))
+        except OSError as error:
+            self.gone = f"{self.stream.name}: {say_error(error)}"
+            return
+        if count == 0:
+            self.ended = True
+        self.early += piece[: count or 0]
+
+    def look(self) -> None:
+        """Before a link is spent on it: is it still there?  Raises `Refusal`."""
+        waited = self.seconds > 0.1
+        if not self.early and not self.ended:
+            self.read_early()
+        if self.gone:
+            raise Refusal(self.gone)
+        if self.ended and not self.early and waited:
+            # It may be waiting for a greeting with its own direction ended; far more often it has left.
+            raise Refusal("the service client went away while it waited")
+
+    def pass_early(self, link: Link, out: bytearray, start: int) -> None:
+        """Append to `out` the frames for the early bytes from `start` on, and for its end."""
+        if len(self.early) > start:
+            link.machine.send(DATA)
+            out += encode_header(DATA, len(self.early) - start) + self.early[start:]
+        if self.gone and not link.machine.has_ended(SERVER):
+            link.machine.send(ABORT)
+            out += encode_frame(ABORT, {"reason": shown(self.gone)})
+        elif self.ended and not link.machine.has_ended(SERVER):
+            link.machine.send(END)
+            out += encode_frame(END)
+
+
+class Handshakes:
+    """The link handshakes under way: a bounded number, of which the oldest gives way."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()  # over the two below
+        self._streams: OrderedDict[Stream, None] = OrderedDict()
+        self._evicted: set[Stream] = set()
+
+    def enter(self, stream: Stream) -> None:
+        oldest = None
+        with self._lock:
+            self._streams[stream] = None
+            if len(self._streams) > self._most:
+                oldest = self._streams.popitem(last=False)[0]
+                self._evicted.add(oldest)
+        if oldest is not None:
+            oldest.wake()
+
+    def leave(self, stream: Stream) -> None:
+        with self._lock:
+            self._streams.pop(stream, None)
+            self._evicted.discard(stream)
+
+    def was_evicted(self, stream: Stream) -> bool:
+        with self._lock:
+            return stream in self._evicted
+
+
+# --- The pool -------------------------------------------------------------------------------------------------
+
+
+class PooledLink:
+    """A link (raw: a plain stream) and what the pool knows of it."""
+
+    def __init__(self, link: Link | Stream, service: str, client: str, name: str, peer: str) -> None:
+        self.link = link
+        self.service = service
+        self.client = client
+        """The relay client's id, random per process; of a raw link, its host."""
+        self.name = name
+        self.peer = peer
+        self.wanted = 1
+        """How many idle links its client wants."""
+        self.last_heard = self.last_used = self.last_pinged = time.monotonic()
+
+
+class Pool:
+    """Idle links and waiting service clients of all services: the queue that pairs them.
+
+    Service clients are served in the order in which they came, each waiting on a condition of its own, so that
+    a link goes to the first and nobody can overtake.  Links are handed out from each relay client in turn, and
+    of one relay client's the most recently proven alive.  Nothing here does I/O or calls back.
+    """
+
+    def __init__(self, services: Sequence[str], max_pending: int) -> None:
+        self.selector = selectors.DefaultSelector()
+        """Watches the idle links, for the keeper; links are entered and removed under the lock."""
+        self._max_pending = max_pending
+        self._lock = threading.Lock()  # over all that follows
+        self._waiting: dict[str, deque[_Waiter]] = {name: deque() for name in services}
+        self._idle: dict[str, OrderedDict[str, dict[PooledLink, None]]] = {n: OrderedDict() for n in services}
+        self._members: dict[tuple[str, str], int] = {}  # links of (service, client), idle or not
+        self._closed = False
+
+    def join(self, pooled: PooledLink) -> bool:
+        """Count a link in; True for the first one of its relay client."""
+        with self._lock:
+            key = pooled.service, pooled.client
+            self._members[key] = self._members.get(key, 0) + 1
+            return self._members[key] == 1
+
+    def leave(self, pooled: PooledLink) -> bool:
+        """Count a link out; True for the last one of its relay client."""
+        with self._lock:
+            key = pooled.service, pooled.client
+            self._members[key] -= 1
+            if self._members[key]:
+                return False
+            del self._members[key]
+            return True
+
+    def put(self, pooled: PooledLink) -> bool:
+        """Hand an idle link to the first who waits for one, or keep it; False where it is not wanted any more."""
+        with self._lock:
+            if self._closed or (isinstance(pooled.link, Link) and pooled.link.machine.leaving):
+                return False
+            for waiter in self._waiting[pooled.service]:
+                if pooled not in waiter.failed:
+                    self._waiting[pooled.service].remove(waiter)
+                    waiter.pooled = pooled
+                    waiter.condition.notify()
+                    return True
+            self._idle[pooled.service].setdefault(pooled.client, {})[pooled] = None
+            self.selector.register(pooled.link.fd, selectors.EVENT_READ, pooled)
+            return True
+
+    def take(self, service: str, failed: set[PooledLink], deadline: Deadline, reason: str = "") -> PooledLink:
+        """An idle link that is not in `failed`, waited for until the deadline, in turn.
+
+        Where links have failed already nobody waits: `reason` says why the last one did.  Raises `Refusal`.
+        """
+        with self._lock:
+            if self._closed:
+                raise Refusal("the relay server is ending")
+            if (pooled := self._pick(service, failed)) is not None:
+                return pooled
+            if failed:
+                raise Refusal(f"the service cannot be reached: {reason}")
+            if len(self._waiting[service]) >= self._max_pending:
+                raise Refusal("too many service clients wait for a link (--max-pending)")
+            waiter = _Waiter(threading.Condition(self._lock), failed)
+            self._waiting[service].append(waiter)
+            waiter.condition.wait_for(lambda: waiter.pooled or self._closed, deadline.remaining())
+            if waiter.pooled is not None:
+                return waiter.pooled
+            self._waiting[service].remove(waiter)
+            if self._closed:
+                raise Refusal("the relay server is ending")
+            raise Refusal("no link was idle in time (--pair-timeout); is a relay client connected?")
+
+    def hold(self, pooled: PooledLink) -> bool:
+        """Take one certain link out of the pool; False where it is not in it."""
+        with self._lock:
+            links = self._idle[pooled.service].get(pooled.client, {})
+            if pooled not in links:
+                return False
+            self._remove(pooled)
+            return True
+
+    def idle_links(self) -> list[PooledLink]:
+        with self._lock:
+            return [p for clients in self._idle.values() for links in clients.values() for p in links]
+
+    def has_surplus(self, pooled: PooledLink) -> bool:
+        """Whether the relay client of this link has more idle ones than it wants."""
+        with self._lock:
+            return len(self._idle[pooled.service].get(pooled.client, ())) > pooled.wanted
+
+    def count_idle(self) -> int:
+        with self._lock:
+            return sum(len(links) for clients in self._idle.values() for links in clients.values())
+
+    def count_waiting(self, service: str | None = None) -> int:
+        """How many service clients wait, for one service or for all."""
+        with self._lock:
+            return sum(len(queue) for name, queue in self._waiting.items() if service in (None, name))
+
+    def close(self) -> list[PooledLink]:
+        """Turn everybody away from now on; returns the links that were idle."""
+        with self._lock:
+            self._closed = True
+            for waiters in self._waiting.values():
+                for waiter in waiters:
+                    waiter.condition.notify()
+            idle = [p for clients in self._idle.values() for links in clients.values() for p in links]
+            for pooled in idle:
+                self._remove(pooled)
+            return idle
+
+    def _pick(self, service: str, failed: set[PooledLink]) -> PooledLink | None:
+        clients = self._idle[service]
+        for client, links in clients.items():
+            for pooled in reversed(links):
+                if pooled not in failed:
+                    self._remove(pooled)
+                    if client in clients:
+                        clients.move_to_end(client)
+                    return pooled
+        return None
+
+    def _remove(self, pooled: PooledLink) -> None:
+        clients = self._idle[pooled.service]
+        links = clients[pooled.client]
+        del links[pooled]
+        if not links:
+            del clients[pooled.client]
+        self.selector.unregister(pooled.link.fd)
+
+
+class _Waiter:
+    """A service client that waits in the pool's queue."""
+
+    __slots__ = ("condition", "failed", "pooled")
+
+    def __init__(self, condition: threading.Condition, failed: set[PooledLink]) -> None:
+        self.condition = condition
+        self.failed = failed
+        self.pooled: PooledLink | None = None
+
+
+# --- The command ----------------------------------------------------------------------------------------------
+
+
+def create_relay_server(relay_port: int, service_port: int, **options: Any) -> RelayServer:
+    """A `RelayServer` that has been started, as node-tcp-relay's ``createRelayServer``.  Raises `OSError`."""
+    return RelayServer(relay_port, service_port, **options).start()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command ``tcprelays``.  Returns its exit status."""
+    return tcprelay.run_command(
+        "tcprelays",
+        "Relay server: for a host that everybody can reach. Relay clients connect to the relay port and service "
+        "clients to a service port; tcprelays connects them.",
+        ServerOptions,
+        lambda options: RelayServer(**vars(options)),
+        argv,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Fixtures for all tests: relays on free ports, services to put behind them, and a watch for what is left over."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from tcprelay import Event, RelayClient, RelayServer
+
+PATIENCE = 10.0
+"""Seconds within which anything that a test waits for must happen."""
+
+
+def wait_until(condition: Callable[[], Any], timeout: float = PATIENCE) -> Any:
+    """The first true value of `condition`; fails at the deadline.  For state that no descriptor announces."""
+    deadline = time.monotonic() + timeout
+    pause = threading.Event()
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {timeout} s: {condition}"
+        pause.wait(0.005)
+    return value
+
+
+def connect(address: tuple[str, int], timeout: float = PATIENCE) -> socket.socket:
+    """A connection to a port on loopback, with a deadline on every call."""
+    return socket.create_connection(("127.0.0.1", address[1]), timeout)
+
+
+def read_all(sock: socket.socket) -> bytes:
+    """Everything up to the end; raises what breaks it."""
+    pieces = []
+    while piece := sock.recv(1 << 20):
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def read_exactly(sock: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        piece = sock.recv(count - len(data))
+        assert piece, f"the end after {len(data)} of {count} bytes"
+        data += piece
+    return data
+
+
+class Recorder:
+    """Collects events for a test to look at and wait for."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+
+    def of(self, kind: type[Event]) -> list[Any]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+    def wait(self, kind: type[Event], count: int = 1, timeout: float = PATIENCE) -> list[Any]:
+        return list(wait_until(lambda: len(found := self.of(kind)) >= count and found, timeout))
+
+
+class Service:
+    """A service on a free loopback port: calls `serve` with each connection, in a thread of its own."""
+
+    def __init__(self, serve: Callable[[socket.socket], object]) -> None:
+        self._serve = serve
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self.connections = 0
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            thread = threading.Thread(target=self._run, args=(sock,))
+            self._threads.append(thread)
+            thread.start()
+
+    def _run(self, sock: socket.socket) -> None:
+        with sock:
+            sock.settimeout(PATIENCE)
+            try:
+                self._serve(sock)
+            except OSError:
+                pass
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in self._threads:
+            thread.join(2 * PATIENCE)
+
+
+def echo(sock: socket.socket) -> None:
+    """Sends back what it gets, to the end."""
+    while data := sock.recv(65536):
+        sock.sendall(data)
+
+
+class Bench:
+    """Makes services, relays and connections for a test, and takes them away again in reverse order."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self.server_events = Recorder()
+        self.client_events = Recorder()
+
+    def service(self, serve: Callable[[socket.socket], object] = echo) -> Service:
+        service = Service(serve)
+        self._stack.callback(service.close)
+        return service
+
+    def server(self, **options: Any) -> RelayServer:
+        options = {"service_port": 0, "drain_timeout": 0.0, "on_event": self.server_events, **options}
+        return self._stack.enter_context(RelayServer(0, **options))
+
+    def client(self, server: RelayServer, port: int | None, **options: Any) -> RelayClient:
+        """A client with (by default) two links, once they are in the server's pool."""
+        options = {"num_conn": 2, "drain_timeout": 0.0, "on_event": self.client_events, **options}
+        idle = server.counters["links_idle"]
+        client = self._stack.enter_context(
+            RelayClient("127.0.0.1", port, "127.0.0.1", server.relay_address[1], **options)
+        )
+        wanted = idle + options["num_conn"] * len(client.options.services)
+        wait_until(lambda: server.counters["links_idle"] >= wanted)
+        return client
+
+    def relay(self, serve: Callable[[socket.socket], object] = echo, **options: Any) -> RelayServer:
+        """A server and a client with a service behind it; options common to both."""
+        server = self.server(**options)
+        self.client(server, self.service(serve).port, **options)
+        return server
+
+    def connect(self, server: RelayServer, service: str = "default") -> socket.socket:
+        return self._stack.enter_context(connect(server.service_addresses[service]))
+
+    def enter(self, context: Any) -> Any:
+        return self._stack.enter_context(context)
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    with ExitStack() as stack:
+        yield Bench(stack)
+
+
+def _descriptors() -> dict[str, str]:
+    found = {}
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            found[number] = os.readlink(f"/proc/self/fd/{number}")
+        except OSError:
+            pass  # the descriptor of the listing itself
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_over() -> Iterator[None]:
+    """Fails a test that leaves a thread or a descriptor behind."""
+    threads, descriptors = set(threading.enumerate()), _descriptors() if os.path.isdir("/proc/self/fd") else None
+    yield
+    wait_until(lambda: not [t for t in threading.enumerate() if t not in threads])
+    if descriptors is not None:
+        left = {n: what for n, what in _descriptors().items() if n not in descriptors}
+        assert not left, f"descriptors left open: {left}"
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """No option comes from the environment or from the configuration of whoever runs the tests."""
+    for name in list(os.environ):
+        if name.startswith("TCPRELAY_") and name != "TCPRELAY_REQUIRE_PEERS":
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "no-config"))
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _real_peer(request: pytest.FixtureRequest) -> None:
+    """Skips a test whose real peer is not installed, or fails it where peers are required."""
+    for marker in request.node.iter_markers("peer"):
+        missing = [program for program in marker.args if not shutil.which(program, path=PEER_PATH)]
+        if missing and os.environ.get("TCPRELAY_REQUIRE_PEERS"):
+            pytest.fail(f"required program not found: {', '.join(missing)}")
+        elif missing:
+            pytest.skip(f"program not found: {', '.join(missing)}")
+
+
+PEER_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+
+__all__ = ["PATIENCE", "PEER_PATH", "Bench", "Recorder", "Service", "connect", "echo", "read_all", "read_exactly"]
