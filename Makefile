@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-all check bench dist clean
+.PHONY: demo test test-all lint check bench dist clean
 
 demo: $(VENV)/.runtime  ## a web service through a relay on this machine; ONCE=1 ends after one fetch
 	$(RUN) deploy/demo.py $(if $(ONCE),--once)
@@ -18,11 +18,12 @@ test-all:  ## the tests on every Python from 3.10 to 3.13 that is installed
 	  $(MAKE) --no-print-directory test VENV=.venv-$$version PYTHON=python$$version || exit 1; \
 	done; [ $$found = 1 ] || { echo "no Python from 3.10 to 3.13 found"; exit 1; }
 
-check: $(VENV)/.check  ## ruff, mypy --strict and the tests
+lint: $(VENV)/.lint  ## ruff and mypy --strict
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(MAKE) --no-print-directory test
+
+check: lint test  ## ruff, mypy --strict and the tests
 
 bench: $(VENV)/.test  ## a first look at speed and memory
 	$(RUN) -m tests.bench $(ARGS)
@@ -44,6 +45,6 @@ $(VENV)/.test: $(VENV)/.runtime
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	touch $@
 
-$(VENV)/.check: $(VENV)/.test
+$(VENV)/.lint: $(VENV)/.test
 	$(RUN) -m pip install --quiet --disable-pip-version-check ruff mypy
 	touch $@

@@ -891,7 +891,7 @@ class Splice:
             try:
                 threads.start(self._carry_to_link, left)
             except RuntimeError as error:
-                self.break_off(str(error), link_lost=True)
+                self.break_off(str(error), close_link=True)
                 return
         else:
             left.release()
@@ -906,10 +906,11 @@ class Splice:
         elif self.stream.flushable:
             self.stream.flush()
 
-    def break_off(self, reason: str, force: bool = False, link_lost: bool = False) -> None:
+    def break_off(self, reason: str, force: bool = False, close_link: bool = False) -> None:
         """End both directions with an error; any thread, any number of times, the first reason counts.
 
         Bytes that were read before still go out, for `FLUSH_TIMEOUT` at most; with `force` they do not.
+        The pumps tell the other side by ABORT, and the link lives on, unless it is to be closed.
         """
         with self._lock:
             # The legs are woken under the lock (that never blocks): when the connection is over, its link
@@ -922,14 +923,14 @@ class Splice:
             self.stream.abort(force)
             if isinstance(self.link, Stream):
                 self.link.abort(force)
-            elif force or link_lost:
+            elif close_link:
                 self.link.wake()
 
     def check_time(self, now: float, idle_timeout: float, half_close_timeout: float) -> None:
         """Break off what has carried no byte for too long, or is broken and does not leave; for one thread."""
         if self.reason:
             if now - self._broken_at > FLUSH_TIMEOUT:
-                self.break_off(self.reason, force=True)
+                self.break_off(self.reason, force=True, close_link=True)
             return
         state = (self.to_link + self.from_link, self.to_link_ended, self.from_link_ended)
         if state != self._seen:
@@ -940,7 +941,7 @@ class Splice:
         elif self.to_link_ended != self.from_link_ended and half_close_timeout and quiet >= half_close_timeout:
             self.break_off(f"half closed and idle for {half_close_timeout:g} s", force=True)
         elif quiet >= DEAD_PATH and (path_is_dead(self.stream.sock) or path_is_dead(self.link.sock)):
-            self.break_off("sent bytes are no longer acknowledged", force=True)
+            self.break_off("sent bytes are no longer acknowledged", force=True, close_link=True)
 
     def _carry_to_link(self, left: threading.Lock) -> None:
         try:
@@ -964,7 +965,7 @@ class Splice:
         except LegError as error:
             # An ABORT leaves the link whole.
             lost = error.leg is self.link and not isinstance(error.cause, ConnectionAbortedError)
-            self.break_off(say_error(error), link_lost=lost)
+            self.break_off(say_error(error), close_link=lost)
         except OSError as error:
             self.break_off(f"{self.stream.name}: {say_error(error)}")
         self.from_link_ended = True
@@ -1109,7 +1110,7 @@ class Splices:
         me = threading.get_ident()
         while (splices := self.snapshot()) and deadline.remaining() != 0:
             for splice in splices:
-                splice.break_off(reason, force=True)
+                splice.break_off(reason, force=True, close_link=True)
             with self._condition:
                 if all(splice.thread == me for splice in self._all):
                     return
@@ -1141,7 +1142,7 @@ class Splices:
         for fd, events in poller.poll(0):
             splice, leg = by_fd[fd]
             if events & (select.POLLERR | _RDHUP):
-                splice.break_off(f"{leg.name}: connection lost", link_lost=leg is splice.link)
+                splice.break_off(f"{leg.name}: connection lost", close_link=leg is splice.link)
 
 
 _RDHUP: int = getattr(select, "POLLRDHUP", 0)

@@ -442,14 +442,12 @@ class RelayServer(Relay):
             self._retire(pooled, "no longer needed")
 
     def _retire(self, pooled: PooledLink, reason: str) -> None:
-        """Close an idle link, with BYE."""
+        """Close an idle link in peace, with BYE where the client has not said it."""
         link = pooled.link
-        if isinstance(link, Link) and not link.machine.leaving:
-            try:
-                link.send(BYE)
-                link.stream.complete()
-            except OSError:
-                pass
+        if isinstance(link, Link):
+            if not link.machine.leaving:
+                tcprelay.ignore_oserror(link.send, BYE)
+            link.stream.complete()
         self._drop_link(pooled, reason)
 
     def _drop_link(self, pooled: PooledLink, reason: str) -> None:
@@ -503,7 +501,7 @@ class RelayServer(Relay):
             self._drop_link(pooled, say_error(error))
         else:
             if isinstance(link, Link) and link.machine.leaving:
-                self._drop_link(pooled, "the relay client needs it no longer")
+                self._retire(pooled, "the relay client needs it no longer")
             else:
                 self._give_back(pooled)
 
@@ -552,13 +550,13 @@ class RelayServer(Relay):
     def _find_link(self, client: ServiceClient) -> PooledLink:
         """Offer the service client to one idle link after another until a service answers.  Raises `Refusal`."""
         deadline = Deadline(self.options.pair_timeout)
-        failed: set[PooledLink] = set()
+        failed: set[str] = set()  # relay clients, not links: what one cannot dial on one link it cannot on others
         reason = ""
         while True:
-            pooled = self._pool.take(client.service, failed, deadline, reason)
+            pooled, waited = self._pool.take(client.service, failed, deadline, reason)
             pooled.last_used = time.monotonic()
             try:
-                client.look()
+                client.look(waited)
             except Refusal:
                 self._give_back(pooled)
                 raise
@@ -581,7 +579,7 @@ class RelayServer(Relay):
             self._give_back(pooled)
             if client.gone:
                 raise Refusal(client.gone)
-            failed.add(pooled)
+            failed.add(pooled.client)
 
     def _start(self, link: Link, client: ServiceClient, deadline: Deadline) -> str:
         """START a connection on a link, with what the client has sent and goes on to send; wait for the answer.
@@ -691,9 +689,8 @@ class ServiceClient:
             self.ended = True
         self.early += piece[: count or 0]
 
-    def look(self) -> None:
+    def look(self, waited: bool) -> None:
         """Before a link is spent on it: is it still there?  Raises `Refusal`."""
-        waited = self.seconds > 0.1
         if not self.early and not self.ended:
             self.read_early()
         if self.gone:
@@ -803,7 +800,7 @@ class Pool:
             if self._closed or (isinstance(pooled.link, Link) and pooled.link.machine.leaving):
                 return False
             for waiter in self._waiting[pooled.service]:
-                if pooled not in waiter.failed:
+                if pooled.client not in waiter.failed:
                     self._waiting[pooled.service].remove(waiter)
                     waiter.pooled = pooled
                     waiter.condition.notify()
@@ -812,16 +809,16 @@ class Pool:
             self.selector.register(pooled.link.fd, selectors.EVENT_READ, pooled)
             return True
 
-    def take(self, service: str, failed: set[PooledLink], deadline: Deadline, reason: str = "") -> PooledLink:
-        """An idle link that is not in `failed`, waited for until the deadline, in turn.
+    def take(self, service: str, failed: set[str], deadline: Deadline, reason: str = "") -> tuple[PooledLink, bool]:
+        """An idle link of a relay client that is not in `failed`, waited for until the deadline; and whether it was.
 
-        Where links have failed already nobody waits: `reason` says why the last one did.  Raises `Refusal`.
+        Where one has failed already nobody waits: `reason` says why the last one did.  Raises `Refusal`.
         """
         with self._lock:
             if self._closed:
                 raise Refusal("the relay server is ending")
             if (pooled := self._pick(service, failed)) is not None:
-                return pooled
+                return pooled, False
             if failed:
                 raise Refusal(f"the service cannot be reached: {reason}")
             if len(self._waiting[service]) >= self._max_pending:
@@ -830,7 +827,7 @@ class Pool:
             self._waiting[service].append(waiter)
             waiter.condition.wait_for(lambda: waiter.pooled or self._closed, deadline.remaining())
             if waiter.pooled is not None:
-                return waiter.pooled
+                return waiter.pooled, True
             self._waiting[service].remove(waiter)
             if self._closed:
                 raise Refusal("the relay server is ending")
@@ -875,15 +872,15 @@ class Pool:
                 self._remove(pooled)
             return idle
 
-    def _pick(self, service: str, failed: set[PooledLink]) -> PooledLink | None:
+    def _pick(self, service: str, failed: set[str]) -> PooledLink | None:
         clients = self._idle[service]
         for client, links in clients.items():
-            for pooled in reversed(links):
-                if pooled not in failed:
-                    self._remove(pooled)
-                    if client in clients:
-                        clients.move_to_end(client)
-                    return pooled
+            if client not in failed:
+                pooled = next(reversed(links))
+                self._remove(pooled)
+                if client in clients:
+                    clients.move_to_end(client)
+                return pooled
         return None
 
     def _remove(self, pooled: PooledLink) -> None:
@@ -900,7 +897,7 @@ class _Waiter:
 
     __slots__ = ("condition", "failed", "pooled")
 
-    def __init__(self, condition: threading.Condition, failed: set[PooledLink]) -> None:
+    def __init__(self, condition: threading.Condition, failed: set[str]) -> None:
         self.condition = condition
         self.failed = failed
         self.pooled: PooledLink | None = None

@@ -98,7 +98,10 @@ class Service:
                 pass
 
     def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
+        try:
+            self._listener.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # closed before
         self._listener.close()
         for thread in self._threads:
             thread.join(2 * PATIENCE)
@@ -117,6 +120,7 @@ class Bench:
         self._stack = stack
         self.server_events = Recorder()
         self.client_events = Recorder()
+        self.connections: list[socket.socket] = []
 
     def service(self, serve: Callable[[socket.socket], object] = echo) -> Service:
         service = Service(serve)
@@ -145,7 +149,8 @@ class Bench:
         return server
 
     def connect(self, server: RelayServer, service: str = "default") -> socket.socket:
-        return self._stack.enter_context(connect(server.service_addresses[service]))
+        self.connections.append(self._stack.enter_context(connect(server.service_addresses[service])))
+        return self.connections[-1]
 
     def enter(self, context: Any) -> Any:
         return self._stack.enter_context(context)

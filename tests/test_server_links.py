@@ -1,0 +1,614 @@
+"""The server's side of the link protocol, with a relay client that the test plays."""
+
+from __future__ import annotations
+
+import socket
+import struct
+
+import pytest
+
+import tcprelay_server
+from tcprelay import (
+    ABORT,
+    AUTH,
+    BYE,
+    CHALLENGE,
+    CLIENT,
+    DATA,
+    END,
+    FAIL,
+    HELLO,
+    PING,
+    PONG,
+    READY,
+    REFUSED,
+    SERVER,
+    START,
+    WELCOME,
+    ConnectionClosed,
+    ConnectionFailed,
+    ConnectionOpened,
+    LinkDown,
+    LinkUp,
+    encode_frame,
+    encode_header,
+    prove,
+)
+from tcprelay_server import LinkRefused
+
+from .conftest import Bench, connect, read_all, read_exactly, wait_until
+from .peers_v1 import FakeClient
+
+RESET = struct.pack("ii", 1, 0)
+
+
+def fake(bench: Bench, **options: object) -> FakeClient:
+    """A link of a played client in the pool of a new server."""
+    server = bench.server(**options)
+    link: FakeClient = bench.enter(FakeClient(server))
+    assert link.hello(idle=8).kind == WELCOME
+    wait_until(lambda: server.counters["links_idle"] == 1)
+    return link
+
+
+# The handshake
+
+
+def test_welcome_tells_the_client_what_it_needs(bench: Bench) -> None:
+    """The heartbeat, the service's address, and how many service clients wait."""
+    server = bench.server(heartbeat=7)
+    sock = bench.connect(server)
+    wait_until(lambda: server.counters["waiting"] == 1)
+    link = bench.enter(FakeClient(server))
+    welcome = link.hello()
+    host, port = server.service_addresses["default"]
+    assert welcome.fields == {"heartbeat": 7.0, "address": f"[{host}]:{port}", "waiting": 1}
+    assert link.next().kind == START
+    sock.close()
+
+
+@pytest.mark.parametrize("token", [b"", b"wrong", b"secret-tokeN"])
+def test_a_wrong_token_is_refused_with_a_reason(bench: Bench, token: bytes) -> None:
+    """Nothing gets into the pool, and both sides learn why."""
+    server = bench.server(token="secret-token")
+    link = bench.enter(FakeClient(server))
+    refused = link.hello(token=token)
+    assert refused.kind == REFUSED
+    assert refused.fields["code"] == "token"
+    assert "--token-file" in refused.fields["reason"]
+    [event] = bench.server_events.wait(LinkRefused)
+    assert event.code == "token"
+    assert server.counters["links_idle"] == 0
+    assert "secret-token" not in str(bench.server_events.events)
+
+
+def test_an_auth_cannot_be_replayed(bench: Bench) -> None:
+    """Each handshake has a nonce of the server's own, so that a recorded proof is worth nothing."""
+    server = bench.server(token="secret-token")
+    recorded = bench.enter(FakeClient(server))
+    nonce = {"nonce": "00", "version": 1, "service": "default", "client": "x"}
+    recorded.send(HELLO, nonce)
+    first = recorded.next()
+    proof = prove(b"secret-token", CLIENT, "00", first.text("nonce"), "default", "x")
+    recorded.send(AUTH, {"proof": proof})
+    assert recorded.next().kind == WELCOME
+    replay = bench.enter(FakeClient(server))
+    replay.send(HELLO, nonce)
+    second = replay.next()
+    assert second.kind == CHALLENGE
+    assert second.text("nonce") != first.text("nonce")
+    replay.send(AUTH, {"proof": proof})
+    assert replay.next().kind == REFUSED
+
+
+def test_the_server_proves_that_it_knows_the_token(bench: Bench) -> None:
+    """WELCOME carries the proof of the server's role over the same nonces."""
+    link = bench.enter(FakeClient(bench.server(token="secret-token")))
+    link.send(HELLO, {"version": 1, "service": "default", "client": "me", "nonce": "abc"})
+    nonce = link.next().text("nonce")
+    link.send(AUTH, {"proof": prove(b"secret-token", CLIENT, "abc", nonce, "default", "me")})
+    assert link.next().fields["proof"] == prove(b"secret-token", SERVER, "abc", nonce, "default", "me")
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "words"),
+    [
+        ({"service": "nope"}, "service", "there is no service nope here"),
+        ({"service": "a\nb\x1b"}, "service", r"no service a\nb\x1b here"),
+        ({"version": 2}, "version", "link protocol 1"),
+        ({"service": 5}, "protocol", "service is not a string"),
+        ({"idle": "many"}, "protocol", "idle is not a number"),
+    ],
+)
+def test_a_hello_that_does_not_fit_is_refused(bench: Bench, fields: dict[str, object], code: str, words: str) -> None:
+    """The reason names the fault, escaped."""
+    link = bench.enter(FakeClient(bench.server()))
+    link.send(HELLO, {"version": 1, "service": "default", "client": "x", "nonce": "0", **fields})
+    refused = link.next()
+    assert (refused.kind, refused.fields["code"]) == (REFUSED, code)
+    assert words in refused.fields["reason"]
+    bench.server_events.wait(LinkRefused)
+
+
+@pytest.mark.parametrize(
+    ("noise", "words"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "it speaks HTTP, not the link protocol"),
+        (b"\x16\x03\x01\x02\x00\x01", "it speaks TLS, not the link protocol"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "it speaks SSH, not the link protocol"),
+        (b"\x00" * 1000, "unknown frame type 0"),
+        (encode_frame(PING), "PING from the client where the link is new"),
+        (encode_header(HELLO, 5000), "HELLO of 5000 bytes is longer than 4096"),
+        (encode_header(HELLO, 4) + b"{]}}", "HELLO: the body is not JSON"),
+        (encode_header(DATA, 10) + b"x" * 10, "DATA from the client where the link is new"),
+    ],
+)
+def test_noise_on_the_relay_port_is_refused_at_once(bench: Bench, noise: bytes, words: str) -> None:
+    """One warning, REFUSED with the fault, the connection closed, and nobody else disturbed."""
+    server = bench.relay()
+    with connect(server.relay_address) as sock:
+        sock.sendall(noise)
+        answer = read_all(sock)
+    assert answer[0] == REFUSED
+    assert words.encode() in answer
+    [refused] = bench.server_events.wait(LinkRefused)
+    assert words in refused.reason
+    with bench.connect(server) as other:
+        other.sendall(b"x")
+        assert other.recv(1) == b"x"
+
+
+def test_silence_and_half_a_frame_are_closed_at_the_deadline(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that says nothing, or drips, gets no longer than the handshake's deadline in all."""
+    monkeypatch.setattr("tcprelay.HANDSHAKE_TIMEOUT", 0.3)
+    server = bench.server()
+    silent, half = connect(server.relay_address), connect(server.relay_address)
+    half.sendall(b"\x01\x00")
+    for sock in (silent, half):
+        with sock:
+            assert b"no complete handshake within 0.3 s" in read_all(sock)
+    assert {event.code for event in bench.server_events.wait(LinkRefused, 2)} == {"timeout"}
+
+
+def test_the_oldest_handshake_gives_way(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many silent connections there are, a real client gets in."""
+    monkeypatch.setattr(tcprelay_server, "MAX_HANDSHAKES", 5)
+    server = bench.server()
+    silent = [bench.enter(connect(server.relay_address)) for _ in range(20)]
+    link = bench.enter(FakeClient(server))
+    assert link.hello().kind == WELCOME
+    refused = bench.server_events.wait(LinkRefused, 15)
+    assert {event.reason for event in refused} == {"too many handshakes at once"}
+    assert silent
+
+
+def test_protected_mode(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a token, a link from another host is refused with what to set; with one, or if allowed, it is not."""
+    monkeypatch.setattr("tcprelay.is_loopback", lambda address: False)
+    refused = bench.enter(FakeClient(bench.server())).hello()
+    assert (refused.kind, refused.fields["code"]) == (REFUSED, "protected")
+    assert "--token-file" in refused.fields["reason"]
+    assert bench.enter(FakeClient(bench.server(allow_unauthenticated=True))).hello().kind == WELCOME
+    assert bench.enter(FakeClient(bench.server(token="t"))).hello(token=b"t").kind == WELCOME
+
+
+# Idle links
+
+
+def test_an_idle_link_is_pinged_and_kept(bench: Bench) -> None:
+    """A link that answers PING stays."""
+    link = fake(bench, heartbeat=0.1)
+    for _ in range(5):
+        assert link.next().kind == PING
+        link.send(PONG)
+    assert not bench.server_events.of(LinkDown)
+
+
+def test_a_silent_link_is_evicted(bench: Bench) -> None:
+    """Without an answer to PING it is gone after two and a half heartbeats, and not before."""
+    link = fake(bench, heartbeat=0.2)
+    [up] = bench.server_events.wait(LinkUp)
+    [down] = bench.server_events.wait(LinkDown)
+    assert down.reason == "silent for 0.5 s"
+    assert link.next().kind == PING
+    assert up.client == down.client == "fake"
+
+
+def test_a_lost_link_leaves_the_pool_at_once(bench: Bench) -> None:
+    """The end of an idle link's connection is noticed without a PING."""
+    link = fake(bench)
+    link.close()
+    [down] = bench.server_events.wait(LinkDown)
+    assert down.reason == "the link was closed"
+
+
+def test_a_fault_on_an_idle_link_ends_it(bench: Bench) -> None:
+    """READY without START is answered with REFUSED that says so."""
+    link = fake(bench)
+    link.stream.send(encode_frame(READY))
+    refused = link.next()
+    assert (refused.kind, refused.fields["reason"]) == (REFUSED, "READY from the client where the link is idle")
+
+
+def test_a_client_takes_a_link_back_with_bye(bench: Bench) -> None:
+    """The server takes it from the pool and closes it."""
+    link = fake(bench)
+    link.send(BYE)
+    with pytest.raises(EOFError):
+        link.next()
+    assert link.server.counters["links_idle"] == 0
+
+
+def test_surplus_links_are_retired_with_bye(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that wants one idle link keeps one of three."""
+    monkeypatch.setattr(tcprelay_server, "SURPLUS_TIME", 0.1)
+    server = bench.server(heartbeat=0.5)
+    links = [bench.enter(FakeClient(server)) for _ in range(3)]
+    assert {link.hello(idle=1).kind for link in links} == {WELCOME}
+    wait_until(lambda: server.counters["links_idle"] == 1)
+    assert {event.reason for event in bench.server_events.wait(LinkDown, 2)} == {"surplus"}
+
+
+# Connections
+
+
+def test_start_brings_the_first_bytes_with_it(bench: Bench) -> None:
+    """What the service client has sent while it waited follows START at once, before READY."""
+    server = bench.server()
+    sock = bench.connect(server)
+    sock.sendall(b"early")
+    wait_until(lambda: server.counters["waiting"] == 1)
+    link = bench.enter(FakeClient(server))
+    link.hello()
+    start = link.next()
+    assert start.kind == START
+    assert start.fields["client"] == "{}:{}".format(*sock.getsockname())
+    assert link.read(5) == b"early"
+    sock.sendall(b", more")
+    assert link.read(6) == b", more"
+    sock.shutdown(socket.SHUT_WR)
+    link.read_end()
+    link.send(READY)
+    link.write(b"answer")
+    link.send(END)
+    assert read_all(sock) == b"answer"
+    [closed] = bench.server_events.wait(ConnectionClosed)
+    assert (closed.bytes_in, closed.bytes_out, closed.reason) == (11, 6, "")
+    wait_until(lambda: server.counters["links_idle"] == 1)
+
+
+def test_early_bytes_are_bounded(bench: Bench) -> None:
+    """Before READY the server takes 64 KiB and no more; afterwards all of it arrives."""
+    link = fake(bench)
+    sock = bench.connect(link.server)
+    sock.settimeout(0.5)
+    data = bytes(range(256)) * 40_000
+    sent = 0
+    try:
+        while sent < len(data):
+            sent += sock.send(data[sent:])
+    except TimeoutError:
+        pass
+    assert link.next().kind == START
+    assert link.read(65536) == data[:65536]
+    link.sock.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        link.recv_into(memoryview(bytearray(1)))
+    link.sock.settimeout(None)
+    link.send(READY)
+    assert link.read(sent - 65536) == data[65536:sent]
+    link.send(END)
+    sock.close()
+
+
+def test_a_failed_service_client_is_offered_to_another_relay_client(bench: Bench) -> None:
+    """FAIL: the next client's link gets START with the same bytes, and the first link goes back to the pool."""
+    server = bench.server()
+    one, two = bench.enter(FakeClient(server)), bench.enter(FakeClient(server))
+    one.hello(client="one")
+    two.hello(client="two")
+    wait_until(lambda: server.counters["links_idle"] == 2)
+    sock = bench.connect(server)
+    sock.sendall(b"early")
+    first = one.next()
+    assert first.kind == START
+    assert one.read(5) == b"early"
+    one.send(FAIL, {"reason": "down"})
+    one.read_end()
+    second = two.next()
+    assert second.kind == START
+    assert second.fields["id"] == first.fields["id"]
+    assert two.read(5) == b"early"
+    two.send(READY)
+    two.write(b"answer")
+    two.send(END)
+    sock.shutdown(socket.SHUT_WR)
+    assert read_all(sock) == b"answer"
+    wait_until(lambda: server.counters["links_idle"] == 2)
+    assert not bench.server_events.of(LinkDown)
+
+
+def test_when_all_have_failed_the_service_client_is_reset(bench: Bench) -> None:
+    """With nobody left to offer it to it gets an RST, and the record has the reason, escaped."""
+    link = fake(bench)
+    sock = bench.connect(link.server)
+    assert link.next().kind == START
+    link.send(FAIL, {"reason": "no\nroute"})
+    with pytest.raises(ConnectionResetError):
+        sock.recv(1)
+    [failed] = bench.server_events.wait(ConnectionFailed)
+    assert failed.reason == r"the service cannot be reached: no\nroute"
+
+
+def test_a_link_that_dies_unanswered_is_replaced_where_no_byte_was_sent(bench: Bench) -> None:
+    """START went out alone, so the service client can be offered to the next link."""
+    server = bench.server()
+    one, two = bench.enter(FakeClient(server)), bench.enter(FakeClient(server))
+    one.hello(client="one")
+    two.hello(client="two")
+    wait_until(lambda: server.counters["links_idle"] == 2)
+    sock = bench.connect(server)
+    assert one.next().kind == START
+    one.close()
+    assert two.next().kind == START
+    two.send(READY)
+    two.write(b"hello")
+    assert read_exactly(sock, 5) == b"hello"
+
+
+def test_a_request_is_never_delivered_twice(bench: Bench) -> None:
+    """A link that dies unanswered with bytes on it: the service client is reset, no other link gets them."""
+    server = bench.server()
+    one, two = bench.enter(FakeClient(server)), bench.enter(FakeClient(server))
+    one.hello(client="one")
+    two.hello(client="two")
+    wait_until(lambda: server.counters["links_idle"] == 2)
+    sock = bench.connect(server)
+    sock.sendall(b"order")
+    assert one.next().kind == START
+    assert one.read(5) == b"order"
+    one.close()
+    with pytest.raises(ConnectionResetError):
+        sock.recv(1)
+    [failed] = bench.server_events.wait(ConnectionFailed)
+    assert "lost before the service answered" in failed.reason
+    assert two.receive_now() is None
+
+
+def test_a_link_that_dies_in_mid_connection_is_no_end(bench: Bench) -> None:
+    """Without END the service client gets what came, and then an RST."""
+    link = fake(bench)
+    sock = bench.connect(link.server)
+    assert link.next().kind == START
+    link.send(READY)
+    link.write(b"half")
+    assert read_exactly(sock, 4) == b"half"
+    link.close()
+    with pytest.raises(ConnectionResetError):
+        sock.recv(1)
+    [closed] = bench.server_events.wait(ConnectionClosed)
+    assert closed.reason.endswith("the link was lost")
+
+
+def test_a_link_that_dies_after_its_end_is_noticed(bench: Bench) -> None:
+    """The service has ended, the service client is silent: the loss of the link still ends the connection."""
+    link = fake(bench)
+    sock = bench.connect(link.server)
+    assert link.next().kind == START
+    link.send(READY)
+    link.send(END)
+    assert read_all(sock) == b""
+    link.close()
+    [closed] = bench.server_events.wait(ConnectionClosed)
+    assert closed.reason.endswith("connection lost")
+
+
+def test_a_frame_cut_short_is_no_end(bench: Bench) -> None:
+    """A link that ends inside a DATA frame is an error, too."""
+    link = fake(bench)
+    sock = bench.connect(link.server)
+    link.next()
+    link.send(READY)
+    link.stream.send(encode_header(DATA, 100) + b"x" * 50)
+    assert read_exactly(sock, 50) == b"x" * 50
+    link.stream.complete()
+    link.close()
+    with pytest.raises(ConnectionResetError):
+        sock.recv(1)
+
+
+def test_frames_split_at_every_byte(bench: Bench) -> None:
+    """However the link's bytes are cut into segments, the connection's are the same."""
+    link = fake(bench)
+    sock = bench.connect(link.server)
+    link.next()
+    stream = (
+        encode_frame(READY) + encode_header(DATA, 3) + b"abc" + encode_header(DATA, 0) + encode_header(DATA, 2) + b"de"
+    )
+    for i in range(len(stream)):
+        link.stream.send(stream[i : i + 1])
+    assert read_exactly(sock, 5) == b"abcde"
+    link.machine.send(READY)
+    link.send(END)
+    assert read_all(sock) == b""
+
+
+def test_many_frames_in_one_segment(bench: Bench) -> None:
+    """READY, DATA, END at once: nothing that was read ahead is lost."""
+    link = fake(bench)
+    sock = bench.connect(link.server)
+    link.next()
+    for kind in (READY, END):
+        link.machine.send(kind)
+    link.stream.send(encode_frame(READY) + (encode_header(DATA, 2) + b"ab") * 5000 + encode_frame(END))
+    assert read_all(sock) == b"ab" * 5000
+
+
+def test_an_abort_leaves_the_link_in_use(bench: Bench) -> None:
+    """ABORT resets the service client; after the server's own ABORT the next connection uses the link."""
+    link = fake(bench)
+    sock = bench.connect(link.server)
+    link.next()
+    link.send(READY)
+    link.write(b"part")
+    link.send(ABORT, {"reason": "reset by the service"})
+    assert read_exactly(sock, 4) == b"part"
+    with pytest.raises(ConnectionResetError):
+        sock.recv(1)
+    assert link.next().kind == ABORT
+    bench.connect(link.server)
+    assert link.next().kind == START
+
+
+def test_the_service_client_aborts_before_ready(bench: Bench) -> None:
+    """Its RST goes out as ABORT; after the answer the link is idle again."""
+    link = fake(bench)
+    sock = bench.connect(link.server)
+    assert link.next().kind == START
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    sock.close()
+    abort = link.next()
+    assert (abort.kind, "reset" in abort.fields["reason"]) == (ABORT, True)
+    link.send(READY)
+    link.send(ABORT)
+    [closed] = bench.server_events.wait(ConnectionClosed)
+    assert "reset" in closed.reason
+    wait_until(lambda: link.server.counters["links_idle"] == 1)
+
+
+def test_a_bye_that_crossed_start_does_not_lose_the_service_client(bench: Bench) -> None:
+    """The connection is served to its end, and then the link is closed."""
+    link = fake(bench)
+    sock = bench.connect(link.server)
+    start = link.next()
+    assert start.kind == START
+    link.send(BYE)
+    link.send(READY)
+    link.write(b"served")
+    link.send(END)
+    assert read_all(sock) == b"served"
+    sock.close()
+    link.read_end()
+    with pytest.raises(EOFError):
+        link.next()
+
+
+def test_an_unanswered_start_ends_with_the_pair_timeout(bench: Bench) -> None:
+    """No service client waits longer, and the link is given up."""
+    link = fake(bench, pair_timeout=0.3)
+    sock = bench.connect(link.server)
+    assert link.next().kind == START
+    with pytest.raises(ConnectionResetError):
+        sock.recv(1)
+    [failed] = bench.server_events.wait(ConnectionFailed)
+    assert failed.reason == "no answer from the service within 0.3 s"
+    with pytest.raises((EOFError, ConnectionResetError)):
+        link.next()
+
+
+# Waiting for links
+
+
+def test_waiting_ends_with_the_pair_timeout(bench: Bench) -> None:
+    """A service client for whom no link comes gets an RST and a record that says what to look for."""
+    server = bench.server(pair_timeout=0.2)
+    sock = bench.connect(server)
+    with pytest.raises(ConnectionResetError):
+        sock.recv(1)
+    [failed] = bench.server_events.wait(ConnectionFailed)
+    assert "is a relay client connected?" in failed.reason
+    assert 0.2 <= failed.seconds < 2
+
+
+def test_service_clients_are_served_in_their_order(bench: Bench) -> None:
+    """Who came first gets the first link, and START says how many more wait."""
+    server = bench.server()
+    socks = []
+    for number in range(3):
+        sock = bench.connect(server)
+        sock.sendall(b"%d" % number)
+        socks.append(sock)
+        wait_until(lambda n=number: server.counters["waiting"] == n + 1)  # type: ignore[misc]
+    link = bench.enter(FakeClient(server))
+    link.hello()
+    for number in range(3):
+        start = link.next()
+        assert start.fields["waiting"] == 2 - number
+        assert link.read(1) == b"%d" % number
+        link.send(READY)
+        link.send(END)
+        socks[number].close()
+        link.read_end()
+
+
+def test_the_number_of_waiting_service_clients_is_bounded(bench: Bench) -> None:
+    """One more than --max-pending is refused at once; those who wait go on waiting."""
+    server = bench.server(max_pending=2)
+    waiting = [bench.connect(server) for _ in range(2)]
+    wait_until(lambda: server.counters["waiting"] == 2)
+    with pytest.raises(ConnectionResetError):
+        bench.connect(server).recv(1)
+    [failed] = bench.server_events.wait(ConnectionFailed)
+    assert "--max-pending" in failed.reason
+    bench.client(server, bench.service(lambda s: s.sendall(b"x")).port, num_conn=1)
+    assert [sock.recv(1) for sock in waiting] == [b"x", b"x"]
+
+
+def test_the_number_of_connections_is_bounded(bench: Bench) -> None:
+    """One more than --max-connections is refused; when one ends there is room again."""
+    server = bench.server(max_connections=2)
+    bench.client(server, bench.service().port)
+    socks = [bench.connect(server) for _ in range(2)]
+    for sock in socks:
+        sock.sendall(b"x")
+        assert sock.recv(1) == b"x"
+    with pytest.raises(ConnectionResetError):
+        bench.connect(server).recv(1)
+    assert "--max-connections" in bench.server_events.wait(ConnectionFailed)[0].reason
+    socks[0].shutdown(socket.SHUT_WR)
+    assert read_all(socks[0]) == b""
+    bench.server_events.wait(ConnectionClosed)
+    sock = bench.connect(server)
+    sock.sendall(b"y")
+    assert sock.recv(1) == b"y"
+
+
+def test_a_service_client_that_has_gone_costs_no_link(bench: Bench) -> None:
+    """Who left while waiting is dropped before a link is spent on it."""
+    server = bench.server()
+    gone = [bench.connect(server) for _ in range(5)]
+    wait_until(lambda: server.counters["waiting"] == 5)
+    stays = bench.connect(server)
+    stays.sendall(b"me")
+    wait_until(lambda: server.counters["waiting"] == 6)
+    for sock in gone:
+        sock.close()
+    link = bench.enter(FakeClient(server))
+    link.hello()
+    start = link.next()
+    assert start.fields["client"] == "{}:{}".format(*stays.getsockname())
+    assert len(bench.server_events.wait(ConnectionFailed, 5)) == 5
+    assert not bench.server_events.of(ConnectionOpened)
+
+
+def test_a_burst_is_told_to_the_client(bench: Bench) -> None:
+    """A client with one idle link serves a hundred at once: START and WELCOME say how many wait."""
+    server = bench.server()
+    bench.client(server, bench.service().port, num_conn=1)
+    socks = [bench.connect(server) for _ in range(100)]
+    for sock in socks:
+        sock.sendall(b"x")
+    for sock in socks:
+        assert sock.recv(1) == b"x"
+    assert len(bench.server_events.of(ConnectionOpened)) == 100
+
+
+def test_who_waits_when_the_server_ends_is_reset(bench: Bench) -> None:
+    """Nobody is left hanging until the pair time-out."""
+    server = bench.server(pair_timeout=60)
+    sock = bench.connect(server)
+    wait_until(lambda: server.counters["waiting"] == 1)
+    server.end()
+    with pytest.raises(ConnectionResetError):
+        sock.recv(1)
+    assert bench.server_events.wait(ConnectionFailed)[0].reason == "the relay server is ending"
