@@ -138,9 +138,10 @@ def shown(text: object, limit: int = 120) -> str:
 
 def say_error(error: BaseException) -> str:
     """An exception in the words of a log line: the system's sentence without numbers and class names."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    return str(error) or type(error).__name__
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error) or type(error).__name__
+    # Python puts the address behind some of the system's sentences; here the caller names it.
+    return error.strerror.partition(" (while attempting")[0].lower()
 
 
 class Deadline:
@@ -518,8 +519,9 @@ class Leg(Protocol):
 class Stream:
     """A byte stream over one TCP or Unix socket.
 
-    The socket resets its connection when it is closed, or when the process dies, until `complete` says that
-    both directions are whole: nobody must take a part for the whole.
+    While it carries a connection it is to be reset when it is closed, or when the process dies, until
+    `complete` says that both directions are whole: nobody must take a part for the whole.  What a relay
+    accepts is like that from the start (see `listen`), what it dials from `reset_on_close` on.
     """
 
     spliceable = hasattr(os, "splice")
@@ -1466,7 +1468,10 @@ def parse_seconds(text: str) -> float:
 
 
 def parse_heartbeat(text: str) -> float:
-    seconds = parse_seconds(text)
+    try:
+        seconds = parse_seconds(text)
+    except ValueError:
+        seconds = 0.0
     if not 0.05 <= seconds <= 3600:
         raise ValueError("a number of seconds from 0.05 to 3600")
     return seconds
@@ -1721,10 +1726,12 @@ class Relay:
         """Requested when `end` begins: nothing new is begun, and handshakes are cut short."""
         self._cut: Stop
         """Requested at the drain deadline: whatever still waits for something is cut short."""
+        self._own_threads: list[threading.Thread] = []
+        """The threads that live as long as the role."""
         self._lock = threading.Lock()  # over the three below
         self._started = False
+        self._closed = False
         self._drain: Deadline | None = None
-        self._stragglers: list[str] = []
         self._ended = threading.Event()
 
     def start(self: RelayT) -> RelayT:
@@ -1756,33 +1763,44 @@ class Relay:
             else:
                 self._drain.shorten(timeout)
             drain = self._drain
-        if not first:
-            self._splices.hurry()
-            if not self._threads.is_mine():
-                self._ended.wait(timeout + 2 * JOIN_TIMEOUT)
-        else:
+        if not self._started:
+            return []
+        if first:
             try:
-                if self._started:
-                    self._stragglers = self._end(drain)
+                self._end(drain)
             finally:
                 self._ended.set()
-        return self._stragglers
+        elif not self._is_own_thread():
+            self._splices.hurry()
+            self._ended.wait(timeout + 2 * JOIN_TIMEOUT)
+        else:
+            self._splices.hurry()
+            return []
+        return self._finish()
 
-    def _end(self, drain: Deadline) -> list[str]:
+    def _end(self, drain: Deadline) -> None:
         self._stop.request()
         self._stop_intake()
         if len(self._splices):
             self._emit(Draining(connections=len(self._splices)))
         self._splices.drain(drain)
         self._cut.request()
-        deadline = Deadline(JOIN_TIMEOUT)
-        self._splices.break_off_all("this relay is ending", deadline)
-        stragglers = self._threads.end(deadline)
+        self._splices.break_off_all("this relay is ending", Deadline(JOIN_TIMEOUT))
+
+    def _finish(self) -> list[str]:
+        """Wait for the threads, and give back what they were waiting on; not from one of them."""
+        stragglers = self._threads.end(Deadline(JOIN_TIMEOUT))
         if stragglers:
             self._log.error("still running at the end: %s", ", ".join(stragglers))
-        elif not self._threads.is_mine():
-            self._close()
+        elif not self._is_own_thread():
+            with self._lock:
+                first, self._closed = not self._closed, True
+            if first:
+                self._close()
         return stragglers
+
+    def _is_own_thread(self) -> bool:
+        return self._threads.is_mine() or threading.current_thread() in self._own_threads
 
     def _open(self) -> None:
         """Begin; `end` is called where this raises `OSError`."""
@@ -1793,7 +1811,9 @@ class Relay:
         raise NotImplementedError
 
     def _close(self) -> None:
-        """Give back what threads were waiting on; there are none any more."""
+        """Give back what threads were waiting on, when there are none any more."""
+        for thread in self._own_threads:
+            join(thread, JOIN_TIMEOUT)
         self._stop.close()
         self._cut.close()
 

@@ -214,6 +214,7 @@ class RelayClient(Relay):
         self._services = [Service(publication) for publication in checked.services]
         self._condition = threading.Condition()  # over the links' states in _services
         self._keeper = threading.Thread(target=self._keep, name="tcprelay-client keeper", daemon=True)
+        self._own_threads = [self._keeper]
 
     @property
     def counters(self) -> dict[str, int]:
@@ -469,6 +470,7 @@ class RelayClient(Relay):
             raise EOFError("the relay closed it")
         record = {"id": secrets.token_hex(4), "service": service.name, "peer": f"relay {self._relay}"}
         self._set_busy(service, waiting=0)
+        link.reset_on_close()
         try:
             sock = tcprelay.dial(service.target, stop=self._cut)
         except OSError as error:

@@ -234,6 +234,7 @@ class RelayServer(Relay):
         self._bound: dict[str, tuple[str, int]] = {}
         self._acceptor = threading.Thread(target=self._accept, name="tcprelay-server acceptor", daemon=True)
         self._keeper = threading.Thread(target=self._keep, name="tcprelay-server keeper", daemon=True)
+        self._own_threads = [self._acceptor, self._keeper]
 
     # Beginning and ending
 
@@ -293,9 +294,8 @@ class RelayServer(Relay):
             self._retire(pooled, "ending")
 
     def _close(self) -> None:
-        tcprelay.join(self._keeper, tcprelay.JOIN_TIMEOUT)
-        self._pool.selector.close()
         super()._close()
+        self._pool.selector.close()
 
     # Accepting
 

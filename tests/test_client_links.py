@@ -1,0 +1,351 @@
+"""The client's side of the link protocol, with a relay server that the test plays."""
+
+from __future__ import annotations
+
+import logging
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import tcprelay_client
+from tcprelay import (
+    AUTH,
+    BYE,
+    CHALLENGE,
+    CLIENT,
+    DATA,
+    END,
+    FAIL,
+    HELLO,
+    PING,
+    PONG,
+    READY,
+    REFUSED,
+    SERVER,
+    START,
+    WELCOME,
+    ConnectionFailed,
+    Deadline,
+    Link,
+    LinkDown,
+    RelayClient,
+    RelayServer,
+    encode_frame,
+    encode_header,
+    prove,
+)
+from tcprelay_client import Published, Unpublished
+
+from .conftest import PATIENCE, Bench, Service, connect, read_exactly, wait_until
+from .peers_v1 import FakeServer
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    with FakeServer() as fake:
+        yield fake
+
+
+def client_of(bench: Bench, server: FakeServer, service: Service | int, **options: Any) -> RelayClient:
+    """A client of the played server, with one idle link unless told otherwise."""
+    port = service if isinstance(service, int) else service.port
+    options = {"num_conn": 1, "drain_timeout": 0.0, "on_event": bench.client_events, **options}
+    client: RelayClient = bench.enter(RelayClient("127.0.0.1", port, "127.0.0.1", server.port, **options))
+    return client
+
+
+def unused_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+def next_frame(link: Link) -> Any:
+    return link.receive(Deadline(PATIENCE))
+
+
+def test_hello_says_who_and_what(bench: Bench, server: FakeServer) -> None:
+    """Version, service, client, name, idle links wanted and a fresh nonce; the same client id on every link."""
+    client_of(bench, server, unused_port(), num_conn=2, name="nas")
+    first, second = server.welcome(server.accept()), server.welcome(server.accept())
+    for hello in (first, second):
+        assert hello.fields["version"] == 1
+        assert (hello.fields["service"], hello.fields["name"], hello.fields["idle"]) == ("default", "nas", 2)
+    assert first.fields["client"] == second.fields["client"]
+    assert first.fields["nonce"] != second.fields["nonce"]
+
+
+def test_ping_is_answered(bench: Bench, server: FakeServer) -> None:
+    """An idle link answers each PING with PONG."""
+    client_of(bench, server, unused_port())
+    link = server.accept()
+    server.welcome(link)
+    for _ in range(3):
+        link.send(PING)
+        assert next_frame(link).kind == PONG
+
+
+def test_start_dials_and_ready_follows(bench: Bench, server: FakeServer) -> None:
+    """START makes the client dial; READY tells that the service answered; bytes pass; the link is idle again."""
+    client_of(bench, server, bench.service())
+    link = server.accept()
+    server.welcome(link)
+    for number in range(3):
+        link.send(START, {"id": f"c{number}", "client": "192.0.2.1:5", "waiting": 0})
+        link.stream.send(encode_header(DATA, 5) + b"early")
+        link.send(END)
+        assert next_frame(link).kind == READY
+        view = memoryview(bytearray(5))
+        assert link.recv_into(view) == 5
+        assert bytes(view) == b"early"
+        assert link.recv_into(view) == 0
+        link.send(PING)
+        assert next_frame(link).kind == PONG
+
+
+def test_fail_says_why(bench: Bench, server: FakeServer) -> None:
+    """A service that cannot be dialled is FAIL with the reason; the link is used again after the server's END."""
+    port = unused_port()
+    client_of(bench, server, port)
+    link = server.accept()
+    server.welcome(link)
+    for _ in range(2):
+        link.send(START, {"id": "c1"})
+        link.stream.send(encode_header(DATA, 3) + b"abc")
+        fail = next_frame(link)
+        assert (fail.kind, fail.fields) == (
+            FAIL,
+            {"reason": f"cannot reach 127.0.0.1:{port}: connection refused"},
+        )
+        link.send(END)
+    assert len(bench.client_events.wait(ConnectionFailed, 2)) == 2
+
+
+def test_a_link_is_replaced_as_soon_as_it_is_started(bench: Bench, server: FakeServer) -> None:
+    """START leaves too few idle links: another HELLO comes although no byte has flowed."""
+    client_of(bench, server, bench.service())
+    link = server.accept()
+    server.welcome(link)
+    link.send(START, {"id": "c1"})
+    assert server.welcome(server.accept()).kind == HELLO
+
+
+def test_as_many_links_as_service_clients_wait(bench: Bench, server: FakeServer) -> None:
+    """START with 5 waiting brings 5 links for them and one to stay idle, all at once; the answers ask for no more."""
+    client_of(bench, server, bench.service())
+    link = server.accept()
+    server.welcome(link)
+    link.send(START, {"id": "c1", "waiting": 5})
+    links = [server.accept() for _ in range(6)]
+    for number, more in enumerate(links):
+        server.welcome(more, waiting=max(0, 5 - number))
+    server._listener.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        server.accept()
+
+
+def test_max_conn_bounds_the_links(bench: Bench, server: FakeServer) -> None:
+    """However many wait, the client has no more links than it may."""
+    client_of(bench, server, bench.service(), max_conn=3)
+    link = server.accept()
+    server.welcome(link)
+    link.send(START, {"id": "c1", "waiting": 50})
+    for _ in range(2):
+        server.welcome(server.accept())
+    server._listener.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        server.accept()
+
+
+def test_bye_of_the_server_is_obeyed(bench: Bench, server: FakeServer) -> None:
+    """A link that the server gives up is closed, and replaced where it was needed."""
+    client_of(bench, server, unused_port())
+    link = server.accept()
+    server.welcome(link)
+    link.send(BYE)
+    with pytest.raises(EOFError):
+        next_frame(link)
+    server.welcome(server.accept())
+
+
+def test_a_silent_server_is_left(bench: Bench, server: FakeServer) -> None:
+    """Without a PING for 2.5 heartbeats the client takes the link for dead and opens another."""
+    client_of(bench, server, unused_port())
+    server.welcome(server.accept(), heartbeat=0.1)
+    began = time.monotonic()
+    [down] = bench.client_events.wait(LinkDown)
+    assert down.reason == "no PING in time"
+    assert 0.2 <= time.monotonic() - began < 2
+    server.welcome(server.accept())
+
+
+def test_an_ending_client_says_bye_and_serves_what_crossed(bench: Bench, server: FakeServer) -> None:
+    """START that crosses BYE is answered, carried to its end, and then the link is closed."""
+    client = client_of(bench, server, bench.service(lambda s: s.sendall(b"still here")), drain_timeout=PATIENCE)
+    link = server.accept()
+    server.welcome(link)
+    wait_until(lambda: client.counters["links_idle"] == 1)
+    ender = threading.Thread(target=client.end)
+    ender.start()
+    assert next_frame(link).kind == BYE
+    link.send(START, {"id": "c1"})
+    assert next_frame(link).kind == READY
+    view = memoryview(bytearray(10))
+    have = 0
+    while have < 10:
+        have += link.recv_into(view[have:])
+    assert bytes(view) == b"still here"
+    assert link.recv_into(view) == 0
+    link.send(END)
+    with pytest.raises(EOFError):
+        next_frame(link)
+    ender.join(PATIENCE)
+    assert not ender.is_alive()
+
+
+def test_the_client_wants_the_server_to_know_the_token(bench: Bench, server: FakeServer) -> None:
+    """A server that does not ask for the token, or proves nothing, is not trusted with the service."""
+    client_of(bench, server, unused_port(), token="secret-token")
+    link = server.accept()
+    server.welcome(link)
+    [event] = bench.client_events.wait(Unpublished)
+    assert "did not prove that it knows the token" in event.reason
+    assert not bench.client_events.of(Published)
+
+
+def test_the_token_never_crosses_the_wire(bench: Bench, server: FakeServer) -> None:
+    """AUTH is the proof over both nonces, and a wrong proof of the server's is refused."""
+    client_of(bench, server, unused_port(), token="secret-token")
+    link = server.accept()
+    hello = next_frame(link)
+    link.send(CHALLENGE, {"nonce": "server-nonce"})
+    auth = next_frame(link)
+    parts = (hello.fields["nonce"], "server-nonce", "default", hello.fields["client"])
+    assert (auth.kind, auth.fields) == (AUTH, {"proof": prove(b"secret-token", CLIENT, *parts)})
+    link.send(WELCOME, {"proof": prove(b"other-token", SERVER, *parts)})
+    [event] = bench.client_events.wait(Unpublished)
+    assert "did not prove that it knows the token" in event.reason
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (encode_frame(REFUSED, {"code": "x", "reason": "not\nyou"}), r"refused by the relay: not\nyou"),
+        (encode_frame(CHALLENGE, {"nonce": "n"}), "the relay asks for a token; set --token-file or --token"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "the relay port answers with HTTP"),
+        (b"SSH-2.0-OpenSSH\r\n", "the relay port answers with SSH"),
+        (b"\x15\x03\x01\x00\x02\x02\x46", "not the link protocol"),
+        (b"", "closed the link without a word"),
+    ],
+)
+def test_why_there_is_no_link_is_told_once(bench: Bench, server: FakeServer, answer: bytes, words: str) -> None:
+    """The reason, whatever the server answers, in one event however often it is tried."""
+    client_of(bench, server, unused_port())
+    for _ in range(2):
+        link = server.accept()
+        next_frame(link)
+        link.sock.sendall(answer)
+        link.stream.complete()
+        link.close()
+    wait_until(lambda: bench.client_events.of(Unpublished))
+    server.welcome(server.accept())
+    bench.client_events.wait(Published)
+    [event] = bench.client_events.of(Unpublished)
+    assert words in event.reason
+
+
+@pytest.fixture
+def quick_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tcprelay_client, "FIRST_BACKOFF", 0.02)
+    monkeypatch.setattr(tcprelay_client, "LAST_BACKOFF", 0.1)
+
+
+pytestmark = pytest.mark.usefixtures("quick_backoff")
+
+
+def test_a_relay_that_is_not_there_is_told_once_and_found_later(bench: Bench) -> None:
+    """The client goes on trying, says so once, and publishes when the relay is there."""
+    server = bench.server()
+    port = server.relay_address[1]
+    server.end()
+    client = bench.enter(RelayClient("127.0.0.1", 1, "127.0.0.1", port, 2, on_event=bench.client_events))
+    bench.client_events.wait(Unpublished)
+    service = client._services[0]
+    wait_until(lambda: service.failures >= 5)
+    assert [event.reason for event in bench.client_events.of(Unpublished)] == ["connection refused"]
+    again = bench.enter(RelayServer(port, 0))
+    wait_until(lambda: again.counters["links_idle"] == 2)
+    assert len(bench.client_events.of(Published)) == 1
+
+
+def test_the_span_of_the_backoff_doubles_up_to_its_cap(
+    bench: Bench, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Full jitter: each wait is a random part of a span that doubles with every failure."""
+    monkeypatch.setattr(tcprelay_client, "FIRST_BACKOFF", 1.0)
+    monkeypatch.setattr(tcprelay_client, "LAST_BACKOFF", 30.0)
+    client = RelayClient("127.0.0.1", 1, "127.0.0.1", server.port, 1)
+    spans: list[float] = []
+
+    def uniform(low: float, high: float) -> float:
+        assert low == 0.0
+        spans.append(high)
+        return high
+
+    monkeypatch.setattr(random, "uniform", uniform)
+    service = client._services[0]
+    for _ in range(8):
+        with client._condition:
+            client._back_off(service)
+            client._back_off(service)  # failed together with the first: counts once
+        service.retry_at = 0.0
+    assert spans == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
+
+
+def test_after_a_failure_one_link_probes(bench: Bench, server: FakeServer) -> None:
+    """While the relay refuses, a client with many links tries with one at a time."""
+    client = client_of(bench, server, unused_port(), num_conn=5)
+    for link in [server.accept() for _ in range(5)]:
+        next_frame(link)
+        link.close()
+    wait_until(lambda: client._services[0].connecting == 1)
+    probe = server.accept()
+    server._listener.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        server.accept()
+    server._listener.settimeout(PATIENCE)
+    server.welcome(probe)
+    for _ in range(4):
+        server.welcome(server.accept())
+    wait_until(lambda: client.counters["links_idle"] == 5)
+
+
+def test_an_unknown_relay_host_is_an_error_at_start(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that does not exist is told at once, with nothing left running."""
+
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    client = RelayClient("localhost", 1, "no-such-host.invalid", 1)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(OSError, match="unknown relay host no-such-host"):
+        client.start()
+
+
+def test_log_lines_of_a_connection_bear_its_id(
+    bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening and closing lines of both relays begin with the same id."""
+    caplog.set_level(logging.INFO)
+    server = bench.relay()
+    with connect(server.service_addresses["default"]) as sock:
+        sock.sendall(b"x")
+        assert read_exactly(sock, 1) == b"x"
+    wait_until(lambda: sum("complete after" in record.getMessage() for record in caplog.records) == 2)
+    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("[")]
+    assert len(lines) == 4
+    assert len({line[:10] for line in lines}) == 1

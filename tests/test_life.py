@@ -1,0 +1,278 @@
+"""How servers and clients begin and end: from any thread, at any time, with nothing left behind."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+
+import pytest
+
+import tcprelay
+from tcprelay import (
+    ConnectionClosed,
+    ConnectionOpened,
+    Draining,
+    Event,
+    RelayClient,
+    RelayServer,
+    create_relay_client,
+    create_relay_server,
+)
+from tcprelay_server import AcceptPaused, Listening
+
+from .conftest import PATIENCE, Bench, connect, read_all, read_exactly, wait_until
+
+
+def test_the_reference_s_functions(bench: Bench) -> None:
+    """`create_relay_server` and `create_relay_client` start at once; `end` is the word for stopping."""
+    service = bench.service()
+    server = create_relay_server(0, 0)
+    client = create_relay_client("localhost", service.port, "localhost", server.relay_address[1], 1)
+    with connect(server.service_addresses["default"]) as sock:
+        sock.sendall(b"hello")
+        assert read_exactly(sock, 5) == b"hello"
+    client.end()
+    server.end()
+    with pytest.raises(ConnectionRefusedError):
+        connect(server.service_addresses["default"])
+
+
+def test_ending_before_starting_and_twice(bench: Bench) -> None:
+    """`end` may come at any time and any number of times; a relay that has ended cannot be started."""
+    server = RelayServer(0, 0)
+    server.end()
+    server.end()
+    with pytest.raises(RuntimeError):
+        server.start()
+    client = RelayClient("localhost", 1, "localhost", 1, 1)
+    client.end()
+    client.end()
+
+
+def test_ending_from_many_threads_at_once(bench: Bench) -> None:
+    """Each caller returns when the relay has ended."""
+    server = bench.relay()
+    sock = bench.connect(server)
+    sock.sendall(b"x")
+    assert sock.recv(1) == b"x"
+    threads = [threading.Thread(target=server.end) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("kind", [ConnectionOpened, ConnectionClosed])
+def test_ending_from_an_event(bench: Bench, kind: type[Event]) -> None:
+    """`end` may be called in the thread that tells an event, and does not wait for itself."""
+    took: list[float] = []
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, kind):
+            began = time.monotonic()
+            server.end(0)
+            took.append(time.monotonic() - began)
+
+    server = bench.server(on_event=on_event)
+    bench.client(server, bench.service().port)
+    sock = bench.connect(server)
+    sock.sendall(b"x")
+    try:
+        sock.recv(1)
+        sock.shutdown(socket.SHUT_WR)
+        sock.recv(1)
+    except OSError:
+        pass
+    wait_until(lambda: took)
+    assert took[0] < 3
+    server.end()  # from outside, to wait for the thread that ended it
+
+
+def test_an_event_listener_that_fails_disturbs_nothing(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """The error is logged, the connection goes on."""
+
+    def on_event(event: Event) -> None:
+        raise RuntimeError("a listener's own fault")
+
+    server = bench.server(on_event=on_event)
+    bench.client(server, bench.service().port)
+    sock = bench.connect(server)
+    sock.sendall(b"x")
+    assert sock.recv(1) == b"x"
+    assert "on_event failed for ConnectionOpened" in caplog.text
+
+
+def test_connections_finish_while_the_server_drains(bench: Bench) -> None:
+    """`end` accepts nothing new and lets what is open come to its end."""
+    server = bench.relay(drain_timeout=PATIENCE)
+    sock = bench.connect(server)
+    sock.sendall(b"before")
+    assert read_exactly(sock, 6) == b"before"
+    ender = threading.Thread(target=server.end)
+    ender.start()
+    bench.server_events.wait(Draining)
+    with pytest.raises(OSError):
+        connect(server.service_addresses["default"]).close()
+    sock.sendall(b"after")
+    sock.shutdown(socket.SHUT_WR)
+    assert read_all(sock) == b"after"
+    ender.join(PATIENCE)
+    assert not ender.is_alive()
+    [closed] = bench.server_events.of(ConnectionClosed)
+    assert closed.reason == ""
+
+
+def test_what_does_not_finish_is_reset_at_the_drain_deadline(bench: Bench) -> None:
+    """The service client sees an error, not an end, and the record says why."""
+    server = bench.relay(drain_timeout=0.3)
+    sock = bench.connect(server)
+    sock.sendall(b"x")
+    assert sock.recv(1) == b"x"
+    began = time.monotonic()
+    server.end()
+    assert 0.3 <= time.monotonic() - began < 3
+    with pytest.raises(ConnectionResetError):
+        sock.recv(1)
+    [closed] = bench.server_events.of(ConnectionClosed)
+    assert closed.reason == "this relay is ending"
+
+
+def test_a_second_end_hurries(bench: Bench) -> None:
+    """A further call with a shorter time-out ends the draining."""
+    server = bench.relay(drain_timeout=60)
+    sock = bench.connect(server)
+    sock.sendall(b"x")
+    assert sock.recv(1) == b"x"
+    ender = threading.Thread(target=server.end)
+    ender.start()
+    bench.server_events.wait(Draining)
+    began = time.monotonic()
+    server.end(0)
+    ender.join(PATIENCE)
+    assert time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize("ends_first", ["server", "client"])
+def test_blocked_senders_are_woken(bench: Bench, ends_first: str) -> None:
+    """Neither a stalled service client nor a stalled service keeps a relay from ending."""
+    stop = threading.Event()
+
+    def serve(sock: socket.socket) -> None:
+        sock.settimeout(0.2)
+        try:
+            while not stop.is_set():
+                sock.sendall(b"x" * 65536)
+        except TimeoutError:
+            stop.wait(PATIENCE)
+
+    server = bench.server()
+    client = bench.client(server, bench.service(serve).port)
+    sock = bench.connect(server)
+    sock.settimeout(0.2)
+    try:
+        while True:
+            sock.sendall(b"y" * 65536)  # nobody reads on either side
+    except TimeoutError:
+        pass
+    began = time.monotonic()
+    assert (server if ends_first == "server" else client).end(0) == []
+    assert time.monotonic() - began < 3
+    stop.set()
+
+
+def test_a_port_in_use_is_an_error_with_nothing_left_bound(bench: Bench) -> None:
+    """The message names the address; the ports that had been bound are free again."""
+    taken = bench.enter(socket.create_server(("127.0.0.1", 0)))
+    port = taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        relay_port = free.getsockname()[1]
+    server = RelayServer(relay_port, port, hostname="127.0.0.1")
+    with pytest.raises(OSError, match=rf"cannot listen on 127.0.0.1:{port}: address already in use"):
+        server.start()
+    socket.create_server(("127.0.0.1", relay_port)).close()
+
+
+def test_listening_addresses(bench: Bench) -> None:
+    """Port 0 takes a free port, which the API and the events tell; by default IPv4 and IPv6 reach it."""
+    server = bench.server(service=["other=127.0.0.1:0"])
+    assert set(server.service_addresses) == {"default", "other"}
+    told = {event.service: event.address for event in bench.server_events.of(Listening)}
+    assert told[""].endswith(f":{server.relay_address[1]}")
+    assert told["other"] == "127.0.0.1:{}".format(server.service_addresses["other"][1])
+    hosts = ["127.0.0.1", "::1"] if socket.has_dualstack_ipv6() else ["127.0.0.1"]
+    for host in hosts:
+        socket.create_connection((host, server.service_addresses["default"][1]), PATIENCE).close()
+
+
+def test_accepted_sockets_inherit_the_options(bench: Bench) -> None:
+    """No delay, keepalive and RST on close are set on the listener, once, and hold for what it accepts."""
+    listener = bench.enter(tcprelay.listen("127.0.0.1", 0))
+    bench.enter(connect(listener.getsockname()))
+    listener.setblocking(True)
+    sock, _ = listener.accept()
+    with sock:
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8) == tcprelay.RESET_ON_CLOSE
+
+
+def test_accepting_survives_a_lack_of_threads(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection for which no thread can be had is refused; when there are threads again, the next is served."""
+    server = bench.relay()
+    real = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if "tcprelay" in thread.name:
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        socks = [bench.connect(server) for _ in range(20)]  # more than threads are parked
+        [paused, *_] = bench.server_events.wait(AcceptPaused)
+        assert paused.reason == "cannot start a thread"
+        assert len(bench.server_events.of(AcceptPaused)) <= 2
+        for sock in socks:
+            sock.close()
+    with bench.connect(server) as sock:
+        sock.sendall(b"x")
+        assert sock.recv(1) == b"x"
+
+
+def test_threads_are_parked_and_used_again() -> None:
+    """A thread that has done its work runs the next function, and all end together."""
+    threads = tcprelay.Threads("test")
+    seen = []
+    for _ in range(20):
+        done = threading.Event()
+        threads.start(lambda done=done: (seen.append(threading.get_ident()), done.set()))  # type: ignore[func-returns-value]
+        assert done.wait(PATIENCE)
+        wait_until(lambda: threads._parked)
+    assert len(set(seen)) == 1
+    assert threads.end(tcprelay.Deadline(PATIENCE)) == []
+    with pytest.raises(RuntimeError, match="ending"):
+        threads.start(print)
+
+
+def test_parked_threads_go_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a burst has left behind does not stay."""
+    monkeypatch.setattr(tcprelay.Threads, "PARKED", 0.05)
+    threads = tcprelay.Threads("test")
+    barrier = threading.Barrier(11)
+    for _ in range(10):
+        threads.start(barrier.wait)
+    barrier.wait(PATIENCE)
+    wait_until(lambda: len(threads) == 0)
+    threads.end(tcprelay.Deadline(0))
+
+
+def test_an_error_in_a_thread_is_logged_and_the_thread_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    """A bug in one connection's thread does not take the thread away from the next."""
+    threads = tcprelay.Threads("test")
+    threads.start(lambda: 1 // 0)
+    wait_until(lambda: threads._parked)
+    assert "ZeroDivisionError" in caplog.text
+    assert len(threads) == 1
+    assert threads.end(tcprelay.Deadline(PATIENCE)) == []

@@ -1,0 +1,349 @@
+"""Options from the command line, the environment and files; what wrong ones get."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tcprelay
+import tcprelay_client
+import tcprelay_server
+from tcprelay import ConnectionClosed, options_of
+from tcprelay_client import ClientOptions
+from tcprelay_server import ServerOptions
+
+SERVER = ["--relay-port", "1080", "--service-port", "1081"]
+CLIENT = ["--port", "22", "--relay-host", "relay", "--relay-port", "1080"]
+
+
+def server(*words: str) -> ServerOptions:
+    return tcprelay.parse_options("tcprelays", "", ServerOptions, words)[0]
+
+
+def client(*words: str) -> ClientOptions:
+    return tcprelay.parse_options("tcprelayc", "", ClientOptions, words)[0]
+
+
+def error(capsys: pytest.CaptureFixture[str], status: int = 2) -> str:
+    """The one line of a command that has ended."""
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1, err
+    return err.rstrip("\n")
+
+
+def test_the_defaults() -> None:
+    """What the issue and the README promise."""
+    options = server(*SERVER)
+    assert (options.pair_timeout, options.heartbeat, options.drain_timeout) == (20, 15, 10)
+    assert (options.idle_timeout, options.wire, options.hostname, options.token) == (0, "v1", "", "")
+    assert (client(*CLIENT).num_conn, client(*CLIENT).host) == (8, "localhost")
+
+
+def test_node_tcp_relay_s_spellings() -> None:
+    """Its README's command lines are understood as they stand."""
+    options = server("--relayPort", "10080", "--servicePort", "10081", "--hostname", "127.0.0.1")
+    assert (options.relay_port, options.service_port, options.hostname) == (10080, 10081, "127.0.0.1")
+    other = client("--host", "h", "--port", "10080", "--relayHost", "r", "--relayPort", "1", "--numConn", "3")
+    assert (other.host, other.port, other.relay_host, other.relay_port, other.num_conn) == ("h", 10080, "r", 1, 3)
+
+
+def test_command_line_before_environment_before_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same option from three places: each gives way to the one before it."""
+    config = tmp_path / "c.conf"
+    config.write_text("relay-port = 1\nservice-port = 2\nheartbeat = 3\npair-timeout = 4\n")
+    monkeypatch.setenv("TCPRELAY_SERVICE_PORT", "22")
+    monkeypatch.setenv("TCPRELAY_HEARTBEAT", "33")
+    options = server("--config", str(config), "--heartbeat", "333")
+    assert (options.relay_port, options.service_port, options.heartbeat, options.pair_timeout) == (1, 22, 333, 4)
+
+
+def test_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything a container needs comes from variables, lists with commas."""
+    monkeypatch.setenv("TCPRELAY_RELAY_PORT", "1")
+    monkeypatch.setenv("TCPRELAY_SERVICE", "web=8080, ssh=127.0.0.1:2222")
+    monkeypatch.setenv("TCPRELAY_ALLOW_UNAUTHENTICATED", "true")
+    options = server()
+    assert [(s.name, s.host, s.port) for s in options.services] == [("web", "", 8080), ("ssh", "127.0.0.1", 2222)]
+    assert options.allow_unauthenticated
+
+
+def test_the_default_places_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file in the user's configuration directory is read, unless --config names another."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "tcprelay").mkdir()
+    (tmp_path / "tcprelay" / "server.conf").write_text("heartbeat = 5\n")
+    other = tmp_path / "other.conf"
+    other.write_text("pair-timeout = 6\n")
+    assert server(*SERVER).heartbeat == 5
+    options = server(*SERVER, "--config", str(other))
+    assert (options.heartbeat, options.pair_timeout) == (15, 6)
+
+
+def test_repeated_keys_in_a_file_add_up(tmp_path: Path) -> None:
+    """`service = …` may stand on several lines, or as a list; comments and sections are allowed."""
+    config = tmp_path / "c.conf"
+    config.write_text("# server\n[server]\nrelay-port = 1\nservice = a=1\nservice = b=2 # two\nservice = [c=3, d=4]\n")
+    assert [s.name for s in server("--config", str(config)).services] == ["a", "b", "c", "d"]
+
+
+def test_several_services_on_the_client() -> None:
+    """--publish is repeatable; IPv6 in brackets, Unix sockets by path."""
+    options = client("--relay-host", "r", "--relay-port", "1", "--publish", "a=[::1]:80", "--publish", "b=unix:/run/x")
+    assert [str(s.target) for s in options.services] == ["[::1]:80", "unix:/run/x"]
+    assert [str(s.target) for s in client(*CLIENT, "--publish", "web=nas:80").services] == ["localhost:22", "nas:80"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--relay-port", "99999"],
+            "--relay-port '99999' (from command line): accepted is: a port is a number from 0 to 65535",
+        ),
+        (["--heartbeat", "soon"], "--heartbeat 'soon' (from command line): accepted is: a number of seconds from 0.05"),
+        (["--pair-timeout", "-1"], "--pair-timeout '-1' (from command line): accepted is: a number of seconds, 0 or"),
+        (["--pair-timeout", "nan"], "accepted is: a number of seconds"),
+        (["--wire", "v2"], "--wire 'v2' (from command line): accepted is: v1 or raw"),
+        (["--service", "web"], "accepted is: a service is written NAME=PORT or NAME=ADDRESS:PORT"),
+        (["--service", "w b=1"], "accepted is: a name has 1 to 64 letters"),
+        (["--service", "a=::1:80"], "an IPv6 one [HOST]:PORT"),
+        (["--service", "default=1"], "two services have the same name"),
+        (["--max-pending", "٣"], "accepted is: a whole number"),
+        (["--allow-unauthenticated", "maybe"], "accepted is: true or false"),
+        (["--log-level", "loud"], "accepted is: debug or info or warning or error"),
+        (["--token", ""], "--token (from command line): accepted is: it must not be empty"),
+        (["--token", "a", "--token-file", "b"], "give --token or --token-file, not both"),
+        (["--token", "a", "--wire", "raw"], "--wire raw cannot check a token"),
+        (["--secret", "a"], "--secret is for --wire raw"),
+        (["--no-such", "x"], "unknown option: --no-such"),
+        (["--tokn=hunter2"], "unknown option: --tokn"),
+        (["word"], "unknown option: a word without an option"),
+        (["--heartbeat"], "argument --heartbeat: expected one argument"),
+    ],
+)
+def test_a_wrong_option_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It names the option, the value, where it came from and what is accepted; the status is 2."""
+    with pytest.raises(SystemExit) as caught:
+        server(*SERVER, *words)
+    assert caught.value.code == 2
+    line = error(capsys)
+    assert line.startswith("tcprelays: ")
+    assert message in line
+    assert "hunter2" not in line
+
+
+def test_where_a_wrong_value_came_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The variable, or the file, stands in the message."""
+    monkeypatch.setenv("TCPRELAY_HEARTBEAT", "x")
+    with pytest.raises(SystemExit):
+        server(*SERVER)
+    assert "--heartbeat 'x' (from environment variable TCPRELAY_HEARTBEAT)" in error(capsys)
+    monkeypatch.delenv("TCPRELAY_HEARTBEAT")
+    config = tmp_path / "c.conf"
+    config.write_text("heartbeat = y\n")
+    with pytest.raises(SystemExit):
+        server(*SERVER, "--config", str(config))
+    assert f"--heartbeat 'y' (from {config})" in error(capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("hearbeat = 5", "line 1: unknown option hearbeat"),
+        ("\n= hunter2", "line 2: not a line of the form key = value"),
+    ],
+)
+def test_a_wrong_line_in_a_file(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """File and line are named, the line itself (it may hold a secret) is not shown."""
+    config = tmp_path / "c.conf"
+    config.write_text(text)
+    with pytest.raises(SystemExit) as caught:
+        server(*SERVER, "--config", str(config))
+    assert caught.value.code == 2
+    line = error(capsys)
+    assert f"{config}, {message}" in line
+    assert "hunter2" not in line
+
+
+@pytest.mark.parametrize("missing", [["--config", "/no/such/file"], ["--token-file", "/no/such/file"]])
+def test_a_missing_file_is_one_line(missing: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """The file and the reason, with status 1."""
+    with pytest.raises(SystemExit) as caught:
+        tcprelay_server.main([*SERVER, *missing, "--check"])
+    assert caught.value.code == 1
+    assert "/no/such/file: no such file or directory" in error(capsys)
+
+
+def test_what_is_required_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a port or a relay there is one line for it."""
+    for main, words, message in (
+        (tcprelay_server.main, [], "--relay-port is required"),
+        (tcprelay_server.main, ["--relay-port", "1"], "--service-port or --service is required"),
+        (tcprelay_client.main, [], "--relay-host is required"),
+        (tcprelay_client.main, ["--relay-host", "x"], "--relay-port is required"),
+        (tcprelay_client.main, ["--relay-host", "x", "--relay-port", "1"], "--port (with --host) or --publish"),
+        (tcprelay_client.main, [*CLIENT, "--num-conn", "0"], "--num-conn must be at least 1"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        assert caught.value.code == 2
+        assert message in error(capsys)
+
+
+@pytest.mark.parametrize("source", ["option", "environment", "config", "file", "empty file", "empty variable"])
+def test_each_source_of_the_token_is_enforced(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From wherever it comes it is the token; one that is empty is an error, never no token."""
+    words = []
+    file = tmp_path / "file"
+    if source == "option":
+        words = ["--token", "the-token"]
+    elif source == "environment":
+        monkeypatch.setenv("TCPRELAY_TOKEN", "the-token")
+    elif source == "empty variable":
+        monkeypatch.setenv("TCPRELAY_TOKEN", "")
+    elif source == "config":
+        file.write_text("token = the-token\n")
+        words = ["--config", str(file)]
+    else:
+        file.write_text("the-token\nmore\n" if source == "file" else "\n")
+        words = ["--token-file", str(file)]
+    if source.startswith("empty"):
+        with pytest.raises(SystemExit) as caught:
+            tcprelay_server.main([*SERVER, *words, "--check"])
+        assert caught.value.code == 2
+        assert "empty" in error(capsys)
+    else:
+        assert server(*SERVER, *words).read_token() == b"the-token"
+
+
+def test_check_says_that_all_is_well(capsys: pytest.CaptureFixture[str]) -> None:
+    """--check ends with status 0 and binds nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert tcprelay_server.main(["--relay-port", port, "--service-port", port, "--check"]) == 0
+    assert capsys.readouterr().out == "tcprelays: the configuration is valid\n"
+    assert tcprelay_client.main([*CLIENT, "--check"]) == 0
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """--version says the command and the version."""
+    with pytest.raises(SystemExit) as caught:
+        client("--version")
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"tcprelayc {tcprelay.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("main", "cls"), [(tcprelay_server.main, ServerOptions), (tcprelay_client.main, ClientOptions)]
+)
+def test_help(main: Any, cls: type[tcprelay.Options], capsys: pytest.CaptureFixture[str]) -> None:
+    """Each option stands in --help with its help and default, in groups, and no value of a secret does."""
+    with pytest.raises(SystemExit) as caught:
+        main(["--token", "hunter2", "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    flat = re.sub(r"\s+", " ", text)
+    for name, info in options_of(cls):
+        assert f"--{name.replace('_', '-')}" in text
+        assert re.sub(r"\s+", " ", info.help) in flat
+        if info.default:
+            assert f"(default: {info.default})" in flat
+    for group in ("Addresses", "Connections", "Links", "Trust", "Running"):
+        assert f"\n{group}:\n" in text
+    assert "hunter2" not in text
+
+
+@pytest.mark.parametrize(("role", "words"), [("server", SERVER), ("client", CLIENT)])
+def test_both_roles_from_the_core(role: str, words: list[str]) -> None:
+    """`python3 -m tcprelay server` and `… client` are the two commands."""
+    for command in ([sys.executable, "-m", "tcprelay", role], [sys.executable, "-m", f"tcprelay_{role}"]):
+        done = subprocess.run([*command, *words, "--check"], capture_output=True, text=True, timeout=30, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+    done = subprocess.run([sys.executable, "-m", "tcprelay"], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_port_in_use_is_one_line() -> None:
+    """The command ends with status 1 and names the address."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        words = ["--relay-port", port, "--service-port", "0", "--hostname", "127.0.0.1", "--log-level", "error"]
+        done = subprocess.run(
+            [sys.executable, "-m", "tcprelay", "server", *words],
+            capture_output=True, text=True, timeout=30, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == f"tcprelays: cannot listen on 127.0.0.1:{port}: address already in use\n"
+
+
+def test_an_unknown_host_is_one_line() -> None:
+    """A --hostname that is no address of this host: status 1."""
+    words = ["--relay-port", "0", "--service-port", "0", "--hostname", "192.0.2.1", "--log-level", "error"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tcprelay", "server", *words], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr == "tcprelays: cannot listen on 192.0.2.1:0: cannot assign requested address\n"
+
+
+def test_a_secret_is_not_in_the_process_list_when_it_comes_from_elsewhere(tmp_path: Path) -> None:
+    """From a file or the environment it never becomes an argument."""
+    token = tmp_path / "token"
+    token.write_text("hunter2\n")
+    code = "import tcprelay_server, sys; sys.exit(tcprelay_server.main())"
+    for extra, variables in ((["--token-file", str(token)], {}), ([], {"TCPRELAY_TOKEN": "hunter2"})):
+        done = subprocess.run(
+            [sys.executable, "-c", code + "or print(open('/proc/self/cmdline').read())", *SERVER, *extra, "--check"],
+            env={**os.environ, **variables}, capture_output=True, text=True, timeout=30, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0
+        assert "hunter2" not in done.stdout + done.stderr
+
+
+def test_json_log_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each record is a JSON object in one line; an event has its name and its fields."""
+    tcprelay.set_up_logging("info", "json")
+    logger = logging.getLogger("tcprelay")
+    try:
+        events = tcprelay.Events(logging.getLogger("tcprelay.server"), None)
+        closed = ConnectionClosed(
+            id="1", service="web", peer="192.0.2.1:5", bytes_in=1, bytes_out=2, seconds=3.0, reason=""
+        )
+        events(closed)
+        logger.warning("a line\nwith a break")
+        first, second = capsys.readouterr().err.splitlines()
+    finally:
+        logger.handlers.clear()
+        logger.propagate = True
+        logger.setLevel(logging.NOTSET)
+    entry = json.loads(first)
+    assert entry["event"] == "ConnectionClosed"
+    assert entry["level"] == "info"
+    assert dataclasses.asdict(closed).items() <= entry.items()
+    assert json.loads(second)["message"] == "a line\nwith a break"
+
+
+def test_an_api_option_that_does_not_fit(tmp_path: Path) -> None:
+    """The constructors raise `ValueError` for what the commands refuse."""
+    with pytest.raises(ValueError, match="--wire raw cannot check a token"):
+        tcprelay.RelayServer(0, 0, wire="raw", token="x")
+    with pytest.raises(ValueError, match="NAME=PORT"):
+        tcprelay.RelayServer(0, service=["x"])
+    with pytest.raises(FileNotFoundError):
+        tcprelay.RelayServer(0, 0, token_file=str(tmp_path / "none"))
