@@ -878,6 +878,7 @@ class Splice:
         self._lock = threading.Lock()  # reason, _broken_at, _over
         self._broken_at = 0.0
         self._over = False
+        self._halted = False  # the pumps stop, whatever there is to carry
         # For `check_time` alone: how many bytes there were when it last looked, and since when.
         self._seen = (-1, False, False)
         self._quiet_since = self.opened
@@ -897,16 +898,19 @@ class Splice:
                 return
         else:
             left.release()
-        self._carry_from_link()
-        left.acquire()
-        with self._lock:
-            self._over = True
-        if not self.reason:
-            self.stream.complete()
-            if isinstance(self.link, Stream):
-                self.link.complete()
-        elif self.stream.flushable:
-            self.stream.flush()
+        try:
+            self._carry_from_link()
+        finally:
+            left.acquire()
+            with self._lock:
+                self._over = True
+        for leg in (self.stream, self.link):
+            if not isinstance(leg, Stream):
+                continue
+            if not self.reason:
+                leg.complete()
+            elif leg.flushable:
+                leg.flush()
 
     def break_off(self, reason: str, force: bool = False, close_link: bool = False) -> None:
         """End both directions with an error; any thread, any number of times, the first reason counts.
@@ -914,19 +918,25 @@ class Splice:
         Bytes that were read before still go out, for `FLUSH_TIMEOUT` at most; with `force` they do not.
         The pumps tell the other side by ABORT, and the link lives on, unless it is to be closed.
         """
+        self._note(reason)
         with self._lock:
             # The legs are woken under the lock (that never blocks): when the connection is over, its link
             # may be carrying another one.
             if self._over:
                 return
-            if not self.reason:
-                self.reason = reason
-                self._broken_at = time.monotonic()
+            self._halted = True
             self.stream.abort(force)
             if isinstance(self.link, Stream):
                 self.link.abort(force)
             elif close_link:
                 self.link.wake()
+
+    def _note(self, reason: str) -> None:
+        """Remember why it failed.  The direction that is not concerned goes on to its own end, which will come."""
+        with self._lock:
+            if not self.reason and not self._over:
+                self.reason = reason
+                self._broken_at = time.monotonic()
 
     def check_time(self, now: float, idle_timeout: float, half_close_timeout: float) -> None:
         """Break off what has carried no byte for too long, or is broken and does not leave; for one thread."""
@@ -952,7 +962,16 @@ class Splice:
                 if not self.reason:
                     self.link.end()
             except OSError as error:
-                self.break_off(say_error(error))
+                # Where the link failed, the other pump still reads what it holds, and then finds out itself.
+                # Where the stream did, ABORT tells the other side, or on the raw wire an RST.
+                stream_failed = isinstance(error, LegError) and error.leg is self.stream
+                if stream_failed and isinstance(self.link, Stream):
+                    self.break_off(say_error(error))
+                else:
+                    self._note(say_error(error))
+            except BaseException:
+                self.break_off("unexpected error", force=True, close_link=True)
+                raise
             if self.reason and isinstance(self.link, Link):
                 ignore_oserror(self.link.abort, self.reason)
         finally:
@@ -965,11 +984,18 @@ class Splice:
             if not self.reason:
                 self.stream.end()
         except LegError as error:
-            # An ABORT leaves the link whole.
-            lost = error.leg is self.link and not isinstance(error.cause, ConnectionAbortedError)
-            self.break_off(say_error(error), close_link=lost)
+            if error.leg is self.link:
+                # What ends the link's side ends the connection; an ABORT leaves the link itself whole.
+                lost = not isinstance(error.cause, ConnectionAbortedError)
+                self.break_off(say_error(error), close_link=lost)
+            else:
+                # The stream was reset: the other pump still reads what had come before the RST, then its error.
+                self._note(say_error(error))
         except OSError as error:
-            self.break_off(f"{self.stream.name}: {say_error(error)}")
+            self._note(f"{self.stream.name}: {say_error(error)}")
+        except BaseException:
+            self.break_off("unexpected error", force=True, close_link=True)
+            raise
         self.from_link_ended = True
         if self.reason and isinstance(self.link, Link):
             try:
@@ -986,7 +1012,7 @@ class Splice:
                 count = source.recv_into(view[HEADER:])
             except OSError as error:
                 raise LegError(source, error) from error
-            if count == 0 or self.reason:
+            if count == 0 or self._halted:
                 return
             try:
                 sink.send_buffer(view, count)
@@ -1024,7 +1050,7 @@ class Splice:
                     source.took_bulk(count)
                 except OSError as error:
                     raise LegError(source, error) from error
-                if count == 0 or self.reason:
+                if count == 0 or self._halted:
                     return True
                 try:
                     sink.announce_bulk(count)
@@ -1432,6 +1458,9 @@ class Option:
     """The default in words."""
 
 
+OPTION_GROUPS = ("Addresses", "Trust", "Links", "Connections", "Running")
+
+
 def option(
     default: Any,
     parse: Callable[[str], Any],
@@ -1446,7 +1475,7 @@ def option(
 ) -> Any:
     """A field of an options class."""
     if shown_default is None:
-        shown_default = "" if default is None or default == () or default == "" else f"{default}".lower()
+        shown_default = "" if default in (None, (), "") else str(default).lower().removesuffix(".0")
     info = Option(parse, help, group, metavar, spelling, many, secret, shown_default)
     return field(default=default, metadata={"option": info})
 
@@ -1534,6 +1563,9 @@ class Options:
     token: str = option(
         "", parse_secret, "secret that server and client prove to each other; better given by file or environment",
         group="Trust", metavar="SECRET", secret=True)  # fmt: skip
+    secret: str = option(
+        "", parse_secret, "node-tcp-relay 0.0.13's shared key; --wire raw only, crosses the wire readable",
+        group="Trust", metavar="KEY", secret=True)  # fmt: skip
     token_file: str = option(
         "", parse_secret, "file whose first line is the token", group="Trust", metavar="FILE")  # fmt: skip
     drain_timeout: float = option(
@@ -1551,6 +1583,8 @@ class Options:
             raise ValueError("give --token or --token-file, not both")
         if self.wire == "raw" and (self.token or self.token_file):
             raise ValueError("--wire raw cannot check a token: leave it out, or use --wire v1 on both sides")
+        if self.secret and self.wire != "raw":
+            raise ValueError("--secret is for --wire raw; otherwise use --token")
 
     def read_token(self) -> bytes:
         """The token, from wherever it is; empty where there is none.  Raises `OSError` and `ValueError`."""
@@ -1657,7 +1691,7 @@ def _make_parser(prog: str, description: str, cls: type[Options], argv: list[str
     places = [f"/etc/tcprelay/{file}", os.path.join(home, "tcprelay", file)]
     chosen = "TCPRELAY_CONFIG" in os.environ or any(w.partition("=")[0] == "--config" for w in argv)
     parser = Parser(
-        prog=prog, description=description, allow_abbrev=False, add_help=False,
+        prog=prog, usage=f"{prog} [options]", description=description, allow_abbrev=False, add_help=False,
         default_config_files=[] if chosen else places, config_file_parser_class=ConfigFile,
         config_file_open_func=open_file, add_config_file_help=False, add_env_var_help=False,
         formatter_class=lambda prog: HelpFormatter(prog, max_help_position=30, width=110),
@@ -1665,11 +1699,9 @@ def _make_parser(prog: str, description: str, cls: type[Options], argv: list[str
         f"configuration file (relay-port = 10080): the one named by --config, or {' and '.join(places)}. "
         "The command line goes before the environment, and that before the file.",
     )  # fmt: skip
-    groups: dict[str, Any] = {}
+    groups = {name: parser.add_argument_group(name) for name in OPTION_GROUPS}
     known: set[str] = set()
     for name, info in options_of(cls):
-        if info.group not in groups:
-            groups[info.group] = parser.add_argument_group(info.group)
         dashed = name.replace("_", "-")
         names = [f"--{dashed}"] + ([f"--{info.spelling}"] if info.spelling and info.spelling != dashed else [])
         known.update(n[2:] for n in names)

@@ -98,9 +98,6 @@ class ClientOptions(Options):
     name: str = option(
         "", str, "what the relay server calls this client in its log", group="Links", metavar="NAME",
         shown_default="this host's name")  # fmt: skip
-    secret: str = option(
-        "", tcprelay.parse_secret, "node-tcp-relay 0.0.13's shared key; --wire raw only, crosses the wire readable",
-        group="Trust", metavar="KEY", secret=True)  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,8 +112,6 @@ class ClientOptions(Options):
             raise ValueError("two services have the same name")
         if self.num_conn < 1:
             raise ValueError("--num-conn must be at least 1")
-        if self.secret and self.wire != "raw":
-            raise ValueError("--secret is for --wire raw; otherwise use --token")
         if self.wire == "raw" and len(services) > 1:
             raise ValueError("--wire raw carries one service: links have no name there")
 

@@ -109,9 +109,6 @@ class ServerOptions(Options):
     heartbeat: float = option(
         15.0, parse_heartbeat, "seconds between two PINGs on an idle link; it is dead after 2.5 silent ones",
         group="Links", metavar="SECONDS")  # fmt: skip
-    secret: str = option(
-        "", tcprelay.parse_secret, "node-tcp-relay 0.0.13's shared key; --wire raw only, crosses the wire readable",
-        group="Trust", metavar="KEY", secret=True)  # fmt: skip
     allow_unauthenticated: bool = option(
         False, parse_flag, "accept links from other hosts although neither token nor certificates are asked for",
         group="Trust")  # fmt: skip
@@ -127,8 +124,6 @@ class ServerOptions(Options):
             raise ValueError("two services have the same name")
         if self.wire == "raw" and len(services) > 1:
             raise ValueError("--wire raw carries one service: links have no name there")
-        if self.secret and self.wire != "raw":
-            raise ValueError("--secret is for --wire raw; otherwise use --token")
 
     @property
     def services(self) -> list[ServicePort]:

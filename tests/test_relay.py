@@ -370,3 +370,32 @@ def test_a_timeout_is_told_to_the_other_relay(bench: Bench) -> None:
     assert at_client.reason == "idle for 0.3 s"
     assert at_server.reason.endswith("idle for 0.3 s")
     assert not bench.server_events.of(LinkDown)
+
+
+@pytest.mark.parametrize("wire", ["v1", "raw"])
+def test_an_answer_before_a_reset_still_arrives(bench: Bench, wire: str) -> None:
+    """A service that answers and closes while the service client still sends: the answer is not lost."""
+
+    def serve(sock: socket.socket) -> None:
+        read_exactly(sock, 100_000)
+        sock.sendall(b"too large" * 10_000)
+        wait_until(lambda: unsent_bytes(sock) == 0)
+        # closing with unread bytes resets the connection
+
+    server = bench.relay(serve, wire=wire)
+    sock = bench.connect(server)
+    errors: list[OSError] = []
+
+    def send() -> None:
+        try:
+            while True:
+                sock.sendall(bytes(65536))
+        except OSError as error:
+            errors.append(error)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert read_exactly(sock, 90_000) == b"too large" * 10_000
+    sender.join(PATIENCE)
+    assert isinstance(errors[0], (ConnectionResetError, BrokenPipeError))
+    assert bench.server_events.wait(ConnectionClosed)[0].reason

@@ -30,6 +30,7 @@ from tcprelay import (
     ConnectionOpened,
     LinkDown,
     LinkUp,
+    RelayServer,
     encode_frame,
     encode_header,
     prove,
@@ -44,10 +45,15 @@ RESET = struct.pack("ii", 1, 0)
 
 def fake(bench: Bench, **options: object) -> FakeClient:
     """A link of a played client in the pool of a new server."""
-    server = bench.server(**options)
+    return pooled(bench, bench.server(**options), "fake")
+
+
+def pooled(bench: Bench, server: RelayServer, client: str) -> FakeClient:
+    """A link of a played client, once it is in the pool (behind the links that are there already)."""
+    idle = server.counters["links_idle"]
     link: FakeClient = bench.enter(FakeClient(server))
-    assert link.hello(idle=8).kind == WELCOME
-    wait_until(lambda: server.counters["links_idle"] == 1)
+    assert link.hello(idle=8, client=client).kind == WELCOME
+    wait_until(lambda: server.counters["links_idle"] == idle + 1)
     return link
 
 
@@ -304,10 +310,7 @@ def test_early_bytes_are_bounded(bench: Bench) -> None:
 def test_a_failed_service_client_is_offered_to_another_relay_client(bench: Bench) -> None:
     """FAIL: the next client's link gets START with the same bytes, and the first link goes back to the pool."""
     server = bench.server()
-    one, two = bench.enter(FakeClient(server)), bench.enter(FakeClient(server))
-    one.hello(client="one")
-    two.hello(client="two")
-    wait_until(lambda: server.counters["links_idle"] == 2)
+    one, two = pooled(bench, server, "one"), pooled(bench, server, "two")
     sock = bench.connect(server)
     sock.sendall(b"early")
     first = one.next()
@@ -343,10 +346,7 @@ def test_when_all_have_failed_the_service_client_is_reset(bench: Bench) -> None:
 def test_a_link_that_dies_unanswered_is_replaced_where_no_byte_was_sent(bench: Bench) -> None:
     """START went out alone, so the service client can be offered to the next link."""
     server = bench.server()
-    one, two = bench.enter(FakeClient(server)), bench.enter(FakeClient(server))
-    one.hello(client="one")
-    two.hello(client="two")
-    wait_until(lambda: server.counters["links_idle"] == 2)
+    one, two = pooled(bench, server, "one"), pooled(bench, server, "two")
     sock = bench.connect(server)
     assert one.next().kind == START
     one.close()
@@ -359,10 +359,7 @@ def test_a_link_that_dies_unanswered_is_replaced_where_no_byte_was_sent(bench: B
 def test_a_request_is_never_delivered_twice(bench: Bench) -> None:
     """A link that dies unanswered with bytes on it: the service client is reset, no other link gets them."""
     server = bench.server()
-    one, two = bench.enter(FakeClient(server)), bench.enter(FakeClient(server))
-    one.hello(client="one")
-    two.hello(client="two")
-    wait_until(lambda: server.counters["links_idle"] == 2)
+    one, two = pooled(bench, server, "one"), pooled(bench, server, "two")
     sock = bench.connect(server)
     sock.sendall(b"order")
     assert one.next().kind == START
