@@ -209,6 +209,15 @@ def wait_for(fd: int, events: int, deadline: Deadline, stop: Stop | None = None)
         raise Stopping("ending")
 
 
+def resolve(host: str, port: int) -> list[tuple[int, Any]]:
+    """The addresses of a host, as pairs of family and socket address.  Raises `OSError`."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except UnicodeError as error:  # a label that is empty or too long
+        raise OSError(socket.EAI_NONAME, f"{shown(host)} is not a host name") from error
+    return [(family, address) for family, _, _, _, address in found]
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A non-blocking listening TCP socket; host "" is every address, IPv6 and IPv4 together where both exist.
 
@@ -216,7 +225,7 @@ def listen(host: str, port: int) -> socket.socket:
     until somebody disarms it.  Raises `OSError`.
     """
     if host:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, address = resolve(host, port)[0]
         listener = socket.create_server(address[:2], family=family, backlog=1024)
     elif socket.has_dualstack_ipv6():
         listener = socket.create_server(("::", port), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
@@ -234,14 +243,8 @@ def dial(target: Endpoint, timeout: float = DIAL_TIMEOUT, stop: Stop | None = No
     Raises `OSError` (the last address's error) and `Stopping`.
     """
     deadline = Deadline(timeout)
-    addresses: list[tuple[int, Any]]
-    if target.path:
-        addresses = [(socket.AF_UNIX, target.path)]
-    else:
-        found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
-        addresses = [(family, address) for family, _, _, _, address in found]
     problem = OSError("no address")
-    for family, address in addresses:
+    for family, address in [(socket.AF_UNIX, target.path)] if target.path else resolve(target.host, target.port):
         sock = socket.socket(family, socket.SOCK_STREAM)
         try:
             _connect(sock, address, deadline, stop)
@@ -377,7 +380,7 @@ class LinkMachine:
         if kind == REFUSED:
             return CLOSED
         state = TRANSITIONS.get((self.state, sender, kind))
-        if state is None or sender in self._ended:
+        if state is None or sender in self._ended or (kind == BYE and self.leaving):
             raise LinkFault(f"{FRAME_NAMES[kind]} from the {sender} where the link is {self.state}")
         return state
 
@@ -779,12 +782,13 @@ class Link:
     def discard(self, most: int = 1 << 20) -> None:
         """Receive and drop until the other side has ended its direction too.
 
-        Raises `OSError`, also when more than `most` bytes come: then a new link costs less than the rest.
+        Raises `OSError`, also when more than `most` bytes come after this side has ended its own: then a new
+        link costs less than the rest.
         """
         scrap = memoryview(bytearray(LARGE_BUFFER))
         try:
             while not self.machine.has_ended(self.machine.peer) and (count := self.recv_into(scrap)):
-                most -= count
+                most -= count if self.machine.has_ended(self.machine.role) else 0
                 if most < 0:
                     raise ConnectionResetError("the other side did not stop sending")
         except ConnectionAbortedError:
@@ -872,10 +876,12 @@ class Splice:
         self.opened = time.monotonic()
         self.thread = threading.get_ident()
         self.to_link_ended = False
-        """The stream's end was passed on (by the pump, or before the link was ready)."""
+        """The pump to the link has left, or there was nothing left for it to do."""
+        self.said_end = False
+        """The link was told that the stream has ended, and is complete."""
         self.from_link_ended = False
         self._pumps: int = 0
-        self._lock = threading.Lock()  # reason, _broken_at, _over
+        self._lock = threading.Lock()  # reason, said_end, _broken_at, _over, _halted
         self._broken_at = 0.0
         self._over = False
         self._halted = False  # the pumps stop, whatever there is to carry
@@ -959,7 +965,9 @@ class Splice:
         try:
             try:
                 self._pump(self.stream, self.link, inbound=True)
-                if not self.reason:
+                with self._lock:
+                    self.said_end = not self.reason
+                if self.said_end:
                     self.link.end()
             except OSError as error:
                 # Where the link failed, the other pump still reads what it holds, and then finds out itself.
@@ -997,11 +1005,16 @@ class Splice:
             self.break_off("unexpected error", force=True, close_link=True)
             raise
         self.from_link_ended = True
-        if self.reason and isinstance(self.link, Link):
-            try:
-                self.link.discard()
-            except OSError:
-                self.link.wake()
+        if not self.reason or not isinstance(self.link, Link):
+            return
+        with self._lock:
+            said_end = self.said_end
+        try:
+            if said_end:
+                raise ConnectionResetError("after END only the link's own end says that something went wrong")
+            self.link.discard()
+        except OSError:
+            self.link.wake()
 
     def _pump(self, source: Leg, sink: Leg, *, inbound: bool) -> None:
         """Pass bytes on until the source ends or the connection is broken off.  Raises `LegError`."""

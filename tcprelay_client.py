@@ -204,7 +204,7 @@ class RelayClient(Relay):
         )
         super().__init__("tcprelay.client", checked, checked.max_conn, on_event)
         self._id = secrets.token_hex(8)
-        self._name = checked.name or socket.gethostname()
+        self._name = (checked.name or socket.gethostname())[:64]
         self._relay = Endpoint(relay_host, relay_port)
         self._services = [Service(publication) for publication in checked.services]
         self._condition = threading.Condition()  # over the links' states in _services
@@ -221,10 +221,10 @@ class RelayClient(Relay):
     def _open(self) -> None:
         """Begin.  Raises `OSError` where the relay server's name does not exist; anything else is tried again."""
         try:
-            socket.getaddrinfo(self._relay.host, self._relay.port, type=socket.SOCK_STREAM)
-        except socket.gaierror as error:
+            tcprelay.resolve(self._relay.host, self._relay.port)
+        except OSError as error:
             if error.errno == socket.EAI_NONAME:
-                raise OSError(error.errno, f"unknown relay host {self._relay.host}") from error
+                raise OSError(error.errno, f"unknown relay host {shown(self._relay.host)}") from error
         self._keeper.start()
 
     def _stop_intake(self) -> None:
@@ -299,11 +299,15 @@ class RelayClient(Relay):
     def _run_link(self, service: Service) -> None:
         """A link from dialling to its end; the top of its thread."""
         try:
+            link, reason = None, "unexpected error"
             try:
                 link = self._connect(service)
             except (OSError, EOFError) as error:
-                self._note_failure(service, say_error(error))
-            else:
+                reason = say_error(error)
+            finally:
+                if link is None:
+                    self._note_failure(service, reason)
+            if link is not None:
                 self._use_link(link, service)
         finally:
             self._splices.leave()
@@ -344,14 +348,14 @@ class RelayClient(Relay):
                 return stream
             link = Link(stream, CLIENT)
             welcome = self._greet(link, service)
-        except TimeoutError:
+            link.heartbeat = max(0.05, welcome.number("heartbeat", 15, 3600))
+            address, waiting = shown(welcome.text("address")), int(welcome.number("waiting", 0, 1e6))
+        except BaseException as error:
             stream.close()
-            raise TimeoutError(f"no WELCOME within {tcprelay.HANDSHAKE_TIMEOUT:g} s") from None
-        except (OSError, EOFError):
-            stream.close()
+            if isinstance(error, TimeoutError):
+                raise TimeoutError(f"no WELCOME within {tcprelay.HANDSHAKE_TIMEOUT:g} s") from None
             raise
-        link.heartbeat = welcome.number("heartbeat", 15, 3600)
-        self._note_success(service, shown(welcome.text("address")), int(welcome.number("waiting", 0, 1e6)))
+        self._note_success(service, address, waiting)
         return link
 
     def _greet(self, link: Link, service: Service) -> Frame:

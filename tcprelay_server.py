@@ -41,7 +41,7 @@ from typing import Any
 
 import tcprelay
 from tcprelay import (
-    ABORT, BYE, CHALLENGE, CLIENT, DATA, END, FAIL, HELLO, IDLE, PING, READY, SERVER, START, WELCOME,
+    ABORT, BYE, CHALLENGE, CLIENT, DATA, END, FAIL, HELLO, IDLE, PING, PONG, READY, SERVER, START, WELCOME,
     ConnectionClosed, ConnectionFailed, ConnectionOpened, Deadline, Endpoint, Event, Link, LinkDown, LinkFault,
     LinkUp, Options, Relay, Splice, Stopping, Stream, encode_frame, encode_header, option, parse_count,
     parse_endpoint, parse_flag, parse_heartbeat, parse_name, parse_port, parse_seconds, say_error, show_address,
@@ -385,7 +385,7 @@ class RelayServer(Relay):
             if not tcprelay.is_proof(auth.text("proof"), expected):
                 raise Refusal("the token is wrong or missing; set the server's with --token-file or --token", "token")
             proof = tcprelay.prove(self._token, SERVER, nonce, own_nonce, service, client)
-        if service not in self._bound:
+        if service not in self.service_addresses:
             raise Refusal(f"there is no service {shown(service, 64)} here; add --service to the server", "service")
         pooled = PooledLink(link, service, client, shown(hello.text("name"), 64), show_address(link.stream.peer))
         pooled.wanted = int(hello.number("idle", 1, 1e6))
@@ -486,7 +486,7 @@ class RelayServer(Relay):
             while (frame := link.receive_now()) is not None:
                 if frame.kind == tcprelay.REFUSED:
                     raise EOFError(f"the relay client gave it up: {shown(frame.text('reason'))}")
-                pooled.last_heard = time.monotonic()
+                pooled.take_pong(frame.kind)
         except LinkFault as error:
             if isinstance(link, Link):
                 refused = encode_frame(tcprelay.REFUSED, {"code": "protocol", "reason": str(error)})
@@ -516,6 +516,7 @@ class RelayServer(Relay):
             self._retire(pooled, "surplus")
         else:
             pooled.last_pinged = now
+            pooled.pongs_due += 1
             try:
                 pooled.link.send(PING)
             except OSError as error:
@@ -559,7 +560,7 @@ class RelayServer(Relay):
                 if isinstance(pooled.link, Stream):
                     pooled.link.send(client.early)
                     return pooled
-                reason = self._start(pooled.link, client, deadline)
+                reason = self._start(pooled, pooled.link, client, deadline)
             except (OSError, EOFError) as error:
                 self._drop_link(pooled, say_error(error))
                 if isinstance(error, TimeoutError):
@@ -576,7 +577,7 @@ class RelayServer(Relay):
                 raise Refusal(client.gone)
             failed.add(pooled.client)
 
-    def _start(self, link: Link, client: ServiceClient, deadline: Deadline) -> str:
+    def _start(self, pooled: PooledLink, link: Link, client: ServiceClient, deadline: Deadline) -> str:
         """START a connection on a link, with what the client has sent and goes on to send; wait for the answer.
 
         Returns why the service could not be reached, "" when it answered.  Nothing here can block beyond the
@@ -596,6 +597,7 @@ class RelayServer(Relay):
             if frame is not None and frame.kind == tcprelay.REFUSED:
                 raise EOFError(f"the relay client gave it up: {shown(frame.text('reason'))}")
             if frame is not None:
+                pooled.take_pong(frame.kind)
                 continue
             reading = not out and client.may_send_more
             poller = select.poll()
@@ -627,6 +629,7 @@ class RelayServer(Relay):
         splice = Splice(client.id, client.service, client.stream, link)
         splice.to_link = len(client.early)
         splice.to_link_ended = isinstance(link, Link) and link.machine.has_ended(SERVER)
+        splice.said_end = splice.to_link_ended and client.ended
         if client.gone:
             splice.break_off(client.gone)
         client.early = bytearray()
@@ -642,6 +645,7 @@ class RelayServer(Relay):
             )  # fmt: skip
             client.stream.close()
             if isinstance(link, Link) and link.machine.state == IDLE:
+                pooled.last_heard = pooled.last_used = time.monotonic()
                 self._give_back(pooled)
             else:
                 self._drop_link(pooled, splice.reason or "its connection is over")
@@ -752,6 +756,17 @@ class PooledLink:
         self.wanted = 1
         """How many idle links its client wants."""
         self.last_heard = self.last_used = self.last_pinged = time.monotonic()
+        self.pongs_due = 0
+        """PINGs without an answer so far."""
+
+    def take_pong(self, kind: int) -> None:
+        """Note a frame between connections.  Raises `LinkFault` for a PONG that nobody asked for: a flood of
+        them would keep the keeper busy."""
+        self.last_heard = time.monotonic()
+        if kind == PONG:
+            self.pongs_due -= 1
+            if self.pongs_due < 0:
+                raise LinkFault("PONG without PING")
 
 
 class Pool:

@@ -107,6 +107,9 @@ def main() -> int:
     except Interrupted:
         print("\nEnded.")
         return 0 if came_through else 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody reads: let the interpreter's last flush succeed
+        return 1
     except (Problem, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
@@ -218,7 +221,7 @@ class Demo:
                     return Interrupted()
             except queue.Empty:
                 break
-        return Problem(f"the {relay.name} has ended: {relay.last_words or 'it said nothing'}")
+        return Problem(f"the {relay.name} has ended {relay.wait()}, and its last line was: {relay.last_words or '-'}")
 
 
 class WebService(socketserver.ThreadingTCPServer):
@@ -290,14 +293,19 @@ class RelayProcess:
             self._happenings.put((self.name, entry))
         self._happenings.put((self.name, None))
 
-    def end(self) -> None:
-        """SIGTERM, and the hard way if that does not do; then nothing of it is left."""
-        self._process.terminate()
+    def wait(self) -> str:
+        """Wait for its end, and the hard way if that does not come; returns how it ended."""
         try:
-            self._process.wait(END_TIMEOUT)
+            status = self._process.wait(END_TIMEOUT)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+            status = self._process.wait()
+        return f"by signal {-status}" if status < 0 else f"with status {status}"
+
+    def end(self) -> None:
+        """SIGTERM; then nothing of it is left."""
+        self._process.terminate()
+        self.wait()
         self._reader.join()
         assert self._process.stderr is not None
         self._process.stderr.close()

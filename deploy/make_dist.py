@@ -95,10 +95,13 @@ def find_configargparse() -> Iterator[tuple[str, Path]]:
         for file in origin.parent.rglob("*"):
             if file.is_file() and "__pycache__" not in file.parts:
                 yield f"configargparse/{file.relative_to(origin.parent).as_posix()}", file
-    distribution = importlib.metadata.distribution("ConfigArgParse")
+    try:
+        distribution = importlib.metadata.distribution("ConfigArgParse")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise LookupError(f"{origin} came without its licence text") from error
     licences = [f for f in distribution.files or () if f.name.upper().startswith(("LICENSE", "LICENCE", "COPYING"))]
     if not licences:
-        raise LookupError(f"no licence text found with ConfigArgParse {distribution.version}")
+        raise LookupError(f"ConfigArgParse {distribution.version} came without its licence text")
     for licence in licences:
         yield f"ConfigArgParse-{licence.name}", Path(str(licence.locate()))
 

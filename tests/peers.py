@@ -381,20 +381,39 @@ class Peers:
         }  # fmt: skip
         return port, ["-F", "none", *[f"-o{name}={value}" for name, value in options.items()]]
 
-    def node(self, version: str, role: Literal["server", "client"], **options: str | int) -> Program:
-        """A role of node-tcp-relay; skips the test, or fails it where peers are required, if it is not there."""
-        package = NODE_PEERS / version / "node_modules" / "node-tcp-relay"
-        if not package.exists():
-            no_peer(f"node-tcp-relay {version} is not in {NODE_PEERS}")
-        if (version, role) == ("0.0.18", "server"):
+    def node_server(self, version: str, **options: str) -> tuple[int, int]:
+        """The server of node-tcp-relay; returns its relay port and its service port."""
+        ports = relay_port, service_port = free_port(), free_port()
+        if version == "0.0.18":
             # Its command takes a missing --tls for yes; as a library it can do without.
-            words = [f"require({str(package)!r}).createRelayServer({options.pop('relayPort')},"]
-            settings = {"tls": False, "pfx": str(package / "cert.pfx"), "passphrase": "abcd"}
-            words = ["-e", f"{words[0]}{options.pop('servicePort')}, {json.dumps(settings | options)})"]
+            pfx = str(self._node_file(version, "cert.pfx"))
+            settings = {"hostname": HOST, "tls": False, "pfx": pfx, "passphrase": "abcd", **options}
+            module = json.dumps(str(self._node_file(version, "index.js")))
+            words = ["-e", f"require({module}).createRelayServer(...{json.dumps([*ports, settings])})"]
         else:
-            words = [str(package / f"relay-{role}-cli.js")]
-            words += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+            options = {"relayPort": str(relay_port), "servicePort": str(service_port), "hostname": HOST, **options}
+            words = [str(self._node_file(version, "relay-server-cli.js")), *node_options(options)]
+        node = self._stack.enter_context(Program(find("node"), *words))
+        node.wait_until_listening(relay_port)
+        node.wait_until_listening(service_port)
+        return ports
+
+    def node_client(self, version: str, relay_port: int, port: int, **options: str) -> Program:
+        """The client of node-tcp-relay."""
+        options = {"relayHost": HOST, "relayPort": str(relay_port), "host": HOST, "port": str(port), **options}
+        words = [str(self._node_file(version, "relay-client-cli.js")), *node_options(options)]
         return self._stack.enter_context(Program(find("node"), *words))
+
+    def _node_file(self, version: str, name: str) -> Path:
+        """A file of a release; skips the test, or fails it where peers are required, if it is not there."""
+        path = NODE_PEERS / version / "node_modules" / "node-tcp-relay" / name
+        if not path.exists():
+            no_peer(f"node-tcp-relay {version} is not in {NODE_PEERS}")
+        return path
+
+
+def node_options(options: Mapping[str, str]) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name}", value)]
 
 
 def no_peer(reason: str) -> NoReturn:

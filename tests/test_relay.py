@@ -399,3 +399,48 @@ def test_an_answer_before_a_reset_still_arrives(bench: Bench, wire: str) -> None
     sender.join(PATIENCE)
     assert isinstance(errors[0], (ConnectionResetError, BrokenPipeError))
     assert bench.server_events.wait(ConnectionClosed)[0].reason
+
+
+def test_a_reset_after_an_end_is_no_success(bench: Bench) -> None:
+    """The service answers, ends its direction, and resets while the service client still sends: nobody may
+    take the service client's bytes for delivered."""
+    errors: list[OSError] = []
+
+    def serve(sock: socket.socket) -> None:
+        sock.sendall(b"answer")
+        sock.shutdown(socket.SHUT_WR)
+        wait_until(lambda: unsent_bytes(sock) == 0)
+        read_exactly(sock, 1)
+        reset(sock)
+
+    sock = bench.connect(bench.relay(serve))
+    assert read_all(sock) == b"answer"
+    try:
+        while True:
+            sock.sendall(b"x" * 1000)
+    except OSError as error:
+        errors.append(error)
+    [at_server] = bench.server_events.wait(ConnectionClosed)
+    [at_client] = bench.client_events.wait(ConnectionClosed)
+    assert at_server.reason
+    assert at_client.reason
+    assert isinstance(errors[0], (ConnectionResetError, BrokenPipeError))
+
+
+def test_a_host_name_that_cannot_be_one(bench: Bench) -> None:
+    """It is a service that cannot be reached, not a crash."""
+    server = bench.server()
+    bench.enter(RelayClient("a..b", 1, "127.0.0.1", server.relay_address[1], 1))
+    with pytest.raises(ConnectionResetError):
+        bench.connect(server).recv(1)
+    [failed] = bench.server_events.wait(ConnectionFailed)
+    assert "a..b is not a host name" in failed.reason
+
+
+def test_a_name_of_any_length(bench: Bench) -> None:
+    """What the client calls itself is cut, not refused."""
+    server = bench.server()
+    bench.client(server, bench.service().port, name="x" * 10_000)
+    sock = bench.connect(server)
+    sock.sendall(b"x")
+    assert sock.recv(1) == b"x"

@@ -120,6 +120,7 @@ def test_the_server_proves_that_it_knows_the_token(bench: Bench) -> None:
     ("fields", "code", "words"),
     [
         ({"service": "nope"}, "service", "there is no service nope here"),
+        ({"service": ""}, "service", "there is no service"),
         ({"service": "a\nb\x1b"}, "service", r"no service a\nb\x1b here"),
         ({"version": 2}, "version", "link protocol 1"),
         ({"service": 5}, "protocol", "service is not a string"),
@@ -218,6 +219,38 @@ def test_a_silent_link_is_evicted(bench: Bench) -> None:
     assert down.reason == "silent for 0.5 s"
     assert link.next().kind == PING
     assert up.client == down.client == "fake"
+
+
+def test_a_link_that_comes_back_from_a_long_connection_is_alive(bench: Bench) -> None:
+    """The time that it was in use does not count as silence."""
+    link = fake(bench, heartbeat=0.2)
+    sock = bench.connect(link.server)
+    assert link.next().kind == START
+    link.send(READY)
+    sock.settimeout(0.7)
+    with pytest.raises(TimeoutError):
+        sock.recv(1)  # longer than two and a half heartbeats
+    link.send(END)
+    sock.shutdown(socket.SHUT_WR)
+    link.read_end()
+    for _ in range(3):
+        assert link.next().kind == PING
+        link.send(PONG)
+    assert not bench.server_events.of(LinkDown)
+
+
+def test_a_pong_that_nobody_asked_for_is_a_fault(bench: Bench) -> None:
+    """A flood of them keeps neither the keeper nor a service client's thread busy."""
+    link = fake(bench)
+    link.stream.send(encode_frame(PONG) * 10_000)
+    bench.server_events.wait(LinkDown)
+    assert bench.server_events.of(LinkDown)[0].reason == "PONG without PING"
+    again = pooled(bench, link.server, "again")
+    sock = bench.connect(link.server)
+    assert again.next().kind == START
+    again.stream.send(encode_frame(PONG) * 10_000)
+    assert "PONG without PING" in bench.server_events.wait(LinkDown, 2)[1].reason
+    sock.close()
 
 
 def test_a_lost_link_leaves_the_pool_at_once(bench: Bench) -> None:

@@ -1,0 +1,198 @@
+"""The executable files of ``make dist``, on a host that has Python and nothing else."""
+
+from __future__ import annotations
+
+import ast
+import os
+import signal
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+import tcprelay
+
+from .conftest import PATIENCE, Bench, echo, read_exactly
+from .peers import ROOT, Program
+
+MAKE_DIST = ROOT / "deploy" / "make_dist.py"
+ROLES = {"tcprelays": "tcprelay_server", "tcprelayc": "tcprelay_client"}
+BARE = [sys.executable, "-I", "-S"]
+"""Python isolated from its environment, and without site-packages: what is not in the archive cannot be imported."""
+
+
+def make_dist(output: Path, **environment: str) -> Path:
+    """Make the two executable files; the wheel would need a package index."""
+    subprocess.run(
+        [sys.executable, str(MAKE_DIST), "--no-wheel", "--output", str(output)],
+        check=True, timeout=6 * PATIENCE, stdout=subprocess.DEVNULL, env={**os.environ, **environment},
+    )  # fmt: skip
+    return output
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dist(tmp_path_factory.mktemp("dist"))
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Iterator[Path]:
+    """An empty directory to run in, which must be empty afterwards too."""
+    path = tmp_path / "empty"
+    path.mkdir()
+    yield path
+    assert not list(path.iterdir())
+
+
+def run_bare(command: list[str], empty: Path, path: str = os.defpath) -> subprocess.CompletedProcess[str]:
+    """Run a command in an empty directory, with nothing but PATH in its environment."""
+    return subprocess.run(
+        command, cwd=empty, env={"PATH": path}, capture_output=True, text=True, timeout=6 * PATIENCE, check=False
+    )
+
+
+@pytest.mark.parametrize("prog", ROLES)
+def test_version_and_help(dist: Path, empty: Path, prog: str) -> None:
+    """Both are said on standard output, with status 0."""
+    version = run_bare([*BARE, str(dist / prog), "--version"], empty)
+    assert (version.returncode, version.stdout, version.stderr) == (0, f"{prog} {tcprelay.__version__}\n", "")
+    help = run_bare([*BARE, str(dist / prog), "--help"], empty)
+    assert (help.returncode, help.stderr) == (0, "")
+    assert help.stdout.startswith(f"usage: {prog} ")
+    assert "--relay-port PORT" in help.stdout
+
+
+@pytest.mark.parametrize("prog", ROLES)
+def test_a_wrong_option_is_one_line_and_status_2(dist: Path, empty: Path, prog: str) -> None:
+    """There is no traceback out of the archive."""
+    result = run_bare([*BARE, str(dist / prog), "--no-such-option"], empty)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"{prog}: unknown option: --no-such-option\n"
+
+
+@pytest.mark.parametrize("prog", ROLES)
+def test_the_file_is_executable_by_itself(dist: Path, empty: Path, tmp_path: Path, prog: str) -> None:
+    """The kernel finds python3 by the first line."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python3").symlink_to(sys.executable)
+    result = run_bare([str(dist / prog), "--version"], empty, path=f"{tmp_path / 'bin'}{os.pathsep}{os.defpath}")
+    assert (result.returncode, result.stdout) == (0, f"{prog} {tcprelay.__version__}\n")
+
+
+@pytest.mark.parametrize("prog", ROLES)
+def test_everything_is_imported_from_the_archive(dist: Path, empty: Path, prog: str) -> None:
+    """ConfigArgParse too, although this Python may have it installed."""
+    archive = str(dist / prog)
+    names = "configargparse", "tcprelay", ROLES[prog]
+    code = f"import sys; sys.path.insert(0, sys.argv[1]); import {', '.join(names)}\n"
+    code += f"for module in ({', '.join(names)}): print(module.__file__)"
+    for command in ([sys.executable, "-I"], BARE):
+        result = run_bare([*command, "-c", code, archive], empty)
+        assert result.stderr == ""
+        assert [line.startswith(archive + os.sep) for line in result.stdout.splitlines()] == [True] * 3
+
+
+def test_what_is_in_an_archive(dist: Path) -> None:
+    """The role, the core, ConfigArgParse, both licences, and nothing of the other role."""
+    for prog, module in ROLES.items():
+        assert (dist / prog).stat().st_mode & 0o777 == 0o755
+        with zipfile.ZipFile(dist / prog) as archive:
+            assert archive.testzip() is None
+            names = set(archive.namelist())
+            assert {"__main__.py", "LICENSE", "tcprelay.py", f"{module}.py"} <= names
+            assert not names & {f"{other}.py" for other in ROLES.values() if other != module}
+            assert archive.read("LICENSE") == (ROOT / "LICENSE").read_bytes()
+            [licence] = [name for name in names if name.startswith("ConfigArgParse-")]
+            assert b"Permission is hereby granted" in archive.read(licence)
+
+
+def test_the_same_sources_give_the_same_bytes(dist: Path, tmp_path: Path) -> None:
+    """Neither the time, the place nor the settings of the host that packs them shows."""
+    again = make_dist(tmp_path / "again", TZ="Asia/Tokyo", PYTHONHASHSEED="7", LC_ALL="C")
+    for prog in ROLES:
+        assert (again / prog).read_bytes() == (dist / prog).read_bytes()
+    assert sorted(path.name for path in again.iterdir()) == sorted(ROLES)
+
+
+@pytest.mark.parametrize("prog", ROLES)
+def test_an_old_python_is_told_so(dist: Path, empty: Path, prog: str) -> None:
+    """The check comes before everything else, in words that Python 2.7 can read."""
+    with zipfile.ZipFile(dist / prog) as archive:
+        tree = ast.parse(archive.read("__main__.py").decode("ascii"))
+    assert ast.unparse(tree.body[0]) == "import sys"
+    assert ast.unparse(tree.body[1]).startswith("if sys.version_info < (3, 10):")
+    old = ast.Module | ast.Import | ast.alias | ast.If | ast.Compare | ast.Lt | ast.Attribute | ast.Name | ast.Load
+    old |= ast.Tuple | ast.Constant | ast.Expr | ast.Call | ast.BinOp | ast.Mod | ast.Subscript | ast.Slice
+    assert [node for node in ast.walk(tree) if not isinstance(node, old)] == []
+
+    code = "import runpy, sys; sys.version_info = (3, 9, 2); runpy.run_path(sys.argv[1], run_name='__main__')"
+    result = run_bare([*BARE, "-c", code, str(dist / prog)], empty)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == f"{prog}: Python 3.10 or later is needed, and this is Python 3.9\n"
+
+
+def test_bytes_pass_through_the_two_files(dist: Path, empty: Path, tmp_path: Path, bench: Bench) -> None:
+    """A relay of the two executable files, in an empty directory with an empty environment, carries a connection."""
+    token = tmp_path / "token"
+    token.write_text("a token of the tests\n")
+
+    def start(prog: str, *options: str) -> Program:
+        bare = ["env", "-i", f"PATH={os.defpath}", *BARE, str(dist / prog), "--config", os.devnull]
+        return stack.enter_context(
+            Program("sh", "-c", 'cd "$0" && exec "$@"', str(empty), *bare, "--token-file", str(token), *options)
+        )
+
+    def port(line: str, words: str) -> int:
+        return int(line.rpartition(":")[2]) if words in line else 0
+
+    with ExitStack() as stack:
+        server = start("tcprelays", "--hostname", "127.0.0.1", "--relay-port", "0", "--service-port", "0")
+        relay_port = server.wait_for(lambda line: port(line, "listening for relay clients"))
+        service_port = server.wait_for(lambda line: port(line, "listening for clients of default"))
+        service = bench.service(echo)
+        client = start(
+            "tcprelayc", "--host", "127.0.0.1", "--port", str(service.port),
+            "--relay-host", "127.0.0.1", "--relay-port", str(relay_port),
+        )  # fmt: skip
+        client.wait_for(lambda line: "is published at" in line)
+        with tcprelay.dial(tcprelay.Endpoint("127.0.0.1", service_port), PATIENCE) as sock:
+            sock.settimeout(PATIENCE)
+            sock.sendall(b"through the archives")
+            assert read_exactly(sock, 20) == b"through the archives"
+        for program in (client, server):
+            program.signal(signal.SIGTERM)
+            assert program.wait() == 0, program.output
+
+
+def test_without_configargparse_nothing_is_made(tmp_path: Path, empty: Path) -> None:
+    """The maker says in one line what it lacks."""
+    result = run_bare([*BARE, str(MAKE_DIST), "--no-wheel", "--output", str(tmp_path / "none")], empty)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "make_dist: ConfigArgParse is not installed for this Python\n"
+    assert not list((tmp_path / "none").iterdir())
+
+
+BLOCKED = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in {*sys.stdlib_module_names, "tcprelay", "tcprelay_server", "tcprelay_client"}:
+            raise ModuleNotFoundError("blocked: " + name)
+sys.meta_path.insert(0, Blocker())
+sys.path.insert(0, sys.argv[1])
+import tcprelay
+assert not {"tcprelay_server", "tcprelay_client", "argparse"} & set(sys.modules), "a role is loaded"
+with tcprelay.RelayServer(0, 0, hostname="127.0.0.1") as server:
+    with tcprelay.RelayClient("127.0.0.1", 1, "127.0.0.1", server.relay_address[1]):
+        print("both run")
+"""
+
+
+def test_a_program_that_embeds_the_relay_needs_the_standard_library_alone(empty: Path) -> None:
+    """Neither the import nor the running of both roles loads anything else."""
+    result = run_bare([*BARE, "-B", "-c", BLOCKED, str(ROOT)], empty)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "both run\n", "")
