@@ -432,9 +432,38 @@ class RelayServer(Relay):
         self._give_back(pooled)
 
     def _give_back(self, pooled: PooledLink) -> None:
-        """Put an idle link into the pool, or close it where it is not to be used again."""
-        if not self._pool.put(pooled):
-            self._retire(pooled, "no longer needed")
+        """Hear what has come in on an idle link, and put it into the pool; or close it, where it has ended.
+
+        The caller owns the link.  A frame can be in the link's own buffer already, where the keeper's selector
+        does not see it: BYE right behind END.
+        """
+        link = pooled.link
+        try:
+            if isinstance(link, Stream):
+                self._hear_raw(link)
+            else:
+                while (frame := link.receive_now()) is not None:
+                    if frame.kind == tcprelay.REFUSED:
+                        raise EOFError(f"the relay client gave it up: {shown(frame.text('reason'))}")
+                    pooled.take_pong(frame.kind)
+        except LinkFault as error:
+            if isinstance(link, Link):
+                refused = encode_frame(tcprelay.REFUSED, {"code": "protocol", "reason": str(error)})
+                tcprelay.ignore_oserror(link.stream.send, refused)
+            self._drop_link(pooled, str(error))
+        except (OSError, EOFError) as error:
+            self._drop_link(pooled, say_error(error))
+        else:
+            if not self._pool.put(pooled):
+                self._retire(pooled, "no longer needed")
+
+    def _hear_raw(self, stream: Stream) -> None:
+        """An idle raw link has nothing to say."""
+        count = stream.recv_now(memoryview(bytearray(1)))
+        if count == 0:
+            raise EOFError("the link was closed")
+        if count is not None:
+            raise LinkFault("bytes on an idle link; does the other side speak --wire v1?")
 
     def _retire(self, pooled: PooledLink, reason: str) -> None:
         """Close an idle link in peace, with BYE where the client has not said it."""
@@ -465,7 +494,7 @@ class RelayServer(Relay):
         while not self._stop.requested:
             for key, _ in selector.select(max(0.0, next_look - time.monotonic())):
                 if key.data is not None and self._pool.hold(key.data):
-                    self._hear(key.data)
+                    self._give_back(key.data)
             if time.monotonic() >= next_look:
                 self._splices.sweep()
                 for pooled in self._pool.idle_links():
@@ -474,31 +503,6 @@ class RelayServer(Relay):
         while not self._cut.requested:  # while connections drain, their time-outs still count
             self._cut.wait(self._splices.interval)
             self._splices.sweep()
-
-    def _hear(self, pooled: PooledLink) -> None:
-        """Take what has come in on an idle link that the keeper holds."""
-        link = pooled.link
-        try:
-            if isinstance(link, Stream):
-                if link.recv_now(memoryview(bytearray(1))) == 0:
-                    raise EOFError("the link was closed")
-                raise LinkFault("bytes on an idle link; does the other side speak --wire v1?")
-            while (frame := link.receive_now()) is not None:
-                if frame.kind == tcprelay.REFUSED:
-                    raise EOFError(f"the relay client gave it up: {shown(frame.text('reason'))}")
-                pooled.take_pong(frame.kind)
-        except LinkFault as error:
-            if isinstance(link, Link):
-                refused = encode_frame(tcprelay.REFUSED, {"code": "protocol", "reason": str(error)})
-                tcprelay.ignore_oserror(link.stream.send, refused)
-            self._drop_link(pooled, str(error))
-        except (OSError, EOFError) as error:
-            self._drop_link(pooled, say_error(error))
-        else:
-            if isinstance(link, Link) and link.machine.leaving:
-                self._retire(pooled, "the relay client needs it no longer")
-            else:
-                self._give_back(pooled)
 
     def _look_after(self, pooled: PooledLink) -> None:
         """Close an idle link that is dead or surplus; PING it when it is time."""

@@ -278,6 +278,22 @@ def test_a_client_takes_a_link_back_with_bye(bench: Bench) -> None:
     assert link.server.counters["links_idle"] == 0
 
 
+def test_a_bye_right_behind_the_end_is_heard(bench: Bench) -> None:
+    """It is read together with END, and the link is not given to the next service client."""
+    link = fake(bench)
+    sock = bench.connect(link.server)
+    assert link.next().kind == START
+    sock.shutdown(socket.SHUT_WR)
+    link.read_end()
+    for kind in (READY, END, BYE):
+        link.machine.send(kind)
+    link.stream.send(encode_frame(READY) + encode_frame(END) + encode_frame(BYE))
+    assert read_all(sock) == b""
+    with pytest.raises(EOFError):
+        link.next()
+    assert link.server.counters["links_idle"] == 0
+
+
 def test_surplus_links_are_retired_with_bye(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that wants one idle link keeps one of three."""
     monkeypatch.setattr(tcprelay_server, "SURPLUS_TIME", 0.1)
