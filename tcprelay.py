@@ -33,15 +33,16 @@ Threads and sockets, in both roles:
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import dataclasses
 import errno
-import hashlib
-import hmac
+import importlib
+import io
 import ipaddress
 import json
 import logging
 import os
-import secrets
 import select
 import signal
 import socket
@@ -49,13 +50,35 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import IO, TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
+from typing import IO, TYPE_CHECKING, Any, NoReturn, Protocol, TypeGuard, TypeVar
 
 if TYPE_CHECKING:
+    import hashlib
+    import hmac
+    import ssl
+    import subprocess
+    import tempfile
+
     from tcprelay_client import RelayClient, create_relay_client
     from tcprelay_server import RelayServer, create_relay_server
+else:
+
+    class Lazy:
+        """A module that is imported when it is used: these five take 6 MiB (measured), which a small host that
+        relays without token and TLS need not spend."""
+
+        def __init__(self, name):
+            self._name = name
+
+        def __getattr__(self, attribute):
+            value = getattr(importlib.import_module(self._name), attribute)
+            setattr(self, attribute, value)
+            return value
+
+    hashlib, hmac, ssl = Lazy("hashlib"), Lazy("hmac"), Lazy("ssl")
+    subprocess, tempfile = Lazy("subprocess"), Lazy("tempfile")
 
 __version__ = "0.1.0"
 __all__ = ["RelayClient", "RelayServer", "create_relay_client", "create_relay_server"]
@@ -92,7 +115,7 @@ class Endpoint:
 def parse_port(text: str) -> int:
     """A TCP port, 0 to 65535.  Raises `ValueError` that says what is accepted."""
     if not (text.isascii() and text.isdigit() and int(text) <= 65535):
-        raise ValueError("a port is a number from 0 to 65535")
+        raise ValueError("a port number from 0 to 65535")
     return int(text)
 
 
@@ -103,14 +126,14 @@ def parse_endpoint(text: str, default_host: str | None = None) -> Endpoint:
     """
     if text.startswith("unix:"):
         if not text[5:]:
-            raise ValueError("a Unix socket is written unix:PATH")
+            raise ValueError("unix:PATH")
         return Endpoint("", 0, text[5:])
     host, colon, port = text.rpartition(":")
     if not colon and default_host is not None:
         return Endpoint(default_host, parse_port(port))
     bracketed = host.startswith("[") and host.endswith("]")
     if not host or (":" in host and not bracketed):
-        raise ValueError("an address is written HOST:PORT, and an IPv6 one [HOST]:PORT")
+        raise ValueError("HOST:PORT, of an IPv6 address [HOST]:PORT")
     return Endpoint(host[1:-1] if bracketed else host, parse_port(port))
 
 
@@ -138,10 +161,19 @@ def shown(text: object, limit: int = 120) -> str:
 
 def say_error(error: BaseException) -> str:
     """An exception in the words of a log line: the system's sentence without numbers and class names."""
+    if is_tls_error(error):
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return f"the certificate is not accepted: {error.verify_message}"
+        return f"TLS: {(error.reason or str(error)).lower().replace('_', ' ')}"
     if not isinstance(error, OSError) or not error.strerror:
         return str(error) or type(error).__name__
     # Python puts the address behind some of the system's sentences; here the caller names it.
     return error.strerror.partition(" (while attempting")[0].lower()
+
+
+def is_tls_error(error: BaseException) -> TypeGuard[ssl.SSLError]:
+    """Whether it is an `ssl.SSLError`; without importing ssl for those that are not."""
+    return type(error).__module__ == "ssl" and isinstance(error, ssl.SSLError)
 
 
 class Deadline:
@@ -267,10 +299,16 @@ def _connect(sock: socket.socket, address: Any, deadline: Deadline, stop: Stop |
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if code:
         raise OSError(code, os.strerror(code))
-    if sock.family != socket.AF_UNIX and sock.getsockname() == sock.getpeername():
+    sock.setblocking(True)
+    if sock.family == socket.AF_UNIX:
+        return
+    try:
+        peer = sock.getpeername()
+    except OSError:  # reset already
+        raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)) from None
+    if peer == sock.getsockname():
         # A port of the ephemeral range on this host where nobody listens can connect to itself.
         raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
-    sock.setblocking(True)
 
 
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
@@ -453,8 +491,13 @@ def decode_fields(kind: int, body: bytes) -> dict[str, Any]:
     return fields
 
 
+def random_id(count: int) -> str:
+    """So many random bytes in hexadecimal."""
+    return os.urandom(count).hex()
+
+
 def new_nonce() -> str:
-    return secrets.token_hex(16)
+    return random_id(16)
 
 
 def prove(token: bytes, role: str, client_nonce: str, server_nonce: str, service: str, client: str) -> str:
@@ -471,7 +514,12 @@ def prove(token: bytes, role: str, client_nonce: str, server_nonce: str, service
 
 def is_proof(given: str, expected: str) -> bool:
     """Compare in constant time; as bytes, since `hmac.compare_digest` refuses text outside ASCII."""
-    return hmac.compare_digest(given.encode("utf-8", "surrogatepass"), expected.encode())
+    return is_same(given.encode("utf-8", "surrogatepass"), expected.encode())
+
+
+def is_same(given: bytes, expected: bytes) -> bool:
+    """Compare in constant time."""
+    return hmac.compare_digest(given, expected)
 
 
 def guess_protocol(start: bytes) -> str:
@@ -553,13 +601,14 @@ class Stream:
         """Send all of it, however long the peer takes.  Raises `OSError`."""
         self.sock.sendall(data)
 
-    def send_now(self, data: bytearray) -> None:
-        """Send what can go without waiting, and remove it from `data`.  Raises `OSError`."""
+    def send_now(self, data: bytearray) -> bool:
+        """Send what can go without waiting, and remove it from `data`; True when all has gone.  Raises `OSError`."""
         if data:
             try:
                 del data[: self.sock.send(data, socket.MSG_DONTWAIT)]
             except BlockingIOError:
                 pass
+        return not data
 
     def send_buffer(self, view: memoryview, count: int) -> None:
         self.sock.sendall(view[HEADER : HEADER + count])
@@ -659,6 +708,169 @@ def ignore_oserror(function: Callable[..., Any], *args: Any) -> None:
         function(*args)
     except OSError:
         pass
+
+
+class TLSStream(Stream):
+    """A TLS connection over one TCP socket: `ssl.SSLObject` between two memory BIOs.
+
+    Two threads on one `ssl.SSLSocket` crash, and it cannot end one direction; so the TLS state is worked on
+    under `_tls_lock`, and bytes go to and from the socket outside of it:
+
+        receive   socket ─▶ _incoming ─▶ SSLObject.read ─▶ caller        one thread
+        send      caller ─▶ SSLObject.write ─▶ _outgoing ─▶ socket       one thread, which holds _send_lock
+
+    What reading makes the TLS state want to send (answers to KeyUpdate) stays in `_outgoing` for the next
+    send, so that a receiver never waits for a peer that does not read; its amount is bounded.
+    """
+
+    spliceable = False
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        name: str,
+        context: ssl.SSLContext,
+        peer: Any = None,
+        server_hostname: str | None = None,
+        server_side: bool = False,
+    ) -> None:
+        super().__init__(sock, name, peer)
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(
+            self._incoming, self._outgoing, server_side=server_side, server_hostname=server_hostname
+        )
+        self._tls_lock = threading.Lock()  # over tls, both BIOs, _stash, _error, _answers
+        self._send_lock = threading.Lock()  # keeps records in order on their way from _outgoing to the socket
+        self._unsent = b""  # taken from _outgoing, not yet by the socket; under _send_lock
+        self._stash = bytearray()  # decrypted when the sending direction was ended
+        self._error: OSError | None = None
+        self._answers = 0  # bytes in _outgoing that receiving has put there
+        self._raw = bytearray(SMALL_TLS_BUFFER)
+
+    def handshake(self, deadline: Deadline, stop: Stop | None = None) -> None:
+        """Shake hands.  Raises `ssl.SSLError` (an `OSError`), `TimeoutError`, `EOFError` and `Stopping`."""
+        while True:
+            try:
+                with self._tls_lock:
+                    self.tls.do_handshake()
+                return
+            except ssl.SSLWantReadError:
+                pass
+            finally:
+                self._flush_records()  # also the alert that says why it failed
+            wait_for(self.fd, select.POLLIN, deadline, stop)
+            if not self._receive(socket.MSG_DONTWAIT):
+                raise EOFError("the connection was closed during the TLS handshake")
+
+    def recv_into(self, view: memoryview) -> int:
+        while (count := self._decrypt(view)) is None:
+            self._receive()
+        return count
+
+    def recv_now(self, view: memoryview) -> int | None:
+        try:
+            while (count := self._decrypt(view)) is None:
+                self._receive(socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        return count
+
+    def send(self, data: bytes | bytearray | memoryview) -> None:
+        with self._tls_lock:
+            self.tls.write(data)
+        self._flush_records()
+
+    def send_now(self, data: bytearray) -> bool:
+        if data:
+            with self._tls_lock:
+                self.tls.write(data)
+            data.clear()
+        return self._flush_records(socket.MSG_DONTWAIT)
+
+    def send_buffer(self, view: memoryview, count: int) -> None:
+        self.send(view[HEADER : HEADER + count])
+
+    def end(self) -> None:
+        """Send close_notify and FIN.  What the peer has sent before is kept: `unwrap` would drop it."""
+        with self._tls_lock:
+            piece = memoryview(bytearray(LARGE_BUFFER))
+            try:
+                while self._error is None and (count := self._read(piece)):
+                    self._stash += piece[:count]
+            except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
+                pass
+            except ssl.SSLError as error:
+                self._error = error  # for the receiver, behind the stash
+            try:
+                self.tls.unwrap()
+            except ssl.SSLError:
+                pass  # the peer's own close_notify comes when it comes
+        self._flush_records()
+        super().end()
+
+    def _decrypt(self, view: memoryview) -> int | None:
+        """Decrypted bytes that are here already: as many records as fit; 0 at close_notify, ``None`` for none."""
+        with self._tls_lock:
+            if self._stash:
+                count = min(len(self._stash), len(view))
+                view[:count] = self._stash[:count]
+                del self._stash[:count]
+                return count
+            if self._error is not None:
+                raise self._error
+            have, before = 0, self._outgoing.pending
+            try:
+                while have < len(view) and (count := self._read(view[have:])):
+                    have += count
+            except ssl.SSLWantReadError:
+                return have or None
+            except ssl.SSLZeroReturnError:
+                return have
+            except ssl.SSLError as error:
+                # Once only: after a fatal alert OpenSSL would call the next attempt a clean end.
+                cut = isinstance(error, ssl.SSLEOFError)
+                self._error = ConnectionResetError("cut off without TLS close_notify") if cut else error
+                if not have:
+                    raise self._error from error
+            finally:
+                self._answers += self._outgoing.pending - before
+                if self._answers > MAX_ANSWERS:
+                    self._error = ConnectionResetError("the peer makes TLS answer and does not read the answers")
+            return have
+
+    def _read(self, view: memoryview) -> int:
+        """At close_notify this returns 0, or raises `ssl.SSLZeroReturnError` where ours has been sent."""
+        return self.tls.read(len(view), view)  # type: ignore[return-value]
+
+    def _receive(self, flags: int = 0) -> bool:
+        """Take encrypted bytes from the socket; False at its end.  Raises `BlockingIOError` where flags say so."""
+        count = self.sock.recv_into(self._raw, 0, flags)
+        with self._tls_lock:
+            if count:
+                self._incoming.write(memoryview(self._raw)[:count])
+            else:
+                self._incoming.write_eof()
+        if count == len(self._raw) < LARGE_TLS_BUFFER:
+            self._raw = bytearray(LARGE_TLS_BUFFER)
+        return count > 0
+
+    def _flush_records(self, flags: int = 0) -> bool:
+        """Send what TLS has ready; True when nothing is left of it."""
+        with self._send_lock:
+            while True:
+                if not self._unsent:
+                    with self._tls_lock:
+                        self._unsent, self._answers = self._outgoing.read(), 0
+                if not self._unsent:
+                    return True
+                try:
+                    if not flags:
+                        self.sock.sendall(self._unsent)
+                        self._unsent = b""
+                    else:
+                        self._unsent = self._unsent[self.sock.send(self._unsent, flags) :]
+                except BlockingIOError:
+                    return False
 
 
 class Link:
@@ -838,6 +1050,12 @@ SMALL_BUFFER = 1024
 """A pump's first buffer: what an idle connection costs is mostly its two buffers and two stacks."""
 LARGE_BUFFER = 65536
 """A pump's buffer when reads fill the smaller ones."""
+LARGE_TLS_BUFFER = 1 << 18
+"""The same where TLS is in between: for bulk traffic it is twice as fast as 16 KiB."""
+SMALL_TLS_BUFFER = 4096
+"""What a TLS connection takes from its socket at once, until that is filled."""
+MAX_ANSWERS = 65536
+"""Bytes that a peer may make TLS answer without reading the answers."""
 BULK = 16384
 """Reads of this size on are bulk traffic, worth passing through a pipe inside the kernel."""
 PIPE_SIZE = 1 << 18
@@ -1019,6 +1237,7 @@ class Splice:
     def _pump(self, source: Leg, sink: Leg, *, inbound: bool) -> None:
         """Pass bytes on until the source ends or the connection is broken off.  Raises `LegError`."""
         size = SMALL_BUFFER
+        most = LARGE_BUFFER if source.spliceable and sink.spliceable else LARGE_TLS_BUFFER
         view = memoryview(bytearray(HEADER + size))
         while True:
             try:
@@ -1035,8 +1254,8 @@ class Splice:
                 self.to_link += count
             else:
                 self.from_link += count
-            if count == size < LARGE_BUFFER:
-                size *= 8
+            if count == size < most:
+                size = min(8 * size, most)
             elif count >= BULK and source.spliceable and sink.spliceable:
                 if self._pump_bulk(source, sink, inbound):
                     return
@@ -1210,14 +1429,15 @@ class Threads:
     """Runs functions in threads, and parks each thread for the next one: starting one for every connection
     would halve the connection rate.
 
-    The thread that was parked last is used first, so that those a burst has left behind can go.
+    The thread that was parked last is used first, so that those a burst has left behind can go.  These are
+    plain threads, not `threading.Thread` objects: those cost 2.6 KiB more each (measured), and `Thread.start`
+    waits for the new thread, which may never come where memory is short.
     """
 
     PARKED = 10.0
     """Seconds that a thread waits for a function before it goes."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self) -> None:
         self._condition = threading.Condition()  # over the three below
         self._parked: list[_Worker] = []
         self._workers: set[_Worker] = set()
@@ -1246,10 +1466,10 @@ class Threads:
             with _stack_size_lock:
                 before = threading.stack_size(STACK_SIZE)
                 try:
-                    threading.Thread(target=worker.run, name=f"{self._name} worker", daemon=True).start()
+                    _thread.start_new_thread(worker.run, ())
                 finally:
                     threading.stack_size(before)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             self.leave(worker)
             raise RuntimeError("cannot start a thread") from error
 
@@ -1418,8 +1638,9 @@ class ConnectionFailed(Event):
 class Draining(Event):
     """`end` has begun; open connections have until the drain time-out."""
 
-    says = "ending: {connections} connections are open"
+    says = "ending: waiting up to {seconds:g} s for open connections: {connections}"
     connections: int
+    seconds: float
 
 
 class Events:
@@ -1471,7 +1692,7 @@ class Option:
     """The default in words."""
 
 
-OPTION_GROUPS = ("Addresses", "Trust", "Links", "Connections", "Running")
+OPTION_GROUPS = ("Addresses", "Trust", "TLS", "Links", "Connections", "Running")
 
 
 def option(
@@ -1525,24 +1746,51 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
+def parse_positive(text: str) -> int:
+    if not parse_count(text):
+        raise ValueError("a whole number, 1 or more")
+    return int(text)
+
+
+def parse_host(text: str) -> str:
+    """A host name or address; brackets around an IPv6 one are taken off."""
+    return text[1:-1] if text.startswith("[") and text.endswith("]") else text
+
+
 def parse_secret(text: str) -> str:
     if not text.strip():
-        raise ValueError("it must not be empty")
+        raise ValueError("something that is not empty")
     return text
+
+
+def parse_path(text: str) -> str:
+    if not text:
+        raise ValueError("the path of a file")
+    return text
+
+
+def parse_tls(text: str) -> str:
+    """``--tls`` alone secures the links ("relay"), ``--tls both`` everything; as in node-tcp-relay."""
+    if text in ("both", "relay"):
+        return text
+    try:
+        return "relay" if parse_flag(text) else ""
+    except ValueError:
+        raise ValueError("nothing, both, or false") from None
 
 
 def parse_name(text: str) -> str:
     """The name of a service: letters, digits and ``._-``."""
     if not 0 < len(text) <= 64 or not all(c.isascii() and (c.isalnum() or c in "._-") for c in text):
-        raise ValueError("a name has 1 to 64 letters, digits, dots, dashes and underscores")
+        raise ValueError("a name of 1 to 64 letters, digits, dots, dashes and underscores")
     return text
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
-        if text not in choices:
+        if text.lower() not in choices:
             raise ValueError(" or ".join(choices))
-        return text
+        return text.lower()
 
     return parse
 
@@ -1580,7 +1828,28 @@ class Options:
         "", parse_secret, "node-tcp-relay 0.0.13's shared key; --wire raw only, crosses the wire readable",
         group="Trust", metavar="KEY", secret=True)  # fmt: skip
     token_file: str = option(
-        "", parse_secret, "file whose first line is the token", group="Trust", metavar="FILE")  # fmt: skip
+        "", parse_path, "file whose first line is the token", group="Trust", metavar="FILE")  # fmt: skip
+    tls: str = option(
+        "", parse_tls, "TLS on the links; both: on the service ports (server), to the service (client), as well",
+        group="TLS", metavar="both")  # fmt: skip
+    cert: str = option(
+        "", parse_path, "this side's certificate and its chain, PEM", group="TLS", metavar="FILE")  # fmt: skip
+    key: str = option(
+        "", parse_path, "its private key, PEM; without it, the one in --cert", group="TLS", metavar="FILE")  # fmt: skip
+    pfx: str = option(
+        "", parse_path, "certificate, chain and key in one PFX (PKCS #12) file, instead of --cert and --key",
+        group="TLS", metavar="FILE", spelling="pfx")  # fmt: skip
+    passphrase: str = option(
+        "", parse_secret, "passphrase of --pfx or --key; better given by file or environment",
+        group="TLS", metavar="SECRET", spelling="passphrase", secret=True)  # fmt: skip
+    passphrase_file: str = option(
+        "", parse_path, "file whose first line is the passphrase", group="TLS", metavar="FILE")  # fmt: skip
+    ca_file: str = option(
+        "", parse_path, "CA certificates, PEM, that the other side's certificate is verified against",
+        group="TLS", metavar="FILE", spelling="caFile")  # fmt: skip
+    tls_min: str = option(
+        "1.2", one_of("1.2", "1.3"), "oldest version of TLS that is spoken",
+        group="TLS", metavar="1.2|1.3")  # fmt: skip
     drain_timeout: float = option(
         10.0, parse_seconds, "seconds that open connections have to finish at SIGTERM or SIGINT",
         group="Running", metavar="SECONDS")  # fmt: skip
@@ -1592,22 +1861,57 @@ class Options:
         group="Running", metavar="text|json")  # fmt: skip
 
     def __post_init__(self) -> None:
+        self._check_values()
         if self.token and self.token_file:
             raise ValueError("give --token or --token-file, not both")
+        if self.passphrase and self.passphrase_file:
+            raise ValueError("give --passphrase or --passphrase-file, not both")
+        if self.cert and self.pfx:
+            raise ValueError("give --cert or --pfx, not both")
+        if self.key and not self.cert:
+            raise ValueError("--key is of no use without --cert")
         if self.wire == "raw" and (self.token or self.token_file):
             raise ValueError("--wire raw cannot check a token: leave it out, or use --wire v1 on both sides")
         if self.secret and self.wire != "raw":
             raise ValueError("--secret is for --wire raw; otherwise use --token")
 
+    def _check_values(self) -> None:
+        """Have values that come from a program judged like those of the command line; ``None`` is the default."""
+        for item in dataclasses.fields(self):
+            info, value = item.metadata["option"], getattr(self, item.name)
+            if value is None:
+                value = item.default
+            elif not info.many and value != item.default:
+                try:
+                    value = info.parse(str(value))
+                except ValueError as error:
+                    said = "" if info.secret else f" {shown(value)!r}"
+                    raise ValueError(f"{item.name}{said}: expected {error}") from None
+            object.__setattr__(self, item.name, value)
+
     def read_token(self) -> bytes:
         """The token, from wherever it is; empty where there is none.  Raises `OSError` and `ValueError`."""
-        if not self.token_file:
-            return self.token.encode("utf-8", "surrogateescape")
-        with open(self.token_file, "rb") as file:
-            token = file.readline(65536).strip()
-        if not token:
-            raise ValueError(f"--token-file: {self.token_file} is empty")
-        return token
+        if self.token_file:
+            return read_secret("--token-file", self.token_file)
+        return self.token.encode("utf-8", "surrogateescape")
+
+    def read_passphrase(self) -> str:
+        """The passphrase, likewise."""
+        if self.passphrase_file:
+            return read_secret("--passphrase-file", self.passphrase_file).decode("utf-8", "surrogateescape")
+        return self.passphrase
+
+
+def read_secret(name: str, path: str) -> bytes:
+    """The first line of a file.  Raises `OSError`, and `ValueError` where there is nothing in it."""
+    try:
+        with open(path, "rb") as file:
+            secret = file.readline(65536).strip()
+    except OSError as error:
+        raise OSError(error.errno, f"{name} {path}: {say_error(error)}") from error
+    if not secret:
+        raise ValueError(f"{name} {path}: its first line is empty")
+    return secret
 
 
 OptionsT = TypeVar("OptionsT", bound=Options)
@@ -1646,7 +1950,7 @@ def parse_options(
         except ValueError as error:
             value = "" if info.secret else f" {shown(','.join(words))!r}"
             origin = origins.get(name, "command line")
-            fail(prog, 2, f"--{name.replace('_', '-')}{value} (from {origin}): accepted is: {error}")
+            fail(prog, 2, f"--{name.replace('_', '-')}{value} (from {origin}): expected {error}")
         values[name] = tuple(parsed) if info.many else parsed[0]
     try:
         return cls(**values), given.check
@@ -1667,7 +1971,7 @@ def _make_parser(prog: str, description: str, cls: type[Options], argv: list[str
 
     class Parser(configargparse.ArgumentParser):  # type: ignore[misc]
         def error(self, message: str) -> NoReturn:
-            fail(prog, 2, message.replace("\n", " "))
+            fail(prog, 2, message.replace("\n", " ").removeprefix("argument "))
 
     class HelpFormatter(argparse.HelpFormatter):
         def _format_action_invocation(self, action: argparse.Action) -> str:
@@ -1684,19 +1988,26 @@ def _make_parser(prog: str, description: str, cls: type[Options], argv: list[str
                     found = super().parse([line])
                 except configargparse.ConfigFileParserException:
                     fail(prog, 2, f"{stream.name}, line {number}: not a line of the form key = value")
-                for key, value in found.items():
+                for written, value in found.items():
+                    key = written.replace("_", "-")
                     if key not in known:
-                        fail(prog, 2, f"{stream.name}, line {number}: unknown option {shown(key)}")
-                    if key in items:
-                        value = [*_as_list(items[key]), *_as_list(value)]
-                    items[key] = value
+                        fail(prog, 2, f"{stream.name}, line {number}: unknown option {shown(written)}")
+                    if key in items and not known[key].many:
+                        fail(prog, 2, f"{stream.name}, line {number}: {key} stands there twice")
+                    items[key] = [*_as_list(items[key]), *_as_list(value)] if key in items else value
+                    lines[stream.name, key] = number
             return items
 
     def open_file(path: str, mode: str = "r") -> IO[str]:
         try:
-            return open(path, mode, encoding="utf-8")
+            with open(path, mode, encoding="utf-8-sig") as file:
+                stream = io.StringIO(file.read())
         except OSError as error:
             fail(prog, 1, f"cannot read {path}: {say_error(error)}")
+        except UnicodeDecodeError:
+            fail(prog, 1, f"cannot read {path}: it is not UTF-8")
+        stream.name = path
+        return stream
 
     role = prog.removeprefix("tcprelay")
     file = {"s": "server.conf", "c": "client.conf"}.get(role, "tcprelay.conf")
@@ -1707,19 +2018,20 @@ def _make_parser(prog: str, description: str, cls: type[Options], argv: list[str
         prog=prog, usage=f"{prog} [options]", description=description, allow_abbrev=False, add_help=False,
         default_config_files=[] if chosen else places, config_file_parser_class=ConfigFile,
         config_file_open_func=open_file, add_config_file_help=False, add_env_var_help=False,
-        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=30, width=110),
+        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=30),
         epilog="Every option can also stand in the environment (--relay-port as TCPRELAY_RELAY_PORT) and in a "
         f"configuration file (relay-port = 10080): the one named by --config, or {' and '.join(places)}. "
         "The command line goes before the environment, and that before the file.",
     )  # fmt: skip
     groups = {name: parser.add_argument_group(name) for name in OPTION_GROUPS}
-    known: set[str] = set()
+    known: dict[str, Option] = {}
+    lines = parser.lines = {}
     for name, info in options_of(cls):
         dashed = name.replace("_", "-")
         names = [f"--{dashed}"] + ([f"--{info.spelling}"] if info.spelling and info.spelling != dashed else [])
-        known.update(n[2:] for n in names)
+        known |= {n[2:]: info for n in names}
         extra: dict[str, Any] = {"action": "append"} if info.many else {}
-        if info.parse is parse_flag:
+        if info.parse in (parse_flag, parse_tls):
             extra = {"nargs": "?", "const": "true"}
         default = f" (default: {info.default})" if info.default else ""
         groups[info.group].add_argument(
@@ -1750,11 +2062,193 @@ def _find_origins(parser: Any) -> dict[str, str]:
             if kind == "environment_variables":
                 origins[action.dest] = f"environment variable {key}"
             elif kind == "config_file":
-                origins[action.dest] = path
+                origins[action.dest] = f"{path}, line {parser.lines[path, key]}"
     return origins
 
 
+# --- Certificates ---------------------------------------------------------------------------------------------
+
+
+def make_context(options: Options, server_side: bool, cert: str = "", key: str = "", pfx: str = "") -> ssl.SSLContext:
+    """A TLS context with the certificate from PEM files or a PFX file, if there is one; `options` say the rest.
+
+    Raises `OSError` for files that cannot be read, `ValueError` for ones that do not hold what they should.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    context.minimum_version = ssl.TLSVersion.TLSv1_3 if options.tls_min == "1.3" else ssl.TLSVersion.TLSv1_2
+    passphrase = options.read_passphrase()
+    if pfx:
+        load_pfx(context, pfx, passphrase)
+    elif cert:
+        for path in (cert, key):
+            if path:
+                with open(path, "rb"):
+                    pass  # OpenSSL's own error does not name the file
+        try:
+            # Always a password: without one OpenSSL would ask on the terminal.
+            context.load_cert_chain(cert, key or None, password=passphrase)
+        except (ssl.SSLError, ValueError) as error:
+            hint = "" if passphrase else "; does it need --passphrase-file?"
+            raise ValueError(f"cannot use the certificate {cert} with its key: {say_error(error)}{hint}") from error
+    return context
+
+
+def trust(context: ssl.SSLContext, ca_file: str) -> None:
+    """Have the peer's certificate verified against a file of CA certificates, or those of the system.
+
+    Raises `OSError` and `ValueError`.
+    """
+    if not ca_file:
+        context.load_default_certs()
+        return
+    with open(ca_file, "rb"):
+        pass
+    try:
+        context.load_verify_locations(ca_file)
+    except ssl.SSLError as error:
+        raise ValueError(f"{ca_file} holds no CA certificates in PEM form: {say_error(error)}") from error
+
+
+def load_pfx(context: ssl.SSLContext, path: str, passphrase: str) -> None:
+    """Load certificate, key and chain from a PFX (PKCS #12) file, through the ``openssl`` command.
+
+    The key leaves that command encrypted under a random password, and passphrases go through a pipe: neither
+    is on the disk or in an argument list.  Raises `OSError` and `ValueError` that say what to do.
+    """
+    with open(path, "rb"):
+        pass
+    password = random_id(32)
+    pem = b""
+    for what in (["-clcerts"], ["-cacerts", "-nokeys"]):
+        pem += _openssl_pkcs12(path, what, passphrase, password)
+    if b"PRIVATE KEY-----" not in pem:
+        raise ValueError(f"{path} holds no private key: export it together with its key")
+    if b"BEGIN CERTIFICATE" not in pem:
+        raise ValueError(f"{path} holds no certificate")
+    with _private_file(pem) as pem_path:
+        try:
+            context.load_cert_chain(pem_path, password=password)
+        except ssl.SSLError as error:
+            raise ValueError(f"cannot use the certificate in {path}: {say_error(error)}") from error
+
+
+def _openssl_pkcs12(path: str, what: list[str], passphrase: str, password: str) -> bytes:
+    command = ["pkcs12", "-in", path, *what]
+    answer = _run_openssl(command, passphrase, password)
+    if answer.returncode and b"unsupported" in answer.stderr.lower():
+        # RC2 and 3DES, as older OpenSSL and Windows write them, are in a provider of their own since OpenSSL 3.
+        answer = _run_openssl([*command, "-legacy"], passphrase, password)
+    said = answer.stderr.lower()
+    if answer.returncode and (b"mac verify" in said or b"invalid password" in said or b"bad decrypt" in said):
+        raise ValueError(f"the passphrase of {path} is wrong: give it with --passphrase-file or --passphrase")
+    if answer.returncode:
+        raise ValueError(f"{path} is not a PFX file that openssl can read")
+    return answer.stdout
+
+
+def _run_openssl(words: list[str], *passwords: str) -> subprocess.CompletedProcess[bytes]:
+    """Run the openssl command; it reads the passwords (-passin, -passout), one a line, from a pipe."""
+    reader, writer = os.pipe()
+    try:
+        os.write(writer, "".join(f"{password}\n" for password in passwords).encode())
+        os.close(writer)
+        asked = [f"fd:{reader}"] if passwords else []
+        places = [word for flag, fd in zip(("-passin", "-passout"), asked * 2, strict=False) for word in (flag, fd)]
+        return subprocess.run(
+            ["openssl", *words, *places], stdin=subprocess.DEVNULL, capture_output=True, pass_fds=[reader],
+            timeout=60, check=False,
+        )  # fmt: skip
+    except FileNotFoundError as error:
+        raise OSError(
+            errno.ENOENT, "the openssl command, which reads PFX files and makes certificates, is not here: "
+            "make PEM files where it is (openssl pkcs12 -in FILE -out FILE.pem) and give them with --cert and --key",
+        ) from error  # fmt: skip
+    finally:
+        os.close(reader)
+
+
+@contextlib.contextmanager
+def _private_file(content: bytes) -> Iterator[str]:
+    """A path that holds `content` for a moment: in memory on Linux, elsewhere a file that others cannot read."""
+    if hasattr(os, "memfd_create"):
+        with open(os.memfd_create("tcprelay"), "wb") as file:
+            file.write(content)
+            file.flush()
+            yield f"/proc/self/fd/{file.fileno()}"
+        return
+    descriptor, path = tempfile.mkstemp()
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+        yield path
+    finally:
+        os.unlink(path)
+
+
+def make_self_signed(directory: str) -> tuple[str, str]:
+    """The paths of a self-signed certificate and its key in `directory`, made there if they are not yet.
+
+    Both are readable by their owner alone.  Raises `OSError` and `ValueError`.
+    """
+    cert, key = os.path.join(directory, "cert.pem"), os.path.join(directory, "key.pem")
+    if not (os.path.exists(cert) and os.path.exists(key)):
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        made = _run_openssl([
+            "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "36500",
+            "-subj", "/CN=tcprelay", "-addext", "subjectAltName=DNS:tcprelay", "-keyout", "-", "-out", "-",
+        ])  # fmt: skip
+        if made.returncode:
+            raise ValueError(f"openssl cannot make a certificate: {shown(made.stderr.decode(errors='replace'))}")
+        middle = made.stdout.index(b"-----BEGIN CERTIFICATE")
+        write_private(key, made.stdout[:middle])
+        write_private(cert, made.stdout[middle:])
+    return cert, key
+
+
+def write_private(path: str, content: bytes) -> None:
+    """Write a file that its owner alone can read; another process sees all of it or nothing."""
+    new = f"{path}.{os.getpid()}"
+    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(content)
+    os.replace(new, path)
+
+
+def state_directory() -> str:
+    """Where things are kept by default: systemd's state directory, or the user's (XDG)."""
+    systemd = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
+    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return systemd or os.path.join(home, "tcprelay")
+
+
+def pin_of(certificate: bytes) -> str:
+    """The pin of a certificate in DER form: sha256: and the hexadecimal digest of all of it."""
+    return "sha256:" + hashlib.sha256(certificate).hexdigest()
+
+
+def certificate_name(stream: Stream) -> str:
+    """The common name, or the first other name, in the verified certificate of a TLS peer; "" without one."""
+    certificate = stream.tls.getpeercert() if isinstance(stream, TLSStream) else None
+    if not certificate:
+        return ""
+    subject: Any = certificate.get("subject", ())
+    names = [value for part in subject for key, value in part if key == "commonName"]
+    others: Any = certificate.get("subjectAltName", ())
+    return shown((names + [value for _, value in others] or ["unnamed"])[0], 64)
+
+
 # --- Running --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What a role read from its files: replaced as a whole when they are read again."""
+
+    token: bytes
+    links: ssl.SSLContext | None
+    """For TLS on the links; ``None`` for plain ones."""
+    services: ssl.SSLContext | None
+    """For TLS on the service ports, or to the service."""
 
 
 class Relay:
@@ -1764,8 +2258,8 @@ class Relay:
         self.options = options
         self._log = logging.getLogger(logger)
         self._emit = Events(self._log, on_event)
-        self._token = options.read_token()
-        self._threads = Threads(logger)
+        self._credentials = self._load_credentials()
+        self._threads = Threads()
         self._splices = Splices(most or from_descriptor_limit(), options.idle_timeout, options.half_close_timeout)
         self._stop: Stop
         """Requested when `end` begins: nothing new is begun, and handshakes are cut short."""
@@ -1827,7 +2321,7 @@ class Relay:
         self._stop.request()
         self._stop_intake()
         if len(self._splices):
-            self._emit(Draining(connections=len(self._splices)))
+            self._emit(Draining(connections=len(self._splices), seconds=drain.remaining() or 0.0))
         self._splices.drain(drain)
         self._cut.request()
         self._splices.break_off_all("this relay is ending", Deadline(JOIN_TIMEOUT))
@@ -1846,6 +2340,26 @@ class Relay:
 
     def _is_own_thread(self) -> bool:
         return self._threads.is_mine() or threading.current_thread() in self._own_threads
+
+    def reload(self) -> bool:
+        """Read certificates, CA files and the token again, for what connects from now on; living connections
+        are not touched.  Where they cannot be read the old ones stay in force: False, and the log says why."""
+        try:
+            self._credentials = self._load_credentials()
+        except (OSError, ValueError) as error:
+            name = f"{error.filename}: " if isinstance(error, OSError) and isinstance(error.filename, str) else ""
+            self._log.error("cannot reload, the old certificates and token stay in force: %s%s", name, say_error(error))
+            return False
+        self._log.info("certificates and token are reloaded")
+        return True
+
+    def invitation(self, with_secrets: bool) -> str:
+        """What to say at the start for the other side; "" for nothing."""
+        return ""
+
+    def _load_credentials(self) -> Credentials:
+        """Read what `options` name.  Raises `OSError` and `ValueError`."""
+        raise NotImplementedError
 
     def _open(self) -> None:
         """Begin; `end` is called where this raises `OSError`."""
@@ -1871,6 +2385,7 @@ class Relay:
                 inbound, outbound = outbound, inbound
             counts["bytes_in"] += inbound
             counts["bytes_out"] += outbound
+        counts["connections"] += len(self._splices)
         return {**counts, "open": len(self._splices)}
 
     def __enter__(self: RelayT) -> RelayT:
@@ -1899,6 +2414,8 @@ def run_command(
     """The life of a command: options, log, start, signals, end.  Returns its exit status."""
     options, check = parse_options(prog, description, cls, argv)
     set_up_logging(options.log_level, options.log_format)
+    for name in unknown_variables():
+        logging.getLogger("tcprelay").warning("there is no option for the environment variable %s", shown(name))
     raise_descriptor_limit()
     try:
         role = make(options)
@@ -1907,17 +2424,37 @@ def run_command(
             return 0
         with _Signals() as signals:
             role.start()
+            terminal = sys.stderr.isatty()
+            if invitation := role.invitation(with_secrets=terminal):
+                print(invitation, file=sys.stderr, flush=True)
             return _run(role, signals)
     except OSError as error:
         name = f"{error.filename}: " if isinstance(error.filename, str) else ""
         fail(prog, 1, f"{name}{say_error(error)}")
     except ValueError as error:
         fail(prog, 2, str(error))
+    except KeyboardInterrupt:
+        return 130
+
+
+def unknown_variables() -> list[str]:
+    """Variables of the environment that look like options and are none, of either role: mistyped, most likely."""
+    known = {"TCPRELAY_CONFIG"}
+    for module, name in (("tcprelay_server", "ServerOptions"), ("tcprelay_client", "ClientOptions")):
+        try:
+            cls = getattr(importlib.import_module(module), name)
+        except ImportError:
+            return []  # a single file holds one role; the variables may be meant for the other
+        known |= {f"TCPRELAY_{option_name.upper()}" for option_name, _ in options_of(cls)}
+    return sorted(variable for variable in os.environ if variable.startswith("TCPRELAY_") and variable not in known)
 
 
 def _run(role: Relay, signals: _Signals) -> int:
     notify_systemd("READY=1")
-    signals.wait()
+    while signals.wait() == signal.SIGHUP:
+        notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        role.reload()
+        notify_systemd("READY=1")
     notify_systemd("STOPPING=1")
     stragglers: list[str] = []
 
@@ -1927,8 +2464,9 @@ def _run(role: Relay, signals: _Signals) -> int:
 
     ender = threading.Thread(target=end, name="end", daemon=True)
     ender.start()
-    while signals.wait():  # a further signal: at once
-        threading.Thread(target=role.end, args=(0.0,), daemon=True).start()
+    while number := signals.wait():
+        if number != signal.SIGHUP:  # a further SIGTERM or SIGINT: at once
+            threading.Thread(target=role.end, args=(0.0,), daemon=True).start()
     ender.join()
     if stragglers:
         # Their stacks may hold locks that the interpreter's own end would wait for.
@@ -1939,9 +2477,9 @@ def _run(role: Relay, signals: _Signals) -> int:
 
 
 class _Signals:
-    """SIGINT and SIGTERM as bytes on a socket: the handlers themselves do nothing."""
+    """SIGINT, SIGTERM and SIGHUP as bytes on a socket: the handlers themselves do nothing."""
 
-    HANDLED = (signal.SIGINT, signal.SIGTERM)
+    HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __enter__(self) -> _Signals:
         self._reader, self._writer = socket.socketpair()
@@ -1950,12 +2488,12 @@ class _Signals:
         self._before = {number: signal.signal(number, lambda *_: None) for number in self.HANDLED}
         return self
 
-    def wait(self) -> bool:
-        """Wait for a signal; False when `done` was called first."""
+    def wait(self) -> int:
+        """Wait for a signal; 0 when `done` was called first."""
         while True:
             number = self._reader.recv(1)[0]
             if number in self.HANDLED or number == 0:
-                return number != 0
+                return number
 
     def done(self) -> None:
         self._writer.send(b"\0")
@@ -2015,6 +2553,9 @@ def set_up_logging(level: str, format: str) -> None:
     handler = logging.StreamHandler()
     text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     handler.setFormatter(JsonFormatter() if format == "json" else text)
+    # Nothing that the formats do not show: a record costs half as much without (logging HOWTO, "Optimization").
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
     logger = logging.getLogger("tcprelay")
     logger.handlers[:] = [handler]
     logger.propagate = False
@@ -2032,6 +2573,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         import tcprelay_client
 
         return tcprelay_client.main(words[1:])
+    if words[:1] in (["-h"], ["--help"]):
+        print("python3 -m tcprelay server|client [options]: the commands tcprelays and tcprelayc; each has --help")
+        return 0
     fail("tcprelay", 2, "say server or client: python3 -m tcprelay server --help")
 
 

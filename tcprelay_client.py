@@ -22,8 +22,6 @@ first that gets through brings the others after it.  A loss after a stable time 
 from __future__ import annotations
 
 import logging
-import random
-import secrets
 import select
 import socket
 import sys
@@ -31,15 +29,21 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tcprelay
 from tcprelay import (
     AUTH, BYE, CHALLENGE, CLIENT, FAIL, HELLO, IDLE, PING, PONG, READY, REFUSED, SERVER, START,
-    ConnectionClosed, ConnectionFailed, ConnectionOpened, Deadline, Endpoint, Event, Frame, Link, LinkDown,
-    LinkFault, LinkUp, Options, Relay, Splice, Stopping, Stream, option, parse_count, parse_endpoint, parse_name,
-    parse_port, say_error, shown,
+    ConnectionClosed, ConnectionFailed, ConnectionOpened, Credentials, Deadline, Endpoint, Event, Frame, Link,
+    LinkDown, LinkFault, LinkUp, Options, Relay, Splice, Stopping, Stream, TLSStream, option, parse_count,
+    parse_endpoint, parse_flag, parse_host, parse_name, parse_path, parse_port, parse_positive, say_error, shown,
 )  # fmt: skip
+
+if TYPE_CHECKING:
+    import random
+    import ssl
+else:
+    random, ssl = tcprelay.Lazy("random"), tcprelay.ssl  # imported when they are used
 
 __all__ = ["ClientOptions", "RelayClient", "create_relay_client", "main"]
 
@@ -68,8 +72,17 @@ def parse_publication(text: str) -> Publication:
     """``NAME=HOST:PORT`` or ``NAME=unix:PATH``.  Raises `ValueError` that says what is accepted."""
     name, equals, target = text.partition("=")
     if not equals:
-        raise ValueError("a service is written NAME=HOST:PORT or NAME=unix:PATH")
+        raise ValueError("NAME=HOST:PORT or NAME=unix:PATH")
     return Publication(parse_name(name), parse_endpoint(target))
+
+
+def parse_pin(text: str) -> str:
+    """``sha256:`` and 64 hexadecimal digits, with or without colons between them."""
+    kind, _, digest = text.lower().partition(":")
+    digest = digest.replace(":", "")
+    if kind != "sha256" or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+        raise ValueError("sha256: and 64 hexadecimal digits, as tcprelays --tls prints it")
+    return f"sha256:{digest}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +90,7 @@ class ClientOptions(Options):
     """The options of `RelayClient` and of ``tcprelayc``."""
 
     host: str = option(
-        "localhost", str, "host of the service named default, or unix:PATH",
+        "localhost", parse_host, "host of the service named default, or unix:PATH",
         group="Addresses", metavar="HOST", spelling="host")  # fmt: skip
     port: int | None = option(
         None, parse_port, "port of the service named default",
@@ -86,18 +99,35 @@ class ClientOptions(Options):
         (), parse_publication, "a further service, by its name at the relay server; may be repeated",
         group="Addresses", metavar="NAME=HOST:PORT", many=True)  # fmt: skip
     relay_host: str = option(
-        "", str, "host of the relay server", group="Addresses", metavar="HOST", spelling="relayHost")  # fmt: skip
+        "", parse_host, "host of the relay server",
+        group="Addresses", metavar="HOST", spelling="relayHost")  # fmt: skip
     relay_port: int | None = option(
         None, parse_port, "port of the relay server for relay clients",
         group="Addresses", metavar="PORT", spelling="relayPort")  # fmt: skip
     num_conn: int = option(
-        8, parse_count, "idle links kept for each service", group="Links", metavar="N", spelling="numConn")  # fmt: skip
+        8, parse_positive, "idle links kept for each service",
+        group="Links", metavar="N", spelling="numConn")  # fmt: skip
     max_conn: int = option(
         0, parse_count, "links at once, idle ones and all", group="Links", metavar="N",
         shown_default="a quarter of the limit on open files")  # fmt: skip
     name: str = option(
         "", str, "what the relay server calls this client in its log", group="Links", metavar="NAME",
         shown_default="this host's name")  # fmt: skip
+
+    reject_unauthorized: bool = option(
+        True, parse_flag, "refuse a relay server whose certificate cannot be verified",
+        group="TLS", metavar="true|false", spelling="rejectUnauthorized")  # fmt: skip
+    tls_server_name: str = option(
+        "", str, "name that must stand in the relay server's certificate",
+        group="TLS", metavar="NAME", shown_default="--relay-host")  # fmt: skip
+    pin: str = option(
+        "", parse_pin, "accept exactly the relay server's certificate with this SHA-256 digest, self-signed or not",
+        group="TLS", metavar="sha256:HEX")  # fmt: skip
+    service_ca_file: str = option(
+        "", parse_path, "CA certificates, PEM, for the service's certificate (--tls both)",
+        group="TLS", metavar="FILE")  # fmt: skip
+    service_insecure: bool = option(
+        False, parse_flag, "accept any certificate of the service (--tls both)", group="TLS")  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,12 +138,22 @@ class ClientOptions(Options):
         services = self.services
         if not services:
             raise ValueError("--port (with --host) or --publish is required")
-        if len({service.name for service in services}) < len(services):
-            raise ValueError("two services have the same name")
-        if self.num_conn < 1:
-            raise ValueError("--num-conn must be at least 1")
+        names = [service.name for service in services]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two services are named {twice[0]}")
+        if unreachable := [
+            str(service.target) for service in services if not (service.target.port or service.target.path)
+        ]:
+            raise ValueError(f"nothing can be reached at port 0: {unreachable[0]}")
+        if self.host.startswith("unix:") and self.port is not None:
+            raise ValueError("--port is of no use where --host is a Unix socket")
+        if 0 < self.max_conn < self.num_conn * len(services):
+            raise ValueError("--max-conn is less than the idle links that --num-conn asks for, over all services")
         if self.wire == "raw" and len(services) > 1:
             raise ValueError("--wire raw carries one service: links have no name there")
+        for name in ("pin", "tls_server_name", "cert", "pfx", "ca_file"):
+            if getattr(self, name) and not self.tls:
+                raise ValueError(f"--{name.replace('_', '-')} is of no use without --tls")
 
     @property
     def services(self) -> list[Publication]:
@@ -165,8 +205,8 @@ class Service:
         """Links wanted beyond the idle ones, because service clients wait at the server."""
         self.failures = 0
         """Failures in a row; a link that has been stable resets them."""
-        self.probing = False
-        """After a failure, until a link is up: one attempt at a time."""
+        self.probing = True
+        """At the start and after a failure, until a link is up: one attempt at a time."""
         self.retry_at = 0.0
         self.told: str | None = None
         """What was last told of its state: "" is published, ``None`` nothing yet, otherwise why not."""
@@ -203,7 +243,7 @@ class RelayClient(Relay):
             host=host, port=port, relay_host=relay_host, relay_port=relay_port, num_conn=num_conn, **options
         )
         super().__init__("tcprelay.client", checked, checked.max_conn, on_event)
-        self._id = secrets.token_hex(8)
+        self._id = tcprelay.random_id(8)
         self._name = (checked.name or socket.gethostname())[:64]
         self._relay = Endpoint(relay_host, relay_port)
         self._services = [Service(publication) for publication in checked.services]
@@ -218,6 +258,25 @@ class RelayClient(Relay):
             idle = sum(service.idle for service in self._services)
         return {**self._count(inbound_is_to_link=False), "links_idle": idle}
 
+    def _load_credentials(self) -> Credentials:
+        options = self.options
+        token = options.read_token()
+        if not options.tls:
+            return Credentials(token, None, None)
+        links = tcprelay.make_context(options, False, options.cert, options.key, options.pfx)
+        if options.pin or not options.reject_unauthorized:
+            links.check_hostname, links.verify_mode = False, ssl.CERT_NONE
+        else:
+            tcprelay.trust(links, options.ca_file)
+        if options.tls != "both":
+            return Credentials(token, links, None)
+        services = tcprelay.make_context(options, False)
+        if options.service_insecure:
+            services.check_hostname, services.verify_mode = False, ssl.CERT_NONE
+        else:
+            tcprelay.trust(services, options.service_ca_file)
+        return Credentials(token, links, services)
+
     def _open(self) -> None:
         """Begin.  Raises `OSError` where the relay server's name does not exist; anything else is tried again."""
         try:
@@ -225,6 +284,11 @@ class RelayClient(Relay):
         except OSError as error:
             if error.errno == socket.EAI_NONAME:
                 raise OSError(error.errno, f"unknown relay host {shown(self._relay.host)}") from error
+        options = self.options
+        if options.tls and not options.reject_unauthorized and not options.pin:
+            self._log.warning("--reject-unauthorized false: whoever is on the way can pose as the relay server")
+        if options.tls == "both" and options.service_insecure:
+            self._log.warning("--service-insecure: whoever is on the way can pose as the service")
         self._keeper.start()
 
     def _stop_intake(self) -> None:
@@ -339,37 +403,70 @@ class RelayClient(Relay):
 
         Raises `OSError`, `EOFError`, and `RefusedByServer` with the server's reason.
         """
-        sock = tcprelay.dial(self._relay, stop=self._stop)
-        stream = Stream(sock, f"link with relay {self._relay}", sock.getpeername())
+        deadline = Deadline(tcprelay.HANDSHAKE_TIMEOUT)
+        stream = self._dial_relay(deadline)
         try:
             if self.options.wire == "raw":
                 stream.send(self.options.secret.encode())
                 self._note_success(service, "")
                 return stream
             link = Link(stream, CLIENT)
-            welcome = self._greet(link, service)
+            welcome = self._greet(link, service, deadline)
             link.heartbeat = max(0.05, welcome.number("heartbeat", 15, 3600))
             address, waiting = shown(welcome.text("address")), int(welcome.number("waiting", 0, 1e6))
         except BaseException as error:
             stream.close()
             if isinstance(error, TimeoutError):
-                raise TimeoutError(f"no WELCOME within {tcprelay.HANDSHAKE_TIMEOUT:g} s") from None
+                question = f"is {self._relay} the relay port of a tcprelays?"
+                raise TimeoutError(f"no answer within {tcprelay.HANDSHAKE_TIMEOUT:g} s; {question}") from None
             raise
         self._note_success(service, address, waiting)
         return link
 
-    def _greet(self, link: Link, service: Service) -> Frame:
+    def _dial_relay(self, deadline: Deadline) -> Stream:
+        """Connect to the relay server, with TLS where it is asked for.  Raises `OSError`, `EOFError`."""
+        sock = tcprelay.dial(self._relay, stop=self._stop)
+        name, context, options = f"link with relay {self._relay}", self._credentials.links, self.options
+        if context is None:
+            return Stream(sock, name)
+        expected = options.tls_server_name or options.relay_host
+        stream = TLSStream(sock, name, context, server_hostname=expected)
+        try:
+            stream.handshake(deadline, self._stop)
+            found = tcprelay.pin_of(stream.tls.getpeercert(binary_form=True) or b"")
+            if options.pin and found != options.pin:
+                raise RefusedByServer(f"the relay's certificate has another pin than --pin says: {found}")
+        except BaseException as error:
+            stream.close()
+            if not tcprelay.is_tls_error(error):
+                raise
+            if isinstance(error, ssl.SSLCertVerificationError):
+                hint = "give --ca-file or --pin, or --tls-server-name where the name differs"
+                raise RefusedByServer(f"{say_error(error)}; {hint}") from error
+            if error.reason == "WRONG_VERSION_NUMBER":
+                raise RefusedByServer(
+                    "the relay does not speak TLS: start it with --tls, or leave --tls out"
+                ) from error
+            raise
+        return stream
+
+    def _greet(self, link: Link, service: Service, deadline: Deadline) -> Frame:
         """HELLO, CHALLENGE, AUTH; returns WELCOME.  The server proves that it knows the token, too."""
-        deadline = Deadline(tcprelay.HANDSHAKE_TIMEOUT)
-        nonce, token = tcprelay.new_nonce(), self._token
+        nonce, token = tcprelay.new_nonce(), self._credentials.token
         hello = {"version": tcprelay.PROTOCOL_VERSION, "service": service.name, "client": self._id,
-                 "name": self._name, "idle": self.options.num_conn, "nonce": nonce}  # fmt: skip
+                 "name": self._name, "idle": self.options.num_conn, "nonce": nonce, "token": bool(token)}  # fmt: skip
         link.send(HELLO, hello)
         try:
             answer = link.receive(deadline, self._stop)
         except LinkFault as error:
             spoken = tcprelay.guess_protocol(link.unread())
             raise LinkFault(f"the relay port answers with {spoken}, not the link protocol ({error})") from error
+        except OSError as error:
+            if not tcprelay.is_tls_error(error):
+                raise
+            # With TLS 1.3 a client learns only now that its certificate was not accepted.
+            reason = f"refused by the relay, maybe for this client's certificate: {say_error(error)}"
+            raise RefusedByServer(reason) from error
         except EOFError:
             raise EOFError("the relay closed the link without a word; does it use --wire raw, or TLS?") from None
         expected = ""
@@ -398,7 +495,9 @@ class RelayClient(Relay):
             self._condition.notify_all()
         if tell:
             host, _, port = address.rpartition(":")
-            where = f"{self._relay.host}:{port}" if host in ("[::]", "0.0.0.0") else address or f"{self._relay}"
+            where = address or f"the relay {self._relay}, on a port that it does not tell (--wire raw)"
+            if host in ("[::]", "0.0.0.0"):
+                where = str(Endpoint(self._relay.host, int(port)))
             self._emit(
                 Published(service=service.name, target=str(service.target), relay=str(self._relay), address=where)
             )
@@ -444,54 +543,69 @@ class RelayClient(Relay):
         self._set_busy(service, waiting=int(start.number("waiting", 0, 1e6)))
         try:
             try:
-                sock = tcprelay.dial(service.target, stop=self._cut)
-            except OSError as error:
+                stream = self._dial_service(service)
+            except (OSError, EOFError) as error:
                 reason = f"cannot reach {service.target}: {say_error(error)}"
                 self._emit(ConnectionFailed(reason=reason, seconds=time.monotonic() - began, **record))
                 link.send(FAIL, {"reason": reason})
                 link.discard()
             else:
                 link.send(READY)
-                self._splice(sock, link, service, record)
+                self._splice(stream, link, service, record)
         finally:
             self._set_idle(service)
         return link.machine.state == IDLE
 
     def _serve_raw(self, link: Stream, service: Service) -> str:
         """Carry one connection on a raw link: the first bytes start it.  Raises as `_serve_idle` does."""
-        try:
-            tcprelay.wait_for(link.fd, select.POLLIN, Deadline(None), self._stop)
-        except Stopping:
-            return "ending"
         early = bytearray(4096)
-        count = link.recv_now(memoryview(early))
-        if not count:
+        while (count := link.recv_now(memoryview(early))) is None:
+            try:
+                tcprelay.wait_for(link.fd, select.POLLIN, Deadline(None), self._stop)
+            except Stopping:
+                return "ending"
+        if count == 0:
             raise EOFError("the relay closed it")
-        record = {"id": secrets.token_hex(4), "service": service.name, "peer": f"relay {self._relay}"}
+        record = {"id": tcprelay.random_id(4), "service": service.name, "peer": f"relay {self._relay}"}
         self._set_busy(service, waiting=0)
         link.reset_on_close()
         try:
-            sock = tcprelay.dial(service.target, stop=self._cut)
-        except OSError as error:
+            stream = self._dial_service(service)
+        except (OSError, EOFError) as error:
             reason = f"cannot reach {service.target}: {say_error(error)}"
             self._emit(ConnectionFailed(reason=reason, seconds=0.0, **record))
         else:
-            self._splice(sock, link, service, record, early[:count])
+            self._splice(stream, link, service, record, early[:count])
         finally:
             self._set_idle(service)
         return "its connection is over"
 
+    def _dial_service(self, service: Service) -> Stream:
+        """Connect to the service, with TLS where it is asked for.  Raises `OSError`, `EOFError`."""
+        deadline = Deadline(tcprelay.DIAL_TIMEOUT)
+        sock = tcprelay.dial(service.target, stop=self._cut)
+        name, context = f"service {service.target}", self._credentials.services
+        if context is None:
+            stream = Stream(sock, name)
+        else:
+            stream = TLSStream(sock, name, context, server_hostname=service.target.host or None)
+            try:
+                stream.handshake(deadline, self._cut)
+            except BaseException:
+                stream.close()
+                raise
+        stream.reset_on_close()
+        return stream
+
     def _splice(
         self,
-        sock: socket.socket,
+        stream: Stream,
         link: Link | Stream,
         service: Service,
         record: dict[str, str],
         early: bytes | bytearray = b"",
     ) -> None:
         """Carry a connection between a link and the service that was dialled, and tell its record."""
-        stream = Stream(sock, f"service {service.target}")
-        stream.reset_on_close()
         splice = Splice(record["id"], service.name, stream, link)
         splice.from_link = len(early)
         self._splices.add(splice)

@@ -25,9 +25,8 @@ connections finish until the drain deadline, wake the rest, join everything.
 
 from __future__ import annotations
 
-import hmac
 import logging
-import secrets
+import os
 import select
 import selectors
 import socket
@@ -37,16 +36,21 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tcprelay
 from tcprelay import (
     ABORT, BYE, CHALLENGE, CLIENT, DATA, END, FAIL, HELLO, IDLE, PING, PONG, READY, SERVER, START, WELCOME,
-    ConnectionClosed, ConnectionFailed, ConnectionOpened, Deadline, Endpoint, Event, Link, LinkDown, LinkFault,
-    LinkUp, Options, Relay, Splice, Stopping, Stream, encode_frame, encode_header, option, parse_count,
-    parse_endpoint, parse_flag, parse_heartbeat, parse_name, parse_port, parse_seconds, say_error, show_address,
-    shown,
+    ConnectionClosed, ConnectionFailed, ConnectionOpened, Credentials, Deadline, Endpoint, Event, Link, LinkDown,
+    LinkFault, LinkUp, Options, Relay, Splice, Stopping, Stream, TLSStream, encode_frame, encode_header, option,
+    parse_count, parse_endpoint, parse_flag, parse_heartbeat, parse_host, parse_name, parse_path, parse_port,
+    parse_seconds, say_error, show_address, shown,
 )  # fmt: skip
+
+if TYPE_CHECKING:
+    import ssl
+else:
+    ssl = tcprelay.ssl  # imported when it is used
 
 __all__ = ["RelayServer", "ServerOptions", "create_relay_server", "main"]
 
@@ -74,10 +78,10 @@ def parse_service(text: str) -> ServicePort:
     """``NAME=[ADDRESS:]PORT``.  Raises `ValueError` that says what is accepted."""
     name, equals, where = text.partition("=")
     if not equals:
-        raise ValueError("a service is written NAME=PORT or NAME=ADDRESS:PORT")
+        raise ValueError("NAME=PORT or NAME=ADDRESS:PORT")
     endpoint = parse_endpoint(where, default_host="")
     if endpoint.path:
-        raise ValueError("a service is written NAME=PORT or NAME=ADDRESS:PORT")
+        raise ValueError("NAME=PORT or NAME=ADDRESS:PORT")
     return ServicePort(parse_name(name), endpoint.host, endpoint.port)
 
 
@@ -95,7 +99,7 @@ class ServerOptions(Options):
         (), parse_service, "a further service and its port; may be repeated",
         group="Addresses", metavar="NAME=[ADDRESS:]PORT", many=True)  # fmt: skip
     hostname: str = option(
-        "", str, "address to listen on", group="Addresses", metavar="ADDRESS",
+        "", parse_host, "address to listen on", group="Addresses", metavar="ADDRESS",
         shown_default="all, IPv6 and IPv4")  # fmt: skip
     pair_timeout: float = option(
         20.0, parse_seconds, "seconds that a service client waits for a link and its service",
@@ -109,6 +113,20 @@ class ServerOptions(Options):
     heartbeat: float = option(
         15.0, parse_heartbeat, "seconds between two PINGs on an idle link; it is dead after 2.5 silent ones",
         group="Links", metavar="SECONDS")  # fmt: skip
+    auth: bool = option(
+        False, parse_flag, "ask relay clients for a certificate, verified against --ca-file; implies --tls",
+        group="Trust", spelling="auth")  # fmt: skip
+    service_cert: str = option(
+        "", parse_path, "certificate for the service ports, PEM, if it is not to be --cert or --pfx",
+        group="TLS", metavar="FILE")  # fmt: skip
+    service_key: str = option(
+        "", parse_path, "its private key, PEM", group="TLS", metavar="FILE")  # fmt: skip
+    service_pfx: str = option(
+        "", parse_path, "both in one PFX file, with the same passphrase", group="TLS", metavar="FILE")  # fmt: skip
+    state_dir: str = option(
+        "", parse_path, "where the self-signed certificate and the token of a start with --tls alone are kept",
+        group="TLS", metavar="DIRECTORY",
+        shown_default="systemd's state directory, or ~/.local/state/tcprelay")  # fmt: skip
     allow_unauthenticated: bool = option(
         False, parse_flag, "accept links from other hosts although neither token nor certificates are asked for",
         group="Trust")  # fmt: skip
@@ -120,10 +138,23 @@ class ServerOptions(Options):
         services = self.services
         if not services:
             raise ValueError("--service-port or --service is required")
-        if len({service.name for service in services}) < len(services):
-            raise ValueError("two services have the same name")
+        names = [service.name for service in services]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two services are named {twice[0]}")
+        ports = [(self.hostname, self.relay_port)] + [(s.host or self.hostname, s.port) for s in services]
+        if taken := [port for host, port in ports if port and ports.count((host, port)) > 1]:
+            raise ValueError(f"two ports are {taken[0]}")
         if self.wire == "raw" and len(services) > 1:
             raise ValueError("--wire raw carries one service: links have no name there")
+        if self.auth and not self.ca_file:
+            raise ValueError("--auth needs --ca-file: the CA certificates that relay clients' certificates come from")
+        if self.service_cert and self.service_pfx:
+            raise ValueError("give --service-cert or --service-pfx, not both")
+
+    @property
+    def is_improvised(self) -> bool:
+        """TLS without a certificate: one is made, and a token too."""
+        return bool(self.tls or self.auth) and not (self.cert or self.pfx)
 
     @property
     def services(self) -> list[ServicePort]:
@@ -187,11 +218,12 @@ class AcceptPaused(Event):
 
 
 class Refusal(Exception):
-    """Why a service client or a link is turned away; `code` is the one of REFUSED."""
+    """Why a service client or a link is turned away: for the log, and (with a code) in REFUSED for the client."""
 
-    def __init__(self, reason: str, code: str = "") -> None:
+    def __init__(self, reason: str, code: str = "", told: str = "") -> None:
         super().__init__(reason)
         self.code = code
+        self.told = told or reason
 
 
 # --- The server -----------------------------------------------------------------------------------------------
@@ -233,6 +265,55 @@ class RelayServer(Relay):
 
     # Beginning and ending
 
+    def _load_credentials(self) -> Credentials:
+        options = self.options
+        token = options.read_token()
+        if not (options.tls or options.auth):
+            return Credentials(token, None, None)
+        cert, key = options.cert, options.key
+        if options.is_improvised:
+            directory = options.state_dir or tcprelay.state_directory()
+            cert, key = tcprelay.make_self_signed(directory)
+            if not (token or options.auth or options.allow_unauthenticated or options.wire == "raw"):
+                token = make_token(directory)
+        links = tcprelay.make_context(options, True, cert, key, options.pfx)
+        if options.auth:
+            tcprelay.trust(links, options.ca_file)
+            links.verify_mode = ssl.CERT_REQUIRED
+        if options.tls != "both":
+            return Credentials(token, links, None)
+        if options.service_cert or options.service_pfx:
+            cert, key, pfx = options.service_cert, options.service_key, options.service_pfx
+        else:
+            pfx = options.pfx
+        return Credentials(token, links, tcprelay.make_context(options, True, cert, key, pfx))
+
+    def invitation(self, with_secrets: bool) -> str:
+        """After a start with ``--tls`` alone: the command for the other side."""
+        options = self.options
+        if not options.is_improvised:
+            return ""
+        directory = options.state_dir or tcprelay.state_directory()
+        with open(os.path.join(directory, "cert.pem")) as file:
+            pin = tcprelay.pin_of(ssl.PEM_cert_to_DER_cert(file.read()))
+        host = options.hostname or socket.gethostname()
+        words = ["tcprelayc", "--relay-host", host, "--relay-port", str(self.relay_address[1]), "--tls", "--pin", pin]
+        note = ""
+        token_path = os.path.join(directory, "token")
+        if options.token_file:
+            words += ["--token-file", "FILE"]
+            note = f"  (FILE: a copy of {options.token_file})"
+        elif self._credentials.token and with_secrets:
+            words += ["--token", self._credentials.token.decode(errors="replace")]
+        elif self._credentials.token and not options.token:
+            words += ["--token-file", "FILE"]
+            note = f"  (FILE: a copy of {token_path})"
+        if options.wire == "raw":
+            words += ["--wire", "raw"]
+        for service in options.services:
+            words += ["--port", "PORT"] if service.name == "default" else ["--publish", f"{service.name}=HOST:PORT"]
+        return f"on the other side, run:{note}\n  {' '.join(words)}"
+
     @property
     def relay_address(self) -> tuple[str, int]:
         """The bound host and port for relay clients, after `start`."""
@@ -268,7 +349,7 @@ class RelayServer(Relay):
         self._bound = {name: listener.getsockname()[:2] for listener, name in self._listeners.items()}
         for name, address in self._bound.items():
             self._emit(Listening(service=name, address=show_address(address)))
-        if not self._token:
+        if not self._credentials.token and not options.auth:
             self._warn_about_trust()
         self._acceptor.start()
         self._keeper.start()
@@ -279,14 +360,18 @@ class RelayServer(Relay):
         elif self.options.allow_unauthenticated:
             self._log.warning("--allow-unauthenticated: any host that reaches the relay port can become a relay client")
         else:
-            self._log.info("no token is set: links are accepted from this machine alone")
+            local = tcprelay.is_loopback(self.relay_address)
+            level = logging.INFO if local else logging.WARNING
+            self._log.log(
+                level, "no token is set: links are accepted from this machine alone; others need --token-file"
+            )
 
     def _stop_intake(self) -> None:
         tcprelay.join(self._acceptor, tcprelay.JOIN_TIMEOUT)
         for listener in self._listeners:
             listener.close()
         for pooled in self._pool.close():
-            self._retire(pooled, "ending")
+            self._retire(pooled, "this relay server is ending")
 
     def _close(self) -> None:
         super()._close()
@@ -337,12 +422,17 @@ class RelayServer(Relay):
     def _serve_link(self, sock: socket.socket, address: Any) -> None:
         """A relay client's connection from accept to the pool; the top of its thread."""
         peer = show_address(address)
-        stream = Stream(sock, f"link with {peer}", address)
-        refusal: Refusal | None = None
+        deadline = Deadline(tcprelay.HANDSHAKE_TIMEOUT)
+        context = self._credentials.links
+        stream = make_stream(sock, f"link with {peer}", address, context)
         link = Link(stream, SERVER)
+        problem: Exception | None = None
         self._handshakes.enter(stream)
         try:
-            pooled = self._greet_raw(stream) if self.options.wire == "raw" else self._greet(link)
+            if isinstance(stream, TLSStream):
+                stream.handshake(deadline, self._stop)
+            raw = self.options.wire == "raw"
+            pooled = self._greet_raw(stream, deadline) if raw else self._greet(link, deadline)
             self._add_to_pool(pooled)
             return
         except Refusal as error:
@@ -350,44 +440,70 @@ class RelayServer(Relay):
         except LinkFault as error:
             spoken = tcprelay.guess_protocol(link.unread())
             known = link.machine.state == tcprelay.NEW and spoken != "something else"
-            refusal = Refusal(f"it speaks {spoken}, not the link protocol" if known else str(error), "protocol")
+            first = f"it speaks {spoken}, not the link protocol: " if known else ""
+            refusal = Refusal(f"{first}{error}", "protocol")
         except TimeoutError:
             refusal = Refusal(f"no complete handshake within {tcprelay.HANDSHAKE_TIMEOUT:g} s", "timeout")
         except Stopping:
             refusal = Refusal("the relay server is ending", "draining")
         except (OSError, EOFError) as error:
             evicted = self._handshakes.was_evicted(stream)
-            refusal = Refusal("too many handshakes at once" if evicted else say_error(error), "lost")
+            problem = None if evicted else error
+            reason = "closed before its handshake was complete" if isinstance(error, EOFError) else say_error(error)
+            refusal = Refusal("too many handshakes at once" if evicted else reason, "lost")
+            if tcprelay.is_tls_error(error):
+                refusal = Refusal(explain_tls(error), "tls")
+                if error.reason in NOT_TLS:  # a plain relay client may be told in its own language
+                    plain = encode_frame(tcprelay.REFUSED, {"code": "tls", "reason": "it speaks TLS; add --tls"})
+                    tcprelay.ignore_oserror(sock.sendall, plain)
         finally:
             self._handshakes.leave(stream)
-        self._emit(LinkRefused(peer=peer, code=refusal.code, reason=str(refusal)))
-        if self.options.wire == "raw" or refusal.code == "lost":
+        # Who has not said a byte may be a raw client, which would take REFUSED for a connection's bytes; or
+        # only looked whether the port is open, which is nobody's refusal.
+        silent = type(stream) is Stream and not link.unread() and link.machine.state == tcprelay.NEW
+        event = LinkRefused(peer=peer, code=refusal.code, reason=str(refusal))
+        if silent and isinstance(problem, EOFError):
+            self._log.debug("%s", event)
+        else:
+            self._emit(event)
+        if refusal.code == "tls":
+            stream.close_politely()  # the alert is on its way
+        elif self.options.wire == "raw" or refusal.code == "lost" or (silent and refusal.code == "timeout"):
             stream.close()
         else:
-            link.refuse(refusal.code, str(refusal))
+            link.refuse(refusal.code, refusal.told)
 
-    def _greet(self, link: Link) -> PooledLink:
+    def _greet(self, link: Link, deadline: Deadline) -> PooledLink:
         """HELLO, CHALLENGE, AUTH, WELCOME.  Raises `Refusal`, `LinkFault`, `OSError`, `EOFError`."""
         self._check_protected_mode(link.stream)
-        deadline = Deadline(tcprelay.HANDSHAKE_TIMEOUT)
         hello = link.receive(deadline, self._stop)
         if hello.kind != HELLO:
             raise LinkFault("the first frame is not HELLO")
         if hello.fields.get("version") != tcprelay.PROTOCOL_VERSION:
             raise Refusal("the versions differ: this relay server speaks link protocol 1", "version")
         service, client, nonce = hello.text("service"), hello.text("client")[:64], hello.text("nonce")
-        proof = ""
-        if self._token:
+        proof, token = "", self._credentials.token
+        if token:
             own_nonce = tcprelay.new_nonce()
             link.send(CHALLENGE, {"nonce": own_nonce})
             auth = link.receive(deadline, self._stop)
-            expected = tcprelay.prove(self._token, CLIENT, nonce, own_nonce, service, client)
+            expected = tcprelay.prove(token, CLIENT, nonce, own_nonce, service, client)
             if not tcprelay.is_proof(auth.text("proof"), expected):
-                raise Refusal("the token is wrong or missing; set the server's with --token-file or --token", "token")
-            proof = tcprelay.prove(self._token, SERVER, nonce, own_nonce, service, client)
+                raise Refusal(
+                    "its token is not this server's", "token",
+                    "this client's token is not the server's: copy the server's, and name it in --token-file",
+                )  # fmt: skip
+            proof = tcprelay.prove(token, SERVER, nonce, own_nonce, service, client)
+        elif hello.fields.get("token") is True:
+            raise Refusal(
+                "it wants a token to be proven, and none is set here; set --token-file", "token",
+                "the relay server has no token to prove: set the same --token-file there",
+            )  # fmt: skip
         if service not in self.service_addresses:
             raise Refusal(f"there is no service {shown(service, 64)} here; add --service to the server", "service")
-        pooled = PooledLink(link, service, client, shown(hello.text("name"), 64), show_address(link.stream.peer))
+        name, proven = shown(hello.text("name"), 64), tcprelay.certificate_name(link.stream)
+        name = f"{name} (certificate {proven})" if proven else name
+        pooled = PooledLink(link, service, client, name, show_address(link.stream.peer))
         pooled.wanted = int(hello.number("idle", 1, 1e6))
         welcome = {
             "heartbeat": self.options.heartbeat,
@@ -397,37 +513,40 @@ class RelayServer(Relay):
         link.send(WELCOME, {"proof": proof, **welcome} if proof else welcome)
         return pooled
 
-    def _greet_raw(self, stream: Stream) -> PooledLink:
+    def _greet_raw(self, stream: Stream, deadline: Deadline) -> PooledLink:
         """Raw wire has no handshake, except for the key of node-tcp-relay 0.0.13 where one is set."""
         self._check_protected_mode(stream)
-        deadline, key = Deadline(tcprelay.HANDSHAKE_TIMEOUT), self.options.secret.encode()
+        key = self.options.secret.encode()
         given = bytearray(len(key))
         have = 0
         while have < len(key):
-            tcprelay.wait_for(stream.fd, select.POLLIN, deadline, self._stop)
             count = stream.recv_now(memoryview(given)[have:])
-            if count == 0:
+            if count is None:
+                tcprelay.wait_for(stream.fd, select.POLLIN, deadline, self._stop)
+            elif count == 0:
                 raise EOFError("the link was closed")
             have += count or 0
-        if not hmac.compare_digest(bytes(given), key):
+        if not tcprelay.is_same(bytes(given), key):
             raise Refusal("the secret is wrong or missing", "token")
         peer = show_address(stream.peer)
-        return PooledLink(stream, self.options.services[0].name, peer.rpartition(":")[0], "raw", peer)
+        name = tcprelay.certificate_name(stream) or "raw"
+        return PooledLink(stream, self.options.services[0].name, peer.rpartition(":")[0], name, peer)
 
     def _check_protected_mode(self, stream: Stream) -> None:
         options = self.options
-        if self._token or options.secret or options.allow_unauthenticated or tcprelay.is_loopback(stream.peer):
+        guarded = self._credentials.token or options.auth or options.secret or options.allow_unauthenticated
+        if guarded or tcprelay.is_loopback(stream.peer):
             return
         raise Refusal(
-            "this relay server has no token, so it accepts links from its own machine alone; "
-            "set --token-file on both sides (or --allow-unauthenticated on the server)", "protected",
+            "this relay server asks for neither a token nor certificates, so it accepts links from its own machine "
+            "alone; set --token-file on both sides (or --allow-unauthenticated on the server)", "protected",
         )  # fmt: skip
 
     def _add_to_pool(self, pooled: PooledLink) -> None:
         first = self._pool.join(pooled)
         where = {"service": pooled.service, "client": pooled.client, "peer": pooled.peer}
         if first:
-            self._emit(ClientUp(name=pooled.name, **where))
+            self._emit(ClientUp(name=pooled.name, **{**where, "peer": pooled.host}))
         self._emit(LinkUp(**where))
         self._give_back(pooled)
 
@@ -455,7 +574,8 @@ class RelayServer(Relay):
             self._drop_link(pooled, say_error(error))
         else:
             if not self._pool.put(pooled):
-                self._retire(pooled, "no longer needed")
+                left = isinstance(link, Link) and link.machine.leaving
+                self._retire(pooled, "the relay client gave it up" if left else "this relay server is ending")
 
     def _hear_raw(self, stream: Stream) -> None:
         """An idle raw link has nothing to say."""
@@ -481,7 +601,7 @@ class RelayServer(Relay):
         where = {"service": pooled.service, "client": pooled.client, "peer": pooled.peer, "reason": reason}
         self._emit(LinkDown(**where))
         if last:
-            self._emit(ClientDown(name=pooled.name, **where))
+            self._emit(ClientDown(name=pooled.name, **{**where, "peer": pooled.host}))
 
     # The keeper
 
@@ -532,11 +652,12 @@ class RelayServer(Relay):
 
     def _serve_client(self, service: str, sock: socket.socket, address: Any) -> None:
         """A service client's connection from accept to its closing record; the top of its thread."""
-        client = ServiceClient(service, sock, address)
+        client = ServiceClient(service, sock, address, self._credentials.services)
         refusal = Refusal("too many connections at once (--max-connections)")
         admitted = self._splices.admit()
         try:
             if admitted:
+                self._shake_hands(client)
                 self._splice(client, self._find_link(client))
                 return
         except Refusal as error:
@@ -546,6 +667,19 @@ class RelayServer(Relay):
             if admitted:
                 self._splices.leave()
         self._emit(ConnectionFailed(reason=str(refusal), seconds=client.seconds, **client.record))
+
+    def _shake_hands(self, client: ServiceClient) -> None:
+        """TLS with a service client, where its port speaks it.  Raises `Refusal`."""
+        if not isinstance(client.stream, TLSStream):
+            return
+        self._handshakes.enter(client.stream)
+        try:
+            client.stream.handshake(Deadline(tcprelay.HANDSHAKE_TIMEOUT), self._stop)
+        except (OSError, EOFError) as error:
+            reason = explain_tls(error) if tcprelay.is_tls_error(error) else say_error(error)
+            raise Refusal(f"no TLS handshake: {reason}") from error
+        finally:
+            self._handshakes.leave(client.stream)
 
     def _find_link(self, client: ServiceClient) -> PooledLink:
         """Offer the service client to one idle link after another until a service answers.  Raises `Refusal`."""
@@ -594,7 +728,7 @@ class RelayServer(Relay):
         out = bytearray(encode_frame(START, fields))
         client.pass_early(link, out, 0)
         while True:
-            link.stream.send_now(out)
+            sent = link.stream.send_now(out)
             frame = link.receive_now()
             if frame is not None and frame.kind in (READY, FAIL):
                 break
@@ -603,11 +737,16 @@ class RelayServer(Relay):
             if frame is not None:
                 pooled.take_pong(frame.kind)
                 continue
-            reading = not out and client.may_send_more
+            if sent and client.may_send_more:
+                before = len(client.early)
+                client.read_early()
+                client.pass_early(link, out, before)
+                if out:
+                    continue
             poller = select.poll()
-            poller.register(link.fd, select.POLLIN | (select.POLLOUT if out else 0))
+            poller.register(link.fd, select.POLLIN | (0 if sent else select.POLLOUT))
             poller.register(self._cut.fileno(), select.POLLIN)
-            if reading:
+            if sent and client.may_send_more:
                 poller.register(client.stream.fd, select.POLLIN)
             left = deadline.remaining() or 0.0
             ready = dict(poller.poll(left * 1000))
@@ -615,16 +754,11 @@ class RelayServer(Relay):
                 raise TimeoutError("timed out")
             if self._cut.fileno() in ready:
                 raise Stopping("the relay server is ending")
-            if client.stream.fd in ready:
-                before = len(client.early)
-                client.read_early()
-                client.pass_early(link, out, before)
         if frame.kind == FAIL and not link.machine.has_ended(SERVER):
             link.machine.send(END)
             out += encode_frame(END)
-        while out:
+        while not link.stream.send_now(out):
             tcprelay.wait_for(link.fd, select.POLLOUT, deadline)
-            link.stream.send_now(out)
         return "" if frame.kind == READY else shown(frame.text("reason")) or "no reason given"
 
     def _splice(self, client: ServiceClient, pooled: PooledLink) -> None:
@@ -638,7 +772,7 @@ class RelayServer(Relay):
             splice.break_off(client.gone)
         client.early = bytearray()
         self._splices.add(splice)
-        self._emit(ConnectionOpened(via=pooled.peer, **client.record))
+        self._emit(ConnectionOpened(via=f"{pooled.name} at {pooled.host}", **client.record))
         try:
             splice.run(self._threads)
         finally:
@@ -656,14 +790,42 @@ class RelayServer(Relay):
             self._emit(closed)
 
 
+def make_stream(sock: socket.socket, name: str, address: Any, context: ssl.SSLContext | None) -> Stream:
+    """The stream over an accepted socket, with TLS where there is a context; before its handshake."""
+    if context is None:
+        return Stream(sock, name, address)
+    return TLSStream(sock, name, context, address, server_side=True)
+
+
+def make_token(directory: str) -> bytes:
+    """The token kept in `directory`, made there if it is not yet.  Raises `OSError` and `ValueError`."""
+    path = os.path.join(directory, "token")
+    if not os.path.exists(path):
+        tcprelay.write_private(path, tcprelay.random_id(32).encode() + b"\n")
+    return tcprelay.read_secret("--state-dir", path)
+
+
+NOT_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "UNEXPECTED_MESSAGE", "NO_PROTOCOLS_AVAILABLE")
+"""OpenSSL's reasons for a peer whose first bytes are not a TLS ClientHello."""
+
+
+def explain_tls(error: ssl.SSLError) -> str:
+    """What a failed TLS handshake means for whoever reads the log."""
+    if error.reason in NOT_TLS:
+        return "it does not speak TLS; if it is a tcprelayc, add --tls there"
+    if error.reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
+        return "it showed no certificate, which --auth asks for; give the client --cert and --key, or --pfx"
+    return say_error(error)
+
+
 class ServiceClient:
     """A service client until its service has answered: its stream, and the bytes that it sent early."""
 
-    def __init__(self, service: str, sock: socket.socket, address: Any) -> None:
-        self.id = secrets.token_hex(4)
+    def __init__(self, service: str, sock: socket.socket, address: Any, context: ssl.SSLContext | None = None) -> None:
+        self.id = tcprelay.random_id(4)
         self.service = service
         self.peer = show_address(address)
-        self.stream = Stream(sock, f"service client {self.peer}", address)
+        self.stream = make_stream(sock, f"service client {self.peer}", address, context)
         self.early = bytearray()
         self.ended = False
         """It has ended its direction: all that it sends is in `early`."""
@@ -757,6 +919,7 @@ class PooledLink:
         """The relay client's id, random per process; of a raw link, its host."""
         self.name = name
         self.peer = peer
+        self.host = peer.rpartition(":")[0]
         self.wanted = 1
         """How many idle links its client wants."""
         self.last_heard = self.last_used = self.last_pinged = time.monotonic()

@@ -15,6 +15,8 @@ import pytest
 
 from tcprelay import Event, RelayClient, RelayServer
 
+from .certificates import Certificates, make_all
+
 PATIENCE = 10.0
 """Seconds within which anything that a test waits for must happen."""
 
@@ -162,6 +164,12 @@ def bench() -> Iterator[Bench]:
         yield Bench(stack)
 
 
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """A CA, a foreign one, and what they have signed."""
+    return make_all(tmp_path_factory.mktemp("certificates"))
+
+
 def _descriptors() -> dict[str, str]:
     found = {}
     for number in os.listdir("/proc/self/fd"):
@@ -175,19 +183,27 @@ def _descriptors() -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def nothing_left_over() -> Iterator[None]:
     """Fails a test that leaves a thread or a descriptor behind."""
-    threads, descriptors = set(threading.enumerate()), _descriptors() if os.path.isdir("/proc/self/fd") else None
+    threads, descriptors = _count_threads(), _descriptors() if os.path.isdir("/proc/self/fd") else None
     yield
-    wait_until(lambda: not [t for t in threading.enumerate() if t not in threads])
+    wait_until(lambda: _count_threads() <= threads)
     if descriptors is not None:
         left = {n: what for n, what in _descriptors().items() if n not in descriptors}
         assert not left, f"descriptors left open: {left}"
+
+
+def _count_threads() -> int:
+    """The threads of this process; the relay's own are not all known to `threading`."""
+    try:
+        return len(os.listdir("/proc/self/task"))
+    except OSError:
+        return threading.active_count()
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     """No option comes from the environment or from the configuration of whoever runs the tests."""
     for name in list(os.environ):
-        if name.startswith("TCPRELAY_") and name != "TCPRELAY_REQUIRE_PEERS":
+        if name.startswith("TCPRELAY_") and name != "TEST_REQUIRE_PEERS":
             monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "no-config"))
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
@@ -198,7 +214,7 @@ def _real_peer(request: pytest.FixtureRequest) -> None:
     """Skips a test whose real peer is not installed, or fails it where peers are required."""
     for marker in request.node.iter_markers("peer"):
         missing = [program for program in marker.args if not shutil.which(program, path=PEER_PATH)]
-        if missing and os.environ.get("TCPRELAY_REQUIRE_PEERS"):
+        if missing and os.environ.get("TEST_REQUIRE_PEERS"):
             pytest.fail(f"required program not found: {', '.join(missing)}")
         elif missing:
             pytest.skip(f"program not found: {', '.join(missing)}")

@@ -21,10 +21,12 @@ from typing import Any, Literal, NoReturn
 
 import pytest
 
+from tcprelay import Deadline
+
 from .conftest import PATIENCE, PEER_PATH, Service, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
-NODE_PEERS = Path(os.environ.get("TCPRELAY_NODE_PEERS") or ROOT / ".node-peers")
+NODE_PEERS = Path(os.environ.get("TEST_NODE_PEERS") or ROOT / ".node-peers")
 """Releases of node-tcp-relay, as ``npm install --prefix .node-peers/0.0.13 node-tcp-relay@0.0.13`` puts them there."""
 LONG = 120.0
 """Seconds within which a large transfer must be done."""
@@ -148,20 +150,17 @@ class Program:
 
     def wait_for(self, find: Callable[[str], Any], timeout: float = PATIENCE) -> Any:
         """The first true value of `find` for a line of the output."""
-        seen = 0
-        result: Any = None
-
-        def look() -> bool:
-            nonlocal seen, result
-            while not result and seen < len(self.lines):
-                result = find(self.lines[seen])
-                seen += 1
-            return bool(result) or self._ended
-
-        with self._condition:
-            self._condition.wait_for(look, timeout)
-        assert result, f"{self.name} did not say it within {timeout} s:\n{self.output}"
-        return result
+        deadline, seen = Deadline(timeout), 0
+        while True:
+            with self._condition:
+                while len(self.lines) == seen and not self._ended and self._condition.wait(deadline.remaining()):
+                    pass
+                fresh = self.lines[seen:]
+            for line in fresh:
+                if result := find(line):
+                    return result
+            assert fresh, f"{self.name} did not say it within {timeout} s:\n{self.output}"
+            seen += len(fresh)
 
     def wait_until_listening(self, port: int) -> None:
         wait_until(lambda: is_listening(port) or self.process.poll() is not None)
@@ -230,14 +229,14 @@ class RelayProcess(Program):
         """The first event of this kind in the log with these fields."""
 
         def matches(line: str) -> dict[str, Any] | None:
-            entry: dict[str, Any] = json.loads(line)
-            wanted = {"event": kind, **fields}
+            entry, wanted = self._parse(line), {"event": kind, **fields}
             return entry if wanted.items() <= entry.items() else None
 
         return dict(self.wait_for(matches, timeout))
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        return [entry for line in list(self.lines) if (entry := json.loads(line)).get("event") == kind]
+        """All events of this kind in the log so far."""
+        return [entry for line in list(self.lines) if (entry := self._parse(line)).get("event") == kind]
 
     def port_of(self, service: str) -> int:
         """The port for clients of a service, or for relay clients where that is empty; waited for."""
@@ -260,12 +259,16 @@ class RelayProcess(Program):
 
     def check(self) -> None:
         for line in self.lines:
-            assert line.startswith("{"), f"{self.name} says what is no log line:\n{self.output}"
-            entry = json.loads(line)
+            entry = self._parse(line)
             assert entry["level"] != "error", f"{self.name} logs an error:\n{self.output}"
-            assert "exception" not in entry, f"{self.name} logs an exception:\n{self.output}"
         if not self._killed:
             assert self.process.returncode == 0, f"{self.name} ended with {self.process.returncode}:\n{self.output}"
+
+    def _parse(self, line: str) -> dict[str, Any]:
+        if not line.startswith("{"):
+            self._reader.join(1.0)  # it is probably ending with a traceback: show all of it
+            pytest.fail(f"{self.name} says what is no log line:\n{self.output}")
+        return dict(json.loads(line))
 
 
 class Peers:
@@ -418,6 +421,6 @@ def node_options(options: Mapping[str, str]) -> list[str]:
 
 def no_peer(reason: str) -> NoReturn:
     """Skip the test, or fail it where peers are required."""
-    if os.environ.get("TCPRELAY_REQUIRE_PEERS"):
+    if os.environ.get("TEST_REQUIRE_PEERS"):
         pytest.fail(reason)
     pytest.skip(reason)

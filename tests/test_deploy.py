@@ -16,7 +16,7 @@ from typing import Literal
 
 import pytest
 
-from tcprelay import JOIN_TIMEOUT, Option, Options, options_of
+from tcprelay import JOIN_TIMEOUT, Option, Options, options_of, parse_options
 from tcprelay_client import ClientOptions
 from tcprelay_server import ServerOptions
 
@@ -143,14 +143,14 @@ def test_an_example_configuration_is_valid(role: Role) -> None:
 
 @pytest.mark.parametrize("role", ROLES)
 def test_an_example_configuration_is_valid_with_all_that_it_shows(role: Role, tmp_path: Path) -> None:
-    """Every line of the form "#option = value" can be made an option by removing the first character."""
-    token = tmp_path / "token"
-    token.write_text("a token of the tests\n")
-    text = COMMENTED.sub(r"\1 = \2", (DEPLOY / f"{role}.conf").read_text())
+    """Every line of the form "#option = value" can be made an option by removing the first character; of a PFX
+    file and a certificate with its key, one or the other."""
+    text = COMMENTED.sub(r"\1 = \2", (DEPLOY / f"{role}.conf").read_text()).replace("tls = false", "tls = both")
     config = tmp_path / "all.conf"
-    config.write_text(text.replace("/etc/tcprelay/token", str(token)))
-    result = check(role, "--config", str(config))
-    assert (result.returncode, result.stderr) == (0, "")
+    for left_out in ("pfx|service-pfx", "cert|key|service-cert|service-key"):
+        config.write_text(re.sub(rf"(?m)^({left_out}) = .*$", "", text))
+        options, _ = parse_options(f"tcprelay{role[0]}", "", OPTIONS[role], ["--config", str(config)])
+        assert (options.tls, bool(options.pfx)) == ("both", left_out != "pfx|service-pfx")
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import socket
 import threading
 import time
@@ -221,15 +222,12 @@ def test_accepted_sockets_inherit_the_options(bench: Bench) -> None:
 def test_accepting_survives_a_lack_of_threads(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection for which no thread can be had is refused; when there are threads again, the next is served."""
     server = bench.relay()
-    real = threading.Thread.start
 
-    def start(thread: threading.Thread) -> None:
-        if "tcprelay" in thread.name:
-            raise RuntimeError("can't start new thread")
-        real(thread)
+    def start(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", start)
+        patch.setattr(_thread, "start_new_thread", start)
         for _ in range(20):  # more than threads are parked
             try:
                 bench.connect(server)
@@ -247,7 +245,7 @@ def test_accepting_survives_a_lack_of_threads(bench: Bench, monkeypatch: pytest.
 
 def test_threads_are_parked_and_used_again() -> None:
     """A thread that has done its work runs the next function, and all end together."""
-    threads = tcprelay.Threads("test")
+    threads = tcprelay.Threads()
     seen = []
     for _ in range(20):
         done = threading.Event()
@@ -263,7 +261,7 @@ def test_threads_are_parked_and_used_again() -> None:
 def test_parked_threads_go_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a burst has left behind does not stay."""
     monkeypatch.setattr(tcprelay.Threads, "PARKED", 0.05)
-    threads = tcprelay.Threads("test")
+    threads = tcprelay.Threads()
     barrier = threading.Barrier(11)
     for _ in range(10):
         threads.start(barrier.wait)
@@ -274,7 +272,7 @@ def test_parked_threads_go_after_a_while(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_an_error_in_a_thread_is_logged_and_the_thread_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     """A bug in one connection's thread does not take the thread away from the next."""
-    threads = tcprelay.Threads("test")
+    threads = tcprelay.Threads()
     threads.start(lambda: 1 // 0)
     wait_until(lambda: threads._parked)
     assert "ZeroDivisionError" in caplog.text

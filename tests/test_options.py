@@ -93,7 +93,7 @@ def test_the_default_places_of_the_file(tmp_path: Path, monkeypatch: pytest.Monk
 def test_repeated_keys_in_a_file_add_up(tmp_path: Path) -> None:
     """`service = …` may stand on several lines, or as a list; comments and sections are allowed."""
     config = tmp_path / "c.conf"
-    config.write_text("# server\n[server]\nrelay-port = 1\nservice = a=1\nservice = b=2 # two\nservice = [c=3, d=4]\n")
+    config.write_text("# server\n[server]\nrelay-port = 9\nservice = a=1\nservice = b=2 # two\nservice = [c=3, d=4]\n")
     assert [s.name for s in server("--config", str(config)).services] == ["a", "b", "c", "d"]
 
 
@@ -109,27 +109,27 @@ def test_several_services_on_the_client() -> None:
     [
         (
             ["--relay-port", "99999"],
-            "--relay-port '99999' (from command line): accepted is: a port is a number from 0 to 65535",
+            "--relay-port '99999' (from command line): expected a port number from 0 to 65535",
         ),
-        (["--heartbeat", "soon"], "--heartbeat 'soon' (from command line): accepted is: a number of seconds from 0.05"),
-        (["--pair-timeout", "-1"], "--pair-timeout '-1' (from command line): accepted is: a number of seconds, 0 or"),
-        (["--pair-timeout", "nan"], "accepted is: a number of seconds"),
-        (["--wire", "v2"], "--wire 'v2' (from command line): accepted is: v1 or raw"),
-        (["--service", "web"], "accepted is: a service is written NAME=PORT or NAME=ADDRESS:PORT"),
-        (["--service", "w b=1"], "accepted is: a name has 1 to 64 letters"),
-        (["--service", "a=::1:80"], "an IPv6 one [HOST]:PORT"),
-        (["--service", "default=1"], "two services have the same name"),
-        (["--max-pending", "٣"], "accepted is: a whole number"),
-        (["--allow-unauthenticated", "maybe"], "accepted is: true or false"),
-        (["--log-level", "loud"], "accepted is: debug or info or warning or error"),
-        (["--token", ""], "--token (from command line): accepted is: it must not be empty"),
+        (["--heartbeat", "soon"], "--heartbeat 'soon' (from command line): expected a number of seconds from 0.05"),
+        (["--pair-timeout", "-1"], "--pair-timeout '-1' (from command line): expected a number of seconds, 0 or"),
+        (["--pair-timeout", "nan"], "expected a number of seconds"),
+        (["--wire", "v2"], "--wire 'v2' (from command line): expected v1 or raw"),
+        (["--service", "web"], "expected NAME=PORT or NAME=ADDRESS:PORT"),
+        (["--service", "w b=1"], "expected a name of 1 to 64 letters"),
+        (["--service", "a=::1:80"], "of an IPv6 address [HOST]:PORT"),
+        (["--service", "default=1"], "two services are named default"),
+        (["--max-pending", "٣"], "expected a whole number"),
+        (["--allow-unauthenticated", "maybe"], "expected true or false"),
+        (["--log-level", "loud"], "expected debug or info or warning or error"),
+        (["--token", ""], "--token (from command line): expected something that is not empty"),
         (["--token", "a", "--token-file", "b"], "give --token or --token-file, not both"),
         (["--token", "a", "--wire", "raw"], "--wire raw cannot check a token"),
         (["--secret", "a"], "--secret is for --wire raw"),
         (["--no-such", "x"], "unknown option: --no-such"),
         (["--tokn=hunter2"], "unknown option: --tokn"),
         (["word"], "unknown option: a word without an option"),
-        (["--heartbeat"], "argument --heartbeat: expected one argument"),
+        (["--heartbeat"], "--heartbeat: expected one argument"),
     ],
 )
 def test_a_wrong_option_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,12 +156,13 @@ def test_where_a_wrong_value_came_from(
     config.write_text("heartbeat = y\n")
     with pytest.raises(SystemExit):
         server(*SERVER, "--config", str(config))
-    assert f"--heartbeat 'y' (from {config})" in error(capsys)
+    assert f"--heartbeat 'y' (from {config}, line 1)" in error(capsys)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("heartbeat = 5\nheartbeat = 6", "line 2: heartbeat stands there twice"),
         ("hearbeat = 5", "line 1: unknown option hearbeat"),
         ("\n= hunter2", "line 2: not a line of the form key = value"),
     ],
@@ -195,7 +196,11 @@ def test_what_is_required_is_said(capsys: pytest.CaptureFixture[str]) -> None:
         (tcprelay_client.main, [], "--relay-host is required"),
         (tcprelay_client.main, ["--relay-host", "x"], "--relay-port is required"),
         (tcprelay_client.main, ["--relay-host", "x", "--relay-port", "1"], "--port (with --host) or --publish"),
-        (tcprelay_client.main, [*CLIENT, "--num-conn", "0"], "--num-conn must be at least 1"),
+        (
+            tcprelay_client.main,
+            [*CLIENT, "--num-conn", "0"],
+            "--num-conn '0' (from command line): expected a whole number, 1 or more",
+        ),
     ):
         with pytest.raises(SystemExit) as caught:
             main(words)
@@ -235,7 +240,7 @@ def test_check_says_that_all_is_well(capsys: pytest.CaptureFixture[str]) -> None
     """--check ends with status 0 and binds nothing."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert tcprelay_server.main(["--relay-port", port, "--service-port", port, "--check"]) == 0
+        assert tcprelay_server.main(["--relay-port", port, "--service-port", "0", "--check"]) == 0
     assert capsys.readouterr().out == "tcprelays: the configuration is valid\n"
     assert tcprelay_client.main([*CLIENT, "--check"]) == 0
 
@@ -257,12 +262,12 @@ def test_help(main: Any, cls: type[tcprelay.Options], capsys: pytest.CaptureFixt
         main(["--token", "hunter2", "--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    flat = re.sub(r"\s+", " ", text)
+    flat = re.sub(r"\s+", "", text)  # --help breaks lines, also at hyphens
     for name, info in options_of(cls):
         assert f"--{name.replace('_', '-')}" in text
-        assert re.sub(r"\s+", " ", info.help) in flat
+        assert re.sub(r"\s+", "", info.help) in flat
         if info.default:
-            assert f"(default: {info.default})" in flat
+            assert re.sub(r"\s+", "", f"(default: {info.default})") in flat
     for group in ("Addresses", "Connections", "Links", "Trust", "Running"):
         assert f"\n{group}:\n" in text
     assert "hunter2" not in text
@@ -347,3 +352,64 @@ def test_an_api_option_that_does_not_fit(tmp_path: Path) -> None:
         tcprelay.RelayServer(0, service=["x"])
     with pytest.raises(FileNotFoundError):
         tcprelay.RelayServer(0, 0, token_file=str(tmp_path / "none"))
+
+
+def test_a_file_that_is_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line, status 1; a byte order mark is no fault."""
+    config = tmp_path / "c.conf"
+    config.write_bytes("# Schlüssel\nheartbeat = 5\n".encode("latin-1"))
+    with pytest.raises(SystemExit) as caught:
+        server(*SERVER, "--config", str(config))
+    assert caught.value.code == 1
+    assert f"cannot read {config}: it is not UTF-8" in error(capsys)
+    config.write_text("heartbeat = 5\n", encoding="utf-8-sig")
+    assert server(*SERVER, "--config", str(config)).heartbeat == 5
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "message"),
+    [
+        (tcprelay_server.main, ["--relay-port", "1080", "--service-port", "1080"], "two ports are 1080"),
+        (tcprelay_server.main, [*SERVER, "--service", "a=1082", "--service", "b=1082"], "two ports are 1082"),
+        (tcprelay_client.main, [*CLIENT, "--port", "0"], "nothing can be reached at port 0: localhost:0"),
+        (tcprelay_client.main, [*CLIENT, "--host", "unix:/x"], "--port is of no use where --host is a Unix socket"),
+        (tcprelay_client.main, [*CLIENT, "--max-conn", "4"], "--max-conn is less than the idle links"),
+        (tcprelay_client.main, [*CLIENT, "--pin", "sha256:" + "0" * 64], "--pin is of no use without --tls"),
+        (tcprelay_server.main, [*SERVER, "--auth"], "--auth needs --ca-file"),
+    ],
+)
+def test_what_cannot_work_is_no_valid_configuration(
+    main: Any, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--check finds what would fail later."""
+    with pytest.raises(SystemExit) as caught:
+        main([*words, "--check"])
+    assert caught.value.code == 2
+    assert message in error(capsys)
+
+
+def test_a_mistyped_variable_is_warned_of(tmp_path: Path) -> None:
+    """A variable that looks like an option and is none, of either role, is named in the log."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tcprelay", "server", *SERVER, "--check"],
+        env={**os.environ, "TCPRELAY_TOKENFILE": "x", "TCPRELAY_NUM_CONN": "3"},
+        capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert "there is no option for the environment variable TCPRELAY_TOKENFILE" in done.stderr
+    assert "NUM_CONN" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "options", [{"wire": "x"}, {"heartbeat": 0}, {"idle_timeout": -1}, {"heartbeat": "soon"}, {"relay_port": -1}]
+)
+def test_the_constructors_judge_as_the_commands_do(options: dict[str, Any]) -> None:
+    """A value that the command line would refuse is a `ValueError` that names it."""
+    with pytest.raises(ValueError, match=next(iter(options))):
+        tcprelay.RelayServer(**{"relay_port": 0, "service_port": 0, **options})
+
+
+def test_none_is_the_default_in_the_constructors() -> None:
+    """As `os.environ.get` gives it; text is taken as on the command line."""
+    made = tcprelay.RelayClient("[::1]", 22, "relay", 1080, token=None, idle_timeout="5")
+    assert (made.options.token, made.options.idle_timeout, made.options.host) == ("", 5.0, "::1")

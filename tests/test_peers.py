@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import PATIENCE, read_all, read_exactly, wait_until
-from .peers import HOST, Peers, RelayProcess, curl, digest_file, digest_output, find, free_port, make_file, no_peer, run
+from .peers import HOST, Peers, RelayProcess, curl, digest_file, digest_output, find, make_file, no_peer, run
 
 MEBIBYTE = 1 << 20
 
@@ -107,6 +108,27 @@ def test_relays_that_are_configured_by_the_environment_alone(peers: Peers, files
     server.wait_event("ClientUp", name="friend")
     page = run(*curl(f"http://{HOST}:{server.service_port}/page"))
     assert (page.returncode, page.stdout) == (0, b"a page\n"), page.stderr
+
+
+@pytest.mark.peer("curl", "nginx")
+@pytest.mark.parametrize("killed", ["server", "client"])
+def test_a_page_can_be_fetched_again_after_a_relay_was_killed(peers: Peers, files: Path, killed: str) -> None:
+    """A relay that is started anew takes the place of the one that was killed, on the same ports."""
+    (files / "page").write_text("a page\n")
+    nginx = peers.nginx(files)
+    server, client = peers.relay(nginx)
+    relay_port, service_port = server.relay_port, server.service_port
+    fetch = curl(f"http://{HOST}:{service_port}/page")
+    assert run(*fetch).stdout == b"a page\n"
+    if killed == "server":
+        server.kill()
+        ports = "--relay-port", str(relay_port), "--service-port", str(service_port), "--hostname", HOST
+        peers.relay_process("server", *ports).wait_event("ClientUp")
+    else:
+        client.kill()
+        server.wait_event("ClientDown")
+        peers.client(relay_port, nginx)
+    assert run(*fetch).stdout == b"a page\n"
 
 
 # --- Other protocols ------------------------------------------------------------------------------------------
@@ -211,10 +233,7 @@ def secret_options(secret: str) -> tuple[list[str], dict[str, str]]:
 def test_our_client_with_the_server_of_node_tcp_relay(peers: Peers, files: Path, version: str, secret: str) -> None:
     """HTTP passes in both directions, connection after connection."""
     ours, theirs = secret_options(secret)
-    relay_port, service_port = free_port(), free_port()
-    node = peers.node(version, "server", relayPort=relay_port, servicePort=service_port, hostname=HOST, **theirs)
-    node.wait_until_listening(relay_port)
-    node.wait_until_listening(service_port)
+    relay_port, service_port = peers.node_server(version, **theirs)
     client = peers.client(relay_port, peers.nginx(files), "--wire", "raw", "--num-conn", "2", *ours)
     exchange_with_curl(service_port, files)
     wait_until(lambda: len(client.events("ConnectionClosed")) == 5)
@@ -227,8 +246,7 @@ def test_our_server_with_the_client_of_node_tcp_relay(peers: Peers, files: Path,
     """HTTP passes in both directions, connection after connection."""
     ours, theirs = secret_options(secret)
     server = peers.server("--wire", "raw", *ours)
-    target: dict[str, str | int] = {"host": HOST, "port": peers.nginx(files), "relayHost": HOST, "relayPort": server.relay_port}
-    peers.node("0.0.13", "client", numConn=2, **target, **theirs)
+    peers.node_client("0.0.13", server.relay_port, peers.nginx(files), numConn="2", **theirs)
     server.wait_event("ClientUp")
     exchange_with_curl(server.service_port, files)
     wait_until(lambda: len(server.events("ConnectionClosed")) == 5)
@@ -239,8 +257,7 @@ def test_our_server_with_the_client_of_node_tcp_relay(peers: Peers, files: Path,
 def test_a_client_of_node_tcp_relay_with_another_key_is_refused(peers: Peers) -> None:
     """The key of node-tcp-relay is compared, not just skipped."""
     server = peers.server("--wire", "raw", "--secret", "a-shared-key")
-    target: dict[str, str | int] = {"host": HOST, "port": 1, "relayHost": HOST, "relayPort": server.relay_port}
-    peers.node("0.0.13", "client", secret="another-key!", **target)
+    peers.node_client("0.0.13", server.relay_port, 1, secret="another-key!")
     assert server.wait_event("LinkRefused")["code"] == "token"
     assert not server.events("ClientUp")
 
@@ -260,6 +277,15 @@ def test_a_signal_ends_a_relay(peers: Peers, role: str, number: signal.Signals) 
     assert ending.wait() == 0
 
 
+def test_sigterm_ends_a_client_that_has_no_relay_server(peers: Peers) -> None:
+    """It ends at once, with status 0, although it goes on trying."""
+    command = "--relay-host", HOST, "--relay-port", "1", "--port", "1"
+    client = peers.relay_process("client", *command, "--drain-timeout", "60")
+    client.wait_event("Unpublished")
+    client.signal(signal.SIGTERM)
+    assert client.wait() == 0
+
+
 @pytest.mark.peer("unshare")
 def test_sigterm_ends_process_1(peers: Peers) -> None:
     """As the first process of a container, where signals without a handler are ignored, it ends too."""
@@ -276,6 +302,15 @@ def test_sigterm_ends_process_1(peers: Peers) -> None:
     assert server.wait() == 0
 
 
+def what_it_saw(use: Callable[[socket.socket], None], sock: socket.socket) -> str:
+    """How the use of a socket ended."""
+    try:
+        use(sock)
+    except OSError as error:
+        return type(error).__name__
+    return "a clean end"
+
+
 class HalfSent:
     """A connection of which the first half of the answer has arrived; the second follows `go_on`."""
 
@@ -284,7 +319,8 @@ class HalfSent:
     def __init__(self, peers: Peers, *options: str) -> None:
         self._go_on = threading.Event()
         self.service_saw: Future[str] = Future()
-        self.server, self.client = peers.relay(peers.service(self._serve).port, *options)
+        service = peers.service(lambda sock: self.service_saw.set_result(what_it_saw(self._serve, sock)))
+        self.server, self.client = peers.relay(service.port, *options)
         self.sock = peers.connect(self.server.service_port)
         assert read_exactly(self.sock, len(self.HALF)) == self.HALF
 
@@ -323,7 +359,7 @@ def test_sigterm_lets_a_transfer_finish(peers: Peers, role: str) -> None:
 def test_a_transfer_that_does_not_finish_is_broken_off(
     peers: Peers, role: str, drain_timeout: str, signals: int
 ) -> None:
-    """At the drain time-out, or at a second signal, the service client gets an error, and the relay ends."""
+    """At the drain time-out, or at a second signal, both ends of the connection see an error, and the relay ends."""
     transfer = HalfSent(peers, "--drain-timeout", drain_timeout)
     ending = transfer.relay(role)
     ending.signal(signal.SIGTERM)
@@ -336,6 +372,7 @@ def test_a_transfer_that_does_not_finish_is_broken_off(
     [record] = ending.events("ConnectionClosed")
     assert record["reason"] == "this relay is ending"
     transfer.go_on()
+    assert transfer.service_saw.result(PATIENCE) == "ConnectionResetError"
 
 
 # --- A relay is killed ----------------------------------------------------------------------------------------
@@ -344,48 +381,60 @@ BLOCK = bytes(65536)
 
 
 class Flow:
-    """What passes while a relay is killed: from a sender to a receiver, without end, or up to a quiet moment."""
+    """What passes from a sender to a receiver until a relay is killed at a certain moment.
 
-    def __init__(self, quiet: bool) -> None:
-        self._quiet = quiet
-        self.received = 0
+    busy: while bytes pass; stalled: while the receiver does not read, so that the relays are in the middle of
+    a send; quiet: while nothing is left to be sent.
+    """
+
+    def __init__(self, moment: str) -> None:
+        self._moment = moment
+        self._killed = threading.Event()
+        self._stalled = threading.Event()
+        self._received = 0
+
+    def wait_for_moment(self) -> None:
+        wait_until(lambda: self._received >= 8 * MEBIBYTE)
+        if self._moment == "stalled":
+            assert self._stalled.wait(PATIENCE)
+
+    def killed(self) -> None:
+        self._killed.set()
 
     def send(self, sock: socket.socket) -> None:
         for _ in range(8 * MEBIBYTE // len(BLOCK)):
             sock.sendall(BLOCK)
-        while not self._quiet:
+        if self._moment == "quiet":
+            assert sock.recv(1) == b""
+            return
+        while True:
+            if not select.select([], [sock], [], 0.3)[1]:
+                self._stalled.set()
             sock.sendall(BLOCK)
-        assert sock.recv(1) == b""
 
     def receive(self, sock: socket.socket) -> None:
         while piece := sock.recv(65536):
-            self.received += len(piece)
-
-
-def what_it_saw(use: Callable[[socket.socket], None], sock: socket.socket) -> str:
-    """How the use of a socket ended."""
-    try:
-        use(sock)
-    except OSError as error:
-        return type(error).__name__
-    return "a clean end"
+            self._received += len(piece)
+            if self._moment == "stalled" and self._received >= 8 * MEBIBYTE:
+                assert self._killed.wait(PATIENCE)
 
 
 @pytest.mark.parametrize("killed", ["server", "client"])
 @pytest.mark.parametrize("receiver", ["service client", "service"])
-@pytest.mark.parametrize("moment", ["busy", "quiet"])
+@pytest.mark.parametrize("moment", ["busy", "stalled", "quiet"])
 def test_nobody_takes_a_part_for_the_whole_when_a_relay_is_killed(
     peers: Peers, killed: str, receiver: str, moment: str
 ) -> None:
-    """After SIGKILL of either relay both ends of the connection see an error, be it busy or quiet."""
-    flow = Flow(quiet=moment == "quiet")
+    """After SIGKILL of either relay both ends of the connection see an error, whatever the moment."""
+    flow = Flow(moment)
     client_use, service_use = (flow.receive, flow.send) if receiver == "service client" else (flow.send, flow.receive)
     service_saw: Future[str] = Future()
     service = peers.service(lambda sock: service_saw.set_result(what_it_saw(service_use, sock)))
     server, client = peers.relay(service.port)
     with ThreadPoolExecutor(1) as threads:
         client_saw = threads.submit(what_it_saw, client_use, peers.connect(server.service_port))
-        wait_until(lambda: flow.received >= 8 * MEBIBYTE)
+        flow.wait_for_moment()
         (server if killed == "server" else client).kill()
+        flow.killed()
         assert client_saw.result(PATIENCE) == "ConnectionResetError"
         assert service_saw.result(PATIENCE) == "ConnectionResetError"

@@ -45,7 +45,7 @@ def field_tables() -> dict[str, dict[str, str]]:
     for line in TEXT.splitlines():
         if found := re.match(r"(?:- )?\*\*([A-Z]+)\*\*", line):
             frame = found[1]
-        elif found := re.match(r"\s*\| `(\w+)` \| (string|number) \|", line):
+        elif found := re.match(r"\s*\| `(\w+)` \| (string|number|boolean) \|", line):
             fields.setdefault(frame, {})[found[1]] = found[2]
     return fields
 
@@ -216,7 +216,7 @@ class Wire:
         if TYPES[name][2] == "bytes":
             return body
         fields = json.loads(body) if body else {}
-        types = {"string": str, "number": (int, float)}
+        types = {"string": str, "number": (int, float), "boolean": bool}
         assert [key for key, value in fields.items() if not isinstance(value, types[FIELDS[name][key]])] == []  # type: ignore[arg-type]
         assert set(FIELDS.get(name, ())) - set(fields) <= {"proof"}
         return fields

@@ -56,7 +56,7 @@ class Rig:
         far_link.settimeout(None)
         for sock in (self.far_stream, far_link):
             stack.callback(sock.close)
-        self.threads = Threads("test")
+        self.threads = Threads()
         stack.callback(lambda: self.threads.end(Deadline(PATIENCE)))
         self.link, self.far = Link(Stream(link, "link"), CLIENT), Link(Stream(far_link, "far link"), SERVER)
         for sender, kind in ((CLIENT, HELLO), (SERVER, WELCOME), (SERVER, START), (CLIENT, READY)):
@@ -197,7 +197,7 @@ def test_waking_a_receiver_sends_nothing() -> None:
     near, far = tcp_pair()
     with near, far:
         stream = Stream(near, "near")
-        threads = Threads("test")
+        threads = Threads()
         result: list[int] = []
         threads.start(lambda: result.append(stream.recv_into(memoryview(bytearray(1)))))
         while not result:
@@ -214,7 +214,7 @@ def test_waking_a_sender_lets_no_end_be_seen() -> None:
     near, far = tcp_pair()
     with far:
         stream = Stream(near, "near")
-        threads = Threads("test")
+        threads = Threads()
         result: list[OSError] = []
 
         def fill() -> None:

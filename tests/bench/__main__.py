@@ -1,119 +1,82 @@
-"""``python -m tests.bench``: measure, print a table and the bars; status 1 where tcprelay falls short of one."""
+"""Measure tcprelay beside a direct connection and other relays; status 1 where it falls short of a bar."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import resource
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from .cases import CASES, Case
-from .processes import Failure, Processes, find_program
-from .report import Results, make_bars, make_table, write_json
+from .processes import Failure, Processes, absent, free_port
+from .report import Results, make_bars, make_table, show, write_json
 from .subjects import SUBJECTS, Subject
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse_options(argv)
-    if not os.path.isdir("/proc/self/fd"):
-        print("the bench reads /proc, which is Linux's", file=sys.stderr)
-        return 2
-    # So that whatever ends this also ends what it has started.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+def main() -> int:
+    options = parse_options()
+    if sys.platform != "linux":
+        sys.exit("the bench reads /proc, which is Linux's")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and end what was started
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
 
     results = Results()
-    cases = [case for case in CASES if _is_chosen(case.name, options.cases)]
-    subjects = [kind() for kind in SUBJECTS if _is_chosen(kind.name, options.subjects)]
-    for thing in (*cases, *subjects):
-        if reason := thing.missing():
-            results.missing.append(f"{thing.name}: {reason}")
-    cases = [case for case in cases if not case.missing()]
-    subjects = [subject for subject in subjects if not subject.missing()]
-    if not find_program("nginx"):
-        results.missing.append("nginx: not installed; a small HTTP service in Python takes its place")
-    for line in results.missing:
-        print(f"missing: {line}", file=sys.stderr)
+    cases = [case for case in CASES if {case.name, case.name.partition("-")[0]} & set(options.cases)]
+    subjects = [subject for subject in SUBJECTS if subject.name in options.subjects]
+    results.remarks += [f"not measured: {case.name}: {case.missing}" for case in cases if case.missing]
+    results.remarks += [f"not measured: {subject.name}: {subject.missing}" for subject in subjects if subject.missing]
+    if reason := absent("nginx"):
+        results.remarks.append(f"{reason}: a small HTTP service in Python takes its place")
+    cases = [case for case in cases if not case.missing]
+    subjects = [subject for subject in subjects if not subject.missing]
 
-    broken = False
     for case in cases:
-        for turn in range(options.repeat):  # one subject after the other, and again: a disturbance hits all alike
+        for turn in range(options.repeat):  # all subjects, then all again: what disturbs hits each of them
             for subject in subjects:
-                if subject.is_relay or not case.relays_only:
-                    print(f"{case.name}, {subject.name}, {turn + 1} of {options.repeat}", file=sys.stderr, flush=True)
-                    good = measure(case, subject, options.seconds, results)
-                    broken = broken or (not good and subject.name == "tcprelay")
+                print(f"{case.name}, {subject.name}, {turn + 1} of {options.repeat}", file=sys.stderr, flush=True)
+                measure(case, subject, options.seconds, results)
 
-    print(make_table(results, cases, [subject.name for subject in subjects]))
     bars = make_bars(results)
-    for kind, lines in (("missing", results.missing), ("failed", results.failures), ("note", results.notes)):
-        for line in lines:
-            print(f"{kind}: {line}")
-    print(*bars, sep="\n")
+    print(make_table(results, cases, [subject.name for subject in subjects]), *results.remarks, sep="\n")
+    for bar in bars:
+        print(f"{bar['verdict']}: {bar['asked']}" + ("" if bar["figure"] is None else f": {show(bar['figure'])}"))
     if options.json:
-        chosen = {"repeat": options.repeat, "seconds": options.seconds}
-        write_json(options.json, results, cases, bars, chosen)
-    return int(broken or any(bar.passed is False for bar in bars))
+        write_json(options, results, cases, bars)
+    return int("tcprelay" in results.failed or any(bar["verdict"] == "FAIL" for bar in bars))
 
 
-def measure(case: Case, subject: Subject, seconds: int, results: Results) -> bool:
-    """One measurement, with processes of its own; False where it failed."""
-    processes = Processes()
-    where = f"{case.name}, {subject.name}"
+def measure(case: Case, subject: Subject, seconds: int, results: Results) -> None:
+    """One measurement, with processes of its own."""
+    where, processes, service = f"{case.name}, {subject.name}", Processes(), free_port()
     try:
         with processes:
-            service = case.start_service(processes)
+            case.start_service(processes, service)
+            processes.wait_sockets(service)
             relay = subject.start(processes, service, case.pool)
-            results.add(case.name, subject.name, case.measure(processes, relay, seconds))
+            for metric, value in case.measure(processes, relay, seconds).items():
+                results.values.setdefault((case.name, metric, subject.name), []).append(value)
     except (Failure, OSError) as error:
-        results.failures.append(f"{where}: {error}")
-        print(f"  failed: {error}", file=sys.stderr)
-        return False
-    finally:
-        results.notes += [f"{where}: {note}" for note in processes.notes]
-    return True
+        results.failed.add(subject.name)
+        results.remarks.append(f"failed: {where}: {error}")
+    results.remarks += [f"odd: {where}: {note}" for note in processes.notes]
 
 
-def _is_chosen(name: str, wanted: list[str]) -> bool:
-    return not wanted or any(name == word or name.startswith(f"{word}-") for word in wanted)
-
-
-def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
-    case_names = [case.name for case in CASES]
-    subject_names = [kind.name for kind in SUBJECTS]
-
-    def names_among(known: list[str]) -> object:
-        def parse(text: str) -> list[str]:
-            words = [word.strip() for word in text.split(",") if word.strip()]
-            for word in words:
-                if not any(_is_chosen(name, [word]) for name in known):
-                    raise argparse.ArgumentTypeError(f"{word}: accepted is: {', '.join(known)}")
-            return words
-
-        return parse
-
-    def positive(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and 0 < int(text) <= 3600):
-            raise argparse.ArgumentTypeError("a whole number from 1 to 3600")
-        return int(text)
-
+def parse_options() -> argparse.Namespace:
+    names, subjects = [case.name for case in CASES], [subject.name for subject in SUBJECTS]
+    kinds = [*dict.fromkeys(name.partition("-")[0] for name in names)]
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("--repeat", type=positive, default=3, metavar="N", help="times that each is measured (3)")
-    parser.add_argument("--seconds", type=positive, default=3, metavar="S", help="length of one load (3)")
-    parser.add_argument(
-        "--cases", type=names_among(case_names), default=[], metavar="CASE,...",
-        help=f"some of {', '.join(case_names)}; the part before the dash stands for all of its kind",
-    )  # fmt: skip
-    parser.add_argument(
-        "--subjects", type=names_among(subject_names), default=[], metavar="SUBJECT,...",
-        help=f"some of {', '.join(subject_names)}",
-    )  # fmt: skip
+    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="how often each is measured (3)")
+    parser.add_argument("--seconds", type=int, default=3, metavar="S", help="length of one load (3)")
+    parser.add_argument("--cases", nargs="+", choices=[*dict.fromkeys(kinds + names)], default=kinds, metavar="CASE",
+                        help=f"some of {', '.join(names)}, or all of a kind: {', '.join(kinds)}")  # fmt: skip
+    parser.add_argument("--subjects", nargs="+", choices=subjects, default=subjects, metavar="SUBJECT",
+                        help=f"some of {', '.join(subjects)}")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to a file, too")
-    return parser.parse_args(argv)
+    options = parser.parse_args()
+    if min(options.repeat, options.seconds) < 1:
+        parser.error("--repeat and --seconds are whole numbers from 1")
+    return options
 
 
 if __name__ == "__main__":

@@ -4,249 +4,153 @@ from __future__ import annotations
 
 import json
 import re
-import selectors
 import socket
 import sys
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
 
-from .processes import Failure, Processes, find_program, free_port, usage
+from .processes import Failure, Processes, absent, find_program, usage
 from .subjects import Pool, Relay
 
-SPARE_TIME = 20.0
-"""Seconds beyond its own duration that a load generator may take."""
+SPARE_TIME = 20.0  # seconds beyond its own duration that a load generator may take
+BURST_TIMEOUT = 30.0
 HELD = 1000
-MIB = 1 << 20
-GIB = 1 << 30
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One figure of a case."""
-
-    key: str
-    unit: str
-    only_if_any: bool = False
-    """Not worth a row where it is 0 everywhere."""
 
 
 class Case(ABC):
     """One question, with the service behind the relay that it needs."""
 
     name: str
-    metrics: tuple[Metric, ...]
+    metrics: dict[str, str]  # and their units
+    missing = ""  # what it needs and this machine does not have, in one line
     pool = Pool()
-    relays_only = False
 
-    def missing(self) -> str:
-        """What it needs and this machine does not have, in one line; "" where it can be measured."""
-        return ""
-
-    @abstractmethod
-    def start_service(self, processes: Processes) -> int:
-        """Start the service, and return its port when it listens.  Raises `Failure`."""
+    def start_service(self, processes: Processes, port: int) -> None:
+        """Start the service, to listen on that loopback port: where no case says otherwise, an echo."""
+        processes.start("echo service", sys.executable, "-m", "tests.bench.services", "echo", port)
 
     @abstractmethod
     def measure(self, processes: Processes, relay: Relay, seconds: int) -> dict[str, float]:
-        """The figures, by the keys of `metrics`; one may be left out where there is none.  Raises `Failure`."""
+        """The figures by metric; one may be left out where there is none.  Raises `Failure`."""
 
 
 class Stream(Case):
     """One stream.  iperf3 has a control and a data connection; both go through the relay."""
 
-    def __init__(self, name: str, reverse: bool) -> None:
-        self.name = name
-        self._reverse = reverse
-        self.metrics = (Metric("speed", "Gbit/s"), Metric("processor", "CPU s/GiB"))
+    missing = absent("iperf3")
+    metrics = {"speed": "Gbit/s", "processor": "s/GiB"}
 
-    def missing(self) -> str:
-        return "" if find_program("iperf3") else "iperf3 is not installed"
+    def __init__(self, name: str, *arguments: str) -> None:
+        self.name, self._arguments = name, arguments
 
-    def start_service(self, processes: Processes) -> int:
-        port = free_port()
-        processes.start("iperf3 -s", [find_program("iperf3"), "-s", "-B", "127.0.0.1", "-p", str(port)])
-        processes.wait_listening(port)
-        return port
+    def start_service(self, processes: Processes, port: int) -> None:
+        processes.start("iperf3 server", find_program("iperf3"), "-s", "-B", "127.0.0.1", "-p", port)
 
     def measure(self, processes: Processes, relay: Relay, seconds: int) -> dict[str, float]:
-        command = [find_program("iperf3"), "-c", "127.0.0.1", "-p", str(relay.port), "-t", str(seconds), "-J"]
-        before = usage(relay.server) + usage(relay.client)
-        output = processes.run([*command, "-R"] if self._reverse else command, seconds + SPARE_TIME)
-        after = usage(relay.server) + usage(relay.client)
-        received = json.loads(output)["end"]["sum_received"]
-        if not received["bytes"]:
-            raise Failure("iperf3: nothing was received")
-        figures = {"speed": received["bits_per_second"] / 1e9}
-        if relay.server:
-            spent = after.processor_seconds - before.processor_seconds
-            figures["processor"] = spent / (received["bytes"] / GIB)
-        return figures
+        arguments = ("-c", "127.0.0.1", "-p", relay.port, "-t", seconds, "-J", *self._arguments)
+        before, *_ = usage(relay.server, relay.client)
+        received = json.loads(processes.run(seconds + SPARE_TIME, "iperf3", *arguments))["end"]["sum_received"]
+        after, *_ = usage(relay.server, relay.client)
+        speed = {"speed": received["bits_per_second"] / 1e9}
+        return speed | ({"processor": (after - before) / received["bytes"] * 2**30} if relay.server else {})
 
 
 class Requests(Case):
     """Small HTTP requests, with wrk."""
 
-    # A relay that opens a link for each connection must have them ready before wrk's connections come.
+    missing = absent("wrk")
     pool = Pool(stock=64)
 
-    def __init__(self, name: str, unit: str, threads: int, connections: int, *headers: str) -> None:
-        self.name = name
-        self._arguments = [f"-t{threads}", f"-c{connections}"]
-        for header in headers:
-            self._arguments += ["-H", header]
-        self.metrics = (
-            Metric("rate", unit), Metric("p50", "ms"), Metric("p99", "ms"), Metric("errors", "count", only_if_any=True),
-        )  # fmt: skip
+    def __init__(self, name: str, *arguments: str) -> None:
+        self.name, self._arguments = name, arguments
+        self.metrics = {"rate": f"{name.partition('-')[0]}/s", "p50": "ms", "p99": "ms", "errors": "count"}
 
-    def missing(self) -> str:
-        return "" if find_program("wrk") else "wrk is not installed"
-
-    def start_service(self, processes: Processes) -> int:
-        port = free_port()
-        nginx = find_program("nginx")
-        if nginx:
-            config = processes.directory / "nginx.conf"
-            paths = "".join(
-                f"{name}_temp_path {processes.directory};"
-                for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-            )
-            config.write_text(
-                f"daemon off; worker_processes 1; pid {processes.directory / 'nginx.pid'}; error_log stderr error;\n"
-                "events { worker_connections 8192; }\n"
-                f"http {{ access_log off; keepalive_requests 1000000000; {paths}\n"
-                f'server {{ listen 127.0.0.1:{port} backlog=4096; return 200 "ok"; }} }}\n'
-            )
-            processes.start("nginx", [nginx, "-e", "stderr", "-c", str(config)])
-        else:
-            processes.start("http service", [sys.executable, "-m", "tests.bench.services", "http", str(port)])
-        processes.wait_listening(port)
-        return port
+    def start_service(self, processes: Processes, port: int) -> None:
+        here, nginx = processes.directory, find_program("nginx")
+        paths = "".join(f"{kind}_temp_path {here};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+        (here / "nginx.conf").write_text(
+            f"daemon off; worker_processes 1; pid {here}/nginx.pid; events {{ worker_connections 8192; }}\n"
+            f"http {{ access_log off; keepalive_requests 1000000000; {paths}\n"
+            f'server {{ listen 127.0.0.1:{port} backlog=4096; return 200 "ok"; }} }}\n'
+        )
+        command = (nginx, "-e", "stderr", "-c", here / "nginx.conf")
+        fallback = (sys.executable, "-m", "tests.bench.services", "http", port)
+        processes.start("http service", *(command if nginx else fallback))
 
     def measure(self, processes: Processes, relay: Relay, seconds: int) -> dict[str, float]:
-        command = [find_program("wrk"), *self._arguments, f"-d{seconds}s", "--timeout", "5s", "--latency"]
-        output = processes.run([*command, f"http://127.0.0.1:{relay.port}/"], seconds + SPARE_TIME)
-        figures = {"errors": 0.0}
-        if (rate := re.search(r"Requests/sec:\s*([\d.]+)", output)) is None or not float(rate[1]):
+        arguments = (*self._arguments, "-d", seconds, "--timeout", 5, "--latency", f"http://127.0.0.1:{relay.port}/")
+        output = processes.run(seconds + SPARE_TIME, "wrk", *arguments)
+        rate = float((re.findall(r"Requests/sec:\s*([\d.]+)", output) or [0])[0])
+        latencies = re.findall(r"\s(50|99)%\s+([\d.]+)(us|ms|s|m)\b", output)
+        if not rate or len(latencies) != 2:
             raise Failure("wrk: no request was answered")
-        figures["rate"] = float(rate[1])
-        for percent in (50, 99):
-            if found := re.search(rf"\s{percent}%\s+([\d.]+)(us|ms|s|m)\b", output):
-                scale = {"us": 0.001, "ms": 1.0, "s": 1000.0, "m": 60000.0}[found[2]]
-                figures[f"p{percent}"] = float(found[1]) * scale
-        if errors := re.search(r"Socket errors: connect (\d+), read (\d+), write (\d+), timeout (\d+)", output):
-            figures["errors"] += sum(map(int, errors.groups()))
-        if wrong := re.search(r"Non-2xx or 3xx responses: (\d+)", output):
-            figures["errors"] += int(wrong[1])
-        return figures
+        scale = {"us": 0.001, "ms": 1, "s": 1000, "m": 60000}
+        figures = {f"p{percent}": float(number) * scale[unit] for percent, number, unit in latencies}
+        errors = re.findall(r"(?:connect|read|write|timeout|responses:) (\d+)", output)
+        return figures | {"rate": rate, "errors": sum(map(int, errors))}
 
 
-class EchoCase(Case):
-    """With the echo service."""
-
-    def start_service(self, processes: Processes) -> int:
-        port = free_port()
-        processes.start("echo service", [sys.executable, "-m", "tests.bench.services", "echo", str(port)])
-        processes.wait_listening(port)
-        return port
-
-
-class Held(EchoCase):
+class Held(Case):
     """Memory and threads, with no connection and with many that are open and idle; each was proven by an echo."""
 
     name = "held"
-    relays_only = True
-    metrics = (
-        *(
-            Metric(f"{role} {what}, {count}", unit)
-            for role in ("server", "client")
-            for what, unit in (("memory", "MiB"), ("threads", "count"))
-            for count in (0, HELD)
-        ),
-        Metric("to open them", "s"),
-    )
+    metrics = {f"{role} {what} at {n}": unit for role in ("server", "client")
+               for what, unit in (("memory", "MiB"), ("threads", "count")) for n in (0, HELD)}  # fmt: skip
+    metrics["to open them"] = "s"
 
     def measure(self, processes: Processes, relay: Relay, seconds: int) -> dict[str, float]:
-        figures = self._look(relay, 0)
-        deadline = time.monotonic() + 60
-        connections: list[socket.socket] = []
-        try:
-            began = time.monotonic()
-            for number in range(HELD):
+        def look(count: int) -> dict[str, float]:
+            used = {"server": usage(relay.server), "client": usage(relay.client)}
+            memory = {f"{role} memory at {count}": resident / 2**20 for role, (_, resident, _) in used.items()}
+            return memory | {f"{role} threads at {count}": threads for role, (_, _, threads) in used.items()}
+
+        if not relay.server:
+            return {}
+        figures, began = look(0), time.monotonic()
+        with ExitStack() as connections:
+            for number in range(1, HELD + 1):
                 try:
-                    sock = socket.create_connection(("127.0.0.1", relay.port), timeout=10)
-                    connections.append(sock)
+                    sock = connections.enter_context(socket.create_connection(("127.0.0.1", relay.port), timeout=10))
                     sock.sendall(b"x")
-                    if sock.recv(1) != b"x":
-                        raise Failure(f"connection {number + 1} ended without an echo")
+                    if sock.recv(1) != b"x" or time.monotonic() - began > 60:
+                        raise OSError("it ended without an echo, or a minute is over")
                 except OSError as error:
-                    raise Failure(f"connection {number + 1}: {error}") from error
-                if time.monotonic() > deadline:
-                    raise Failure(f"only {number + 1} connections within a minute")
-            figures["to open them"] = time.monotonic() - began
-            return figures | self._look(relay, HELD)
-        finally:
-            for sock in connections:
-                sock.close()
-
-    @staticmethod
-    def _look(relay: Relay, count: int) -> dict[str, float]:
-        figures = {}
-        for role, pid in (("server", relay.server), ("client", relay.client)):
-            used = usage(pid)
-            figures[f"{role} memory, {count}"] = used.resident / MIB
-            figures[f"{role} threads, {count}"] = used.threads
-        return figures
+                    raise Failure(f"connection {number}: {error}") from error
+            return figures | {"to open them": time.monotonic() - began} | look(HELD)
 
 
-class Burst(EchoCase):
+class Burst(Case):
     """So many service clients at once, on a pool of one link; each gets one byte echoed."""
 
     pool = Pool(size=1)
-    TIMEOUT = 30.0
+    metrics = {"served": "count", "to the last": "ms"}
 
     def __init__(self, count: int) -> None:
-        self.name = f"burst-{count}"
-        self._count = count
-        self.metrics = (Metric("served", "count"), Metric("to the last", "ms"))
+        self.name, self._count = f"burst-{count}", count
 
     def measure(self, processes: Processes, relay: Relay, seconds: int) -> dict[str, float]:
-        served, last = 0, 0.0
-        began = time.monotonic()
-        with selectors.DefaultSelector() as selector:
-            for _ in range(self._count):
-                sock = socket.socket()
+        began, served = time.monotonic(), 0
+        with ExitStack() as stack:
+            clients = [stack.enter_context(socket.socket()) for _ in range(self._count)]
+            for sock in clients:
                 sock.setblocking(False)
                 sock.connect_ex(("127.0.0.1", relay.port))
-                selector.register(sock, selectors.EVENT_WRITE)
-            while selector.get_map() and (left := began + self.TIMEOUT - time.monotonic()) > 0:
-                for key, events in selector.select(left):
-                    assert isinstance(key.fileobj, socket.socket)
-                    try:
-                        if events & selectors.EVENT_WRITE:
-                            key.fileobj.send(b"x")
-                            selector.modify(key.fileobj, selectors.EVENT_READ)
-                            continue
-                        served += key.fileobj.recv(1) == b"x"
-                        last = time.monotonic() - began
-                    except OSError:
-                        pass  # refused or reset: not served
-                    selector.unregister(key.fileobj)
-                    key.fileobj.close()
-            for key in list(selector.get_map().values()):
-                assert isinstance(key.fileobj, socket.socket)
-                key.fileobj.close()
-        return {"served": served} | ({"to the last": last * 1000} if served == self._count else {})
+            for sending in (True, False):  # the order among them does not matter for the last one's time
+                for sock in clients:
+                    sock.settimeout(max(0.001, began + BURST_TIMEOUT - time.monotonic()))
+                    with suppress(OSError):  # refused, reset or late: not served
+                        if sending:
+                            sock.send(b"x")
+                        else:
+                            served += sock.recv(1) == b"x"
+            milliseconds = 1000 * (time.monotonic() - began)
+        return {"served": served} | ({"to the last": milliseconds} if served == self._count else {})
 
 
 CASES: tuple[Case, ...] = (
-    Stream("stream-in", reverse=False),
-    Stream("stream-out", reverse=True),
-    Requests("requests-1", "requests/s", 1, 1),
-    Requests("requests-64", "requests/s", 2, 64),
-    Requests("connections", "connections/s", 2, 8, "Connection: close"),
-    Held(),
-    Burst(1),
-    Burst(10),
-    Burst(100),
-)
+    Stream("stream-in"), Stream("stream-out", "-R"),
+    Requests("requests-1", "-t1", "-c1"), Requests("requests-64", "-t2", "-c64"),
+    Requests("connections", "-t2", "-c8", "-H", "Connection: close"),
+    Held(), Burst(1), Burst(10), Burst(100),
+)  # fmt: skip

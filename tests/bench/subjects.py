@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import compileall
 import os
 import pwd
 import sys
-from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .processes import ROOT, Processes, find_program, free_port
+from .processes import ESTABLISHED, Processes, absent, find_program, free_port
 
 
 @dataclass(frozen=True)
 class Pool:
     """What a case wants of a relay's pool of links."""
 
-    size: int | None = None
-    """How many idle ones to keep; ``None`` is the relay's own default."""
-    stock: int = 1
-    """How many a relay must have in stock that uses no link twice, and replaces one only on data."""
+    size: int | None = None  # how many idle ones to keep; None is the relay's own default
+    stock: int = 1  # how many a relay is to have that uses no link twice, and replaces one only on data
 
 
 @dataclass(frozen=True)
@@ -31,130 +30,76 @@ class Relay:
     client: int = 0
 
 
-class Subject(ABC):
+@dataclass(frozen=True)
+class Subject:
     """One way from a service client to a service."""
 
     name: str
-    is_relay = True
-
-    def missing(self) -> str:
-        """What it needs and this machine does not have, in one line; "" where it can be measured."""
-        return ""
-
-    @abstractmethod
-    def start(self, processes: Processes, service: int, pool: Pool) -> Relay:
-        """Expose the service port, and return when that is so.  Raises `Failure`."""
+    start: Callable[[Processes, int, Pool], Relay]
+    """Exposes a service port; returns when that is so, or raises `Failure`."""
+    missing: str = ""  # what it needs and this machine does not have, in one line
 
 
-class Direct(Subject):
-    name = "direct"
-    is_relay = False
-
-    def start(self, processes: Processes, service: int, pool: Pool) -> Relay:
-        return Relay(service)
-
-
-class TcpRelay(Subject):
-    """tcprelay with its own defaults, its log included, which goes to a file."""
-
-    name = "tcprelay"
-    default_pool = 8
-
-    def start(self, processes: Processes, service: int, pool: Pool) -> Relay:
-        port, relay_port = free_port(), free_port()
-        command = [sys.executable, "-m", "tcprelay"]
-        server = processes.start(
-            "tcprelay server",
-            [*command, "server", "--hostname=127.0.0.1", f"--relay-port={relay_port}", f"--service-port={port}"],
-        )
-        processes.wait_listening(relay_port)
-        size = self.default_pool if pool.size is None else pool.size
-        client = processes.start(
-            "tcprelay client",
-            [*command, "client", "--host=127.0.0.1", f"--port={service}", "--relay-host=127.0.0.1",
-             f"--relay-port={relay_port}", f"--num-conn={size}"],
-        )  # fmt: skip
-        processes.wait_connected(relay_port, size)
-        processes.wait_logged(server, "is connected")
-        return Relay(port, server, client)
+def start_tcprelay(processes: Processes, service: int, pool: Pool) -> Relay:
+    """With its own defaults, its log included, which goes to a file."""
+    compileall.compile_dir(Path(__file__).parents[2], 0, quiet=2)  # as installed: compiling at start takes memory
+    command = [sys.executable, "-m", "tcprelay"]
+    return start_pair(processes, service, [*command, "server"], [*command, "client"], pool.size or 8)
 
 
-class NodeTcpRelay(Subject):
-    """node-tcp-relay at both ends; it opens a link for each connection."""
-
-    name = "node-tcp-relay"
-    version = "0.0.13"
-
-    def __init__(self) -> None:
-        peers = Path(os.environ.get("TCPRELAY_NODE_PEERS") or ROOT / ".node-peers")
-        self._package = peers / self.version / "node_modules" / "node-tcp-relay"
-
-    def missing(self) -> str:
-        if not find_program("node"):
-            return "node is not installed"
-        if not (self._package / "relay-server-cli.js").is_file():
-            shown = os.path.relpath(self._package.parents[1])
-            return f"npm install --prefix {shown} node-tcp-relay@{self.version} (or set TCPRELAY_NODE_PEERS)"
-        return ""
-
-    def start(self, processes: Processes, service: int, pool: Pool) -> Relay:
-        port, relay_port = free_port(), free_port()
-        node = find_program("node")
-        server = processes.start(
-            "node-tcp-relay server",
-            [node, str(self._package / "relay-server-cli.js"), "--hostname", "127.0.0.1",
-             "--relayPort", str(relay_port), "--servicePort", str(port)],
-        )  # fmt: skip
-        processes.wait_listening(relay_port)
-        processes.wait_listening(port)
-        size = pool.stock if pool.size is None else pool.size
-        client = processes.start(
-            "node-tcp-relay client",
-            [node, str(self._package / "relay-client-cli.js"), "--host", "127.0.0.1", "--port", str(service),
-             "--relayHost", "127.0.0.1", "--relayPort", str(relay_port), "--numConn", str(size)],
-        )  # fmt: skip
-        processes.wait_connected(relay_port, size)
-        return Relay(port, server, client)
+def start_node(processes: Processes, service: int, pool: Pool) -> Relay:
+    """At both ends; it opens a link for each connection."""
+    server, client = ([find_program("node"), NODE_PACKAGE / f"relay-{role}-cli.js"] for role in ("server", "client"))
+    return start_pair(processes, service, server, client, pool.size or pool.stock)
 
 
-class SshRemote(Subject):
-    """``ssh -R`` to an sshd of its own, with keys and configuration of its own; always encrypted."""
-
-    name = "ssh -R"
-
-    def missing(self) -> str:
-        absent = [name for name in ("sshd", "ssh", "ssh-keygen") if not find_program(name)]
-        return f"{' and '.join(absent)} not installed" if absent else ""
-
-    def start(self, processes: Processes, service: int, pool: Pool) -> Relay:
-        port, ssh_port, files = free_port(), free_port(), processes.directory
-        for key in ("host", "user"):
-            processes.run([find_program("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", str(files / key)], 10)
-        config = files / "sshd_config"
-        config.write_text(
-            f"ListenAddress 127.0.0.1:{ssh_port}\nHostKey {files / 'host'}\nAuthorizedKeysFile {files / 'user.pub'}\n"
-            "PidFile none\nUsePAM no\nStrictModes no\nPermitRootLogin prohibit-password\n"
-            "PasswordAuthentication no\nKbdInteractiveAuthentication no\n"
-        )
-        sshd = [find_program("sshd"), "-D", "-e", "-f", str(config)]
-        if os.getuid() == 0 and not os.path.isdir("/run/sshd"):
-            # As root it insists on this directory, which its service unit makes: give it one that it alone sees.
-            script = 'mount -t tmpfs none /run && mkdir /run/sshd && exec "$@"'
-            sshd = ["unshare", "--mount", "sh", "-c", script, "sh", *sshd]
-        server = processes.start("sshd", sshd)
-        processes.wait_listening(ssh_port)
-        known = files / "known_hosts"
-        known.write_text(f"[127.0.0.1]:{ssh_port} {(files / 'host.pub').read_text()}")
-        user = pwd.getpwuid(os.getuid()).pw_name
-        client = processes.start(
-            "ssh",
-            [find_program("ssh"), "-F", "none", "-N", "-i", str(files / "user"), "-p", str(ssh_port),
-             "-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes", "-o", "ExitOnForwardFailure=yes",
-             "-o", f"UserKnownHostsFile={known}",
-             "-R", f"127.0.0.1:{port}:127.0.0.1:{service}", f"{user}@127.0.0.1"],
-        )  # fmt: skip
-        processes.wait_listening(port)
-        return Relay(port, server, client)
+def start_pair(processes: Processes, service: int, server: list[object], client: list[object], links: int) -> Relay:
+    """A server and a client that both understand node-tcp-relay's options."""
+    port, relay_port, host = free_port(), free_port(), "127.0.0.1"
+    server += ["--hostname", host, "--relayPort", relay_port, "--servicePort", port]
+    client += ["--host", host, "--port", service, "--relayHost", host, "--relayPort", relay_port, "--numConn", links]
+    server_pid = processes.start("relay server", *server)
+    processes.wait_sockets(relay_port)
+    processes.wait_sockets(port)
+    client_pid = processes.start("relay client", *client)
+    processes.wait_sockets(relay_port, ESTABLISHED, links)
+    return Relay(port, server_pid, client_pid)
 
 
-SUBJECTS: tuple[type[Subject], ...] = (Direct, TcpRelay, NodeTcpRelay, SshRemote)
+def start_ssh(processes: Processes, service: int, pool: Pool) -> Relay:
+    """To an sshd of its own, with keys and configuration of its own; always encrypted."""
+    port, ssh_port, here = free_port(), free_port(), processes.directory
+    for key in ("host", "user"):
+        processes.run(10, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", here / key)
+    (here / "known").write_text(f"[127.0.0.1]:{ssh_port} {(here / 'host.pub').read_text()}")
+    (here / "config").write_text(
+        f"ListenAddress 127.0.0.1:{ssh_port}\nHostKey {here / 'host'}\nAuthorizedKeysFile {here / 'user.pub'}\n"
+        "PidFile none\nUsePAM no\nStrictModes no\nPermitRootLogin prohibit-password\nPasswordAuthentication no\n"
+    )
+    sshd = [find_program("sshd"), "-D", "-e", "-f", here / "config"]
+    if os.getuid() == 0 and not os.path.isdir("/run/sshd"):
+        # As root it insists on this directory, which its service unit makes: give it one that it alone sees.
+        script = 'mount -t tmpfs none /run && mkdir /run/sshd && exec "$@"'
+        sshd = ["unshare", "--mount", "sh", "-c", script, "sh", *sshd]
+    server = processes.start("sshd", *sshd)
+    processes.wait_sockets(ssh_port)
+    client = processes.start(
+        "ssh", find_program("ssh"), "-F", "none", "-N", "-i", here / "user", "-o", "IdentitiesOnly=yes",
+        "-o", "BatchMode=yes", "-o", "ExitOnForwardFailure=yes", "-o", f"UserKnownHostsFile={here / 'known'}",
+        "-R", f"127.0.0.1:{port}:127.0.0.1:{service}", "-p", ssh_port, "-l", pwd.getpwuid(os.getuid()).pw_name,
+        "127.0.0.1",
+    )  # fmt: skip
+    processes.wait_sockets(port)
+    return Relay(port, server, client)
+
+
+NODE_PEERS = Path(os.environ.get("TEST_NODE_PEERS") or Path(__file__).parents[2] / ".node-peers") / "0.0.13"
+NODE_PACKAGE = NODE_PEERS / "node_modules" / "node-tcp-relay"
+NODE_INSTALL = f"npm install --prefix {os.path.relpath(NODE_PEERS)} node-tcp-relay@0.0.13 (or set TEST_NODE_PEERS)"
+
+SUBJECTS = (
+    Subject("direct", lambda processes, service, pool: Relay(service)),
+    Subject("tcprelay", start_tcprelay),
+    Subject("node-tcp-relay", start_node, absent("node") or ("" if NODE_PACKAGE.is_dir() else NODE_INSTALL)),
+    Subject("ssh-R", start_ssh, absent("sshd", "ssh", "ssh-keygen")),
+)

@@ -1,0 +1,708 @@
+"""TLS on every leg: data, ends and errors in all combinations; who is refused, and why."""
+
+from __future__ import annotations
+
+import random
+import socket
+import ssl
+import subprocess
+import threading
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tcprelay
+from tcprelay import ConnectionClosed, ConnectionFailed, RelayClient, RelayServer, TLSStream, pin_of
+from tcprelay_client import Published, Unpublished
+from tcprelay_server import ClientUp, LinkRefused
+
+from .certificates import Certificates
+from .conftest import PATIENCE, Bench, Service, connect, read_all, read_exactly, wait_until
+
+RESET = tcprelay.RESET_ON_CLOSE
+
+
+class TLSEnd:
+    """A test's own end of a TLS connection, which can end its direction and go on reading.
+
+    `ssl.SSLSocket` cannot do that; here records are made and read by an `ssl.SSLObject`.
+    """
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext, server_side: bool) -> None:
+        self.sock = sock
+        self.sock.settimeout(None)
+        self.stream = TLSStream(sock, "test", context, server_side=server_side)
+        self.stream.handshake(tcprelay.Deadline(PATIENCE))
+        self.sock.settimeout(PATIENCE)
+
+    def sendall(self, data: bytes) -> None:
+        self.stream.send(data)
+
+    def recv(self, size: int) -> bytes:
+        view = memoryview(bytearray(size))
+        return bytes(view[: self.stream.recv_into(view)])
+
+    def shutdown(self, how: int) -> None:
+        assert how == socket.SHUT_WR
+        self.stream.end()
+
+    def setsockopt(self, *words: Any) -> None:
+        self.sock.setsockopt(*words)
+
+    def close(self) -> None:
+        self.sock.close()
+
+    def __enter__(self) -> TLSEnd:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class Way:
+    """One combination of legs."""
+
+    link: str  # plain, tls, mutual
+    port: bool  # TLS on the service port
+    service: bool  # TLS to the service
+    version: str
+    wire: str
+
+    def __str__(self) -> str:
+        return "-".join([self.link, "port" * self.port, "service" * self.service, self.version, self.wire])
+
+
+# TLS on the service port or to the service comes with TLS on the links (--tls both).
+WAYS = [
+    Way(link, port, service, version, wire)
+    for link in ("tls", "mutual")
+    for port in (False, True)
+    for service in (False, True)
+    for version in ("1.2", "1.3")
+    for wire in ("v1", "raw")
+]
+
+
+class Rig:
+    """A relay with the legs of a way, between a service and `connect`."""
+
+    def __init__(self, bench: Bench, certificates: Certificates, way: Way) -> None:
+        self._bench, self._certificates, self._way = bench, certificates, way
+        path = certificates.path
+        # tls_min 1.3 forces 1.3; for 1.2 the contexts that the relay made are capped.
+        self._common: dict[str, Any] = {"wire": way.wire, "tls_min": way.version}
+        self._common |= {"allow_unauthenticated": True} if way.wire == "raw" else {"token": "the-token"}
+        self.server_options: dict[str, Any] = {
+            **self._common, "tls": "both" if way.port else "relay",
+            "cert": path("server.pem"), "key": path("server.key"),
+        }  # fmt: skip
+        self.client_options: dict[str, Any] = {
+            "wire": way.wire, "tls_min": way.version, "tls": "both" if way.service else "relay",
+            "ca_file": path("ca.pem"), "service_ca_file": path("ca.pem"),
+        }  # fmt: skip
+        if way.wire != "raw":
+            self.client_options["token"] = "the-token"
+        if way.link == "mutual":
+            self.server_options |= {"auth": True, "ca_file": path("ca.pem")}
+            self.client_options |= {"cert": path("client.pem"), "key": path("client.key")}
+
+    def context(self, server_side: bool) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
+        if server_side:
+            context.load_cert_chain(self._certificates.path("server.pem"), self._certificates.path("server.key"))
+        else:
+            context.check_hostname = False
+            context.load_verify_locations(self._certificates.path("ca.pem"))
+        if self._way.version == "1.2":
+            context.maximum_version = ssl.TLSVersion.TLSv1_2
+        return context
+
+    def start(self, serve: Any) -> RelayServer:
+        def serve_leg(sock: socket.socket) -> None:
+            serve(TLSEnd(sock, self.context(True), True) if self._way.service else sock)
+
+        self.server = self._bench.server(**self.server_options)
+        if self._way.version == "1.2":
+            assert self.server._credentials.links is not None
+            self.server._credentials.links.maximum_version = ssl.TLSVersion.TLSv1_2
+        self.client = self._bench.client(self.server, self._bench.service(serve_leg).port, **self.client_options)
+        return self.server
+
+    def connect(self) -> Any:
+        sock = self._bench.connect(self.server)
+        return TLSEnd(sock, self.context(False), False) if self._way.port else sock
+
+
+@pytest.fixture(params=WAYS, ids=str)
+def rig(bench: Bench, certificates: Certificates, request: pytest.FixtureRequest) -> Rig:
+    return Rig(bench, certificates, request.param)
+
+
+def test_data_and_half_close_both_ways(rig: Rig) -> None:
+    """The service client ends its direction with data in flight, and the whole answer still comes."""
+    data, answer = random.Random(1).randbytes(700_001), random.Random(2).randbytes(900_001)
+    seen: list[bytes] = []
+
+    def serve(sock: Any) -> None:
+        seen.append(read_all(sock))
+        sock.sendall(answer)
+        sock.shutdown(socket.SHUT_WR)
+
+    rig.start(serve)
+    sock = rig.connect()
+    sock.sendall(data)
+    sock.shutdown(socket.SHUT_WR)
+    assert read_all(sock) == answer
+    assert seen == [data]
+    [closed] = rig._bench.server_events.wait(ConnectionClosed)
+    assert (closed.bytes_in, closed.bytes_out, closed.reason) == (700_001, 900_001, "")
+
+
+def test_the_service_ends_first(rig: Rig) -> None:
+    """After the service's end with data in flight towards it, all of that still arrives."""
+    data = random.Random(3).randbytes(800_000)
+    got: list[bytes] = []
+
+    def serve(sock: Any) -> None:
+        first = read_exactly(sock, 1)
+        sock.sendall(b"answer")
+        sock.shutdown(socket.SHUT_WR)
+        got.append(first + read_all(sock))
+
+    rig.start(serve)
+    sock = rig.connect()
+    sender = threading.Thread(target=sock.sendall, args=(data,))
+    sender.start()
+    assert read_all(sock) == b"answer"
+    sender.join(PATIENCE)
+    sock.shutdown(socket.SHUT_WR)
+    wait_until(lambda: got)
+    assert got == [data]
+
+
+def test_aborts_and_truncation_are_errors(rig: Rig) -> None:
+    """The service's RST, and on TLS its FIN without close_notify, reach the service client as an error."""
+
+    def serve(sock: Any) -> None:
+        read_exactly(sock, 1)
+        sock.sendall(b"part")
+        raw = getattr(sock, "sock", sock)
+        read_exactly(sock, 1)
+        if raw is sock:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        sock.close()  # TLS: no close_notify
+
+    rig.start(serve)
+    sock = rig.connect()
+    sock.sendall(b"1")
+    assert read_exactly(sock, 4) == b"part"
+    sock.sendall(b"2")
+    with pytest.raises(OSError):
+        assert sock.recv(1)
+    assert rig._bench.server_events.wait(ConnectionClosed)[0].reason
+
+
+def test_the_service_speaks_first(rig: Rig) -> None:
+    """A banner needs no byte of the service client's (on the raw wire it does)."""
+    raw = rig._way.wire == "raw"
+
+    def serve(sock: Any) -> None:
+        if raw:
+            read_exactly(sock, 1)
+        sock.sendall(b"banner")
+        sock.shutdown(socket.SHUT_WR)
+
+    rig.start(serve)
+    sock = rig.connect()
+    if raw:
+        sock.sendall(b"x")
+    assert read_all(sock) == b"banner"
+
+
+def tls_server(certificates: Certificates, name: str = "server", **more: Any) -> dict[str, Any]:
+    return {"tls": "relay", "cert": certificates.path(f"{name}.pem"), "key": certificates.path(f"{name}.key"), **more}
+
+
+def refused(bench: Bench, server: RelayServer, service: Service, **options: Any) -> str:
+    """Why a client with these options does not get a link."""
+    bench.enter(
+        RelayClient(
+            options.pop("relay_host_name", "localhost"), service.port, "127.0.0.1", server.relay_address[1], 1,
+            on_event=bench.client_events, **options,
+        )
+    )  # fmt: skip
+    [event, *_] = bench.client_events.wait(Unpublished)
+    assert not bench.client_events.of(Published)
+    assert server.counters["links_idle"] == 0
+    return str(event.reason)
+
+
+@pytest.mark.parametrize(
+    ("certificate", "options", "words"),
+    [
+        ("server", {}, "the certificate is not accepted: unable to get local issuer certificate"),
+        ("expired", {"ca_file": "ca.pem"}, "the certificate is not accepted: certificate has expired"),
+        ("foreign", {"ca_file": "ca.pem"}, "the certificate is not accepted: unable to get local issuer certificate"),
+        ("elsewhere", {"ca_file": "ca.pem"}, "the certificate is not accepted: IP address mismatch"),
+        ("server", {"ca_file": "ca.pem", "tls_server_name": "other.example"}, "Hostname mismatch"),
+        ("server", {"pin": "sha256:" + "0" * 64}, "the relay's certificate has another pin than --pin says: sha256:"),
+    ],
+)
+def test_a_server_that_cannot_be_verified_is_refused(
+    bench: Bench, certificates: Certificates, certificate: str, options: dict[str, str], words: str
+) -> None:
+    """The client says why, and what can be done."""
+    server = bench.server(**tls_server(certificates, certificate))
+    chosen = {name: certificates.path(value) if name == "ca_file" else value for name, value in options.items()}
+    assert words in refused(bench, server, bench.service(), tls="relay", **chosen)
+    bench.server_events.wait(LinkRefused)
+
+
+def accepted(bench: Bench, server: RelayServer, **options: Any) -> None:
+    bench.client(server, bench.service().port, **options)
+    with bench.connect(server) as sock:
+        sock.sendall(b"hello")
+        assert read_exactly(sock, 5) == b"hello"
+
+
+def test_ways_to_trust_a_server(bench: Bench, certificates: Certificates) -> None:
+    """A CA file, another name, a pin in any spelling, or, with a warning, nothing."""
+    elsewhere = bench.server(**tls_server(certificates, "elsewhere"))
+    ca = certificates.path("ca.pem")
+    accepted(bench, elsewhere, tls="relay", ca_file=ca, tls_server_name="elsewhere.example")
+    accepted(bench, elsewhere, tls="relay", reject_unauthorized=False)
+    pin = pin_of(ssl.PEM_cert_to_DER_cert(Path(certificates.path("expired.pem")).read_text()))
+    accepted(bench, bench.server(**tls_server(certificates, "expired")), tls="relay", pin=pin)
+
+
+def test_no_verification_is_said_at_every_start(
+    bench: Bench, certificates: Certificates, caplog: pytest.LogCaptureFixture
+) -> None:
+    """--reject-unauthorized false is a warning."""
+    accepted(bench, bench.server(**tls_server(certificates)), tls="relay", reject_unauthorized=False)
+    assert "--reject-unauthorized false: whoever is on the way can pose as the relay server" in caplog.text
+
+
+@pytest.mark.parametrize("version", ["1.2", "1.3"])
+@pytest.mark.parametrize(
+    ("name", "at_server"),
+    [("", "it showed no certificate"), ("foreign", "the certificate is not accepted"), ("expired", "has expired")],
+)
+def test_a_client_whose_certificate_is_not_accepted(
+    bench: Bench, certificates: Certificates, name: str, at_server: str, version: str
+) -> None:
+    """Both logs have the reason (with TLS 1.3 the client learns it late), nothing is pooled, and it backs off."""
+    server = bench.server(**tls_server(certificates, auth=True, ca_file=certificates.path("ca.pem"), tls_min="1.2"))
+    if version == "1.2":
+        assert server._credentials.links is not None
+        server._credentials.links.maximum_version = ssl.TLSVersion.TLSv1_2
+    own = {"cert": certificates.path(f"{name}.pem"), "key": certificates.path(f"{name}.key")} if name else {}
+    reason = refused(bench, server, bench.service(), tls="relay", ca_file=certificates.path("ca.pem"), **own)
+    assert "certificate" in reason or "alert" in reason or "handshake failure" in reason
+    [event, *_] = bench.server_events.wait(LinkRefused)
+    assert at_server in event.reason
+
+
+def test_the_name_in_a_client_s_certificate_is_told(bench: Bench, certificates: Certificates) -> None:
+    """It stands in the events, so that the log shows who is connected."""
+    server = bench.server(**tls_server(certificates, auth=True, ca_file=certificates.path("ca.pem")))
+    bench.client(
+        server, bench.service().port, tls="relay", ca_file=certificates.path("ca.pem"), name="nas",
+        cert=certificates.path("client.pem"), key=certificates.path("client.key"),
+    )  # fmt: skip
+    assert bench.server_events.of(ClientUp)[0].name == "nas (certificate client)"
+
+
+def test_a_plain_client_on_a_tls_port(bench: Bench, certificates: Certificates) -> None:
+    """Both sides say what is wrong."""
+    server = bench.server(**tls_server(certificates))
+    assert refused(bench, server, bench.service()) == "refused by the relay: it speaks TLS; add --tls"
+    assert "it does not speak TLS" in bench.server_events.wait(LinkRefused)[0].reason
+
+
+def test_a_tls_client_on_a_plain_port(bench: Bench) -> None:
+    """Likewise."""
+    server = bench.server()
+    reason = refused(bench, server, bench.service(), tls="relay")
+    assert reason == "the relay does not speak TLS: start it with --tls, or leave --tls out"
+    assert "it speaks TLS" in bench.server_events.wait(LinkRefused)[0].reason
+
+
+def test_a_plain_service_client_on_a_tls_service_port(bench: Bench, certificates: Certificates) -> None:
+    """It gets an RST or an alert, never the service; a silent one is dropped at the deadline."""
+    server = bench.server(**{**tls_server(certificates), "tls": "both"})
+    sock = bench.connect(server)
+    sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+    assert b"HTTP" not in until_broken(sock)
+    [failed] = bench.server_events.wait(ConnectionFailed)
+    assert failed.reason.startswith("no TLS handshake: it does not speak TLS")
+
+
+def until_broken(sock: socket.socket) -> bytes:
+    data = b""
+    try:
+        while piece := sock.recv(65536):
+            data += piece
+    except OSError:
+        pass
+    return data
+
+
+def test_a_service_that_cannot_be_verified(bench: Bench, certificates: Certificates) -> None:
+    """It counts as one that cannot be reached; --service-insecure accepts it."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates.path("foreign.pem"), certificates.path("foreign.key"))
+
+    def serve(sock: socket.socket) -> None:
+        end = TLSEnd(sock, context, True)
+        end.sendall(b"hello")
+        end.shutdown(socket.SHUT_WR)
+
+    server = bench.server(**tls_server(certificates))
+    service = bench.service(serve)
+    both = {"tls": "both", "ca_file": certificates.path("ca.pem"), "service_ca_file": certificates.path("ca.pem")}
+    client = bench.client(server, service.port, **both)
+    with pytest.raises(ConnectionResetError):
+        bench.connect(server).recv(1)
+    [failed] = bench.client_events.wait(ConnectionFailed)
+    assert "the certificate is not accepted" in failed.reason
+    client.end(0)
+    wait_until(lambda: server.counters["links_idle"] == 0)
+    bench.client(server, service.port, **both, service_insecure=True)
+    assert read_all(bench.connect(server)) == b"hello"
+
+
+def test_a_separate_certificate_for_the_service_ports(bench: Bench, certificates: Certificates) -> None:
+    """Service clients see --service-cert, relay clients --cert."""
+    service = {"service_cert": certificates.path("elsewhere.pem"), "service_key": certificates.path("elsewhere.key")}
+    server = bench.server(**{**tls_server(certificates, **service), "tls": "both"})
+    names = []
+    for address in (server.relay_address, server.service_addresses["default"]):
+        context = ssl.create_default_context(cafile=certificates.path("ca.pem"))
+        context.check_hostname = False
+        with connect(address) as sock, context.wrap_socket(sock) as tls:
+            names.append(tls.getpeercert()["subject"][0][0][1])  # type: ignore[index]
+    assert names == ["server", "elsewhere"]
+
+
+# PFX
+
+
+@pytest.mark.parametrize("passphrase", ["", "pass word"])
+@pytest.mark.parametrize("of", ["server", "rsa"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        (),
+        ("-keypbe", "PBE-SHA1-3DES", "-certpbe", "PBE-SHA1-3DES", "-macalg", "sha1"),
+        ("-legacy", "-keypbe", "PBE-SHA1-3DES", "-certpbe", "PBE-SHA1-RC2-40", "-macalg", "sha1"),
+    ],
+    ids=["openssl3", "3des", "rc2"],
+)
+def test_pfx_files(
+    bench: Bench, certificates: Certificates, tmp_path: Path, kind: tuple[str, ...], of: str, passphrase: str
+) -> None:
+    """Of OpenSSL 3, of older ones and of Windows, EC and RSA, with a chain, with and without a passphrase."""
+    chain = ("-certfile", certificates.path("ca.pem"))
+    pfx = Certificates(certificates.directory).make_pfx(f"{tmp_path.name}", of, passphrase, *chain, *kind)
+    server = bench.server(tls="relay", pfx=pfx, passphrase=passphrase)
+    accepted(bench, server, tls="relay", ca_file=certificates.path("ca.pem"))
+
+
+def test_a_key_never_lies_on_the_disk(
+    certificates: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What openssl is asked for is encrypted, its arguments hold no secret, and it is loaded from memory."""
+    pfx = certificates.make_pfx("secret", "server", "hunter2")
+    seen: list[Any] = []
+    real = subprocess.run
+
+    def run(command: list[str], **more: Any) -> Any:
+        done = real(command, **more)
+        seen.append((command, done.stdout))
+        return done
+
+    monkeypatch.setattr("tcprelay.subprocess.run", run)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tcprelay.load_pfx(context, pfx, "hunter2")
+    assert seen
+    for command, output in seen:
+        assert "hunter2" not in " ".join(command)
+        assert b"BEGIN PRIVATE KEY" not in output
+    assert any(b"BEGIN ENCRYPTED PRIVATE KEY" in output for _, output in seen)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("case", ["wrong", "none", "no key", "not one", "missing"])
+def test_a_pfx_file_that_does_not_fit(certificates: Certificates, tmp_path: Path, case: str) -> None:
+    """One line says what is wrong and what to do."""
+    pfx = certificates.make_pfx(f"case-{tmp_path.name}", "server", "right")
+    passphrase, words = "right", ""
+    if case == "wrong":
+        passphrase, words = "left", "passphrase of .* is wrong: give it with --passphrase-file"
+    elif case == "none":
+        passphrase, words = "", "passphrase of .* is wrong: give it with --passphrase-file"
+    elif case == "no key":
+        pfx, words = certificates.make_pfx("nokey", "server", "right", "-nokeys"), "holds no private key"
+    elif case == "not one":
+        pfx, words = certificates.path("server.pem"), "is not a PFX file"
+    else:
+        pfx, words = str(tmp_path / "none.pfx"), "No such file"
+    with pytest.raises((ValueError, OSError), match=words):
+        tcprelay.load_pfx(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), pfx, passphrase)
+
+
+def test_without_the_openssl_command(certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says how to make PEM files where it is."""
+    pfx = certificates.make_pfx("noopenssl", "server", "x")
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(OSError, match="make PEM files where it is"):
+        tcprelay.load_pfx(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), pfx, "x")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"cert": "server.pem"}, "cannot use the certificate .*server.pem with its key"),
+        ({"cert": "server.pem", "key": "client.key"}, "key values mismatch"),
+        ({"cert": "server.key", "key": "server.key"}, "cannot use the certificate"),
+        ({"cert": "server.pem", "key": "locked.key"}, "does it need --passphrase-file"),
+        ({"cert": "server.pem", "key": "server.key", "auth": True, "ca_file": "server.key"}, "no CA certificates"),
+    ],
+)
+def test_pem_files_that_do_not_fit(certificates: Certificates, options: dict[str, Any], words: str) -> None:
+    """Each is a `ValueError` that names the file; nobody is asked for a passphrase on the terminal."""
+    locked = Path(certificates.path("locked.key"))
+    if not locked.exists():
+        text = subprocess.run(
+            ["openssl", "pkey", "-in", certificates.path("server.key"), "-aes256", "-passout", "pass:x"],
+            capture_output=True, check=True,
+        )  # fmt: skip
+        locked.write_bytes(text.stdout)
+    chosen = {name: certificates.path(value) if isinstance(value, str) else value for name, value in options.items()}
+    with pytest.raises(ValueError, match=words):
+        RelayServer(0, 0, **{"tls": "relay", **chosen})  # type: ignore[arg-type]
+
+
+# One paste, and reloading
+
+
+def test_a_start_with_tls_alone(bench: Bench, tmp_path: Path) -> None:
+    """A certificate and a token are made, kept for their owner alone, used again, and told for the other side."""
+    state = tmp_path / "state"
+    server = bench.server(tls="relay", state_dir=str(state))
+    files = {path.name: path for path in state.iterdir()}
+    assert set(files) == {"cert.pem", "key.pem", "token"}
+    assert {path.stat().st_mode & 0o777 for path in files.values()} == {0o600}
+    words = server.invitation(with_secrets=True).splitlines()[1].split()
+    token = files["token"].read_text().strip()
+    assert words[words.index("--token") + 1] == token
+    pin = words[words.index("--pin") + 1]
+    accepted(bench, server, tls="relay", pin=pin, token=token)
+    hidden = server.invitation(with_secrets=False)
+    assert token not in hidden
+    assert str(files["token"]) in hidden
+    before = {name: path.read_bytes() for name, path in files.items()}
+    bench.server(tls="relay", state_dir=str(state))
+    assert {name: path.read_bytes() for name, path in files.items()} == before
+
+
+def test_the_pasted_line_is_accepted_by_the_parser(bench: Bench, tmp_path: Path) -> None:
+    """As it stands, with a port put in."""
+    from tcprelay_client import ClientOptions
+
+    server = bench.server(tls="relay", state_dir=str(tmp_path / "state"))
+    line = server.invitation(with_secrets=True).splitlines()[1].replace("PORT", "22")
+    options, _ = tcprelay.parse_options("tcprelayc", "", ClientOptions, line.split()[1:])
+    assert options.pin
+    assert options.tls == "relay"
+
+
+def test_reloading(bench: Bench, certificates: Certificates, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """New connections get the new certificate and token, living ones go on, and what does not load changes nothing."""
+    cert, key, token = tmp_path / "cert", tmp_path / "key", tmp_path / "token"
+
+    def install(name: str, secret: str) -> None:
+        cert.write_text(Path(certificates.path(f"{name}.pem")).read_text())
+        key.write_text(Path(certificates.path(f"{name}.key")).read_text())
+        token.write_text(secret)
+
+    def pin_now() -> str:
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        with connect(server.relay_address) as sock, context.wrap_socket(sock) as tls:
+            return pin_of(tls.getpeercert(binary_form=True) or b"")
+
+    install("server", "old-token")
+    server = bench.server(tls="relay", cert=str(cert), key=str(key), token_file=str(token))
+    bench.client(server, bench.service().port, tls="relay", reject_unauthorized=False, token="old-token")
+    sock = bench.connect(server)
+    sock.sendall(b"x")
+    assert sock.recv(1) == b"x"
+    first = pin_now()
+    install("rsa", "new-token")
+    assert server.reload()
+    assert pin_now() != first
+    sock.sendall(b"y")
+    assert sock.recv(1) == b"y"
+    accepted(bench, server, tls="relay", reject_unauthorized=False, token="new-token")
+    second = pin_now()
+    key.write_text("no key")
+    assert not server.reload()
+    assert "cannot reload, the old certificates and token stay in force" in caplog.text
+    assert pin_now() == second
+
+
+# Streams
+
+
+def tls_pair(stack: ExitStack, certificates: Certificates, version: str) -> tuple[TLSStream, TLSStream]:
+    """Two TLS streams over a TCP connection, after their handshake."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        far = stack.enter_context(socket.create_connection(listener.getsockname()))
+        near = stack.enter_context(listener.accept()[0])
+    contexts = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    contexts[0].load_cert_chain(certificates.path("server.pem"), certificates.path("server.key"))
+    contexts[1].load_verify_locations(certificates.path("ca.pem"))
+    if version == "1.2":
+        contexts[0].maximum_version = ssl.TLSVersion.TLSv1_2
+    one = TLSStream(near, "server", contexts[0], server_side=True)
+    two = TLSStream(far, "client", contexts[1], server_hostname="localhost")
+    thread = threading.Thread(target=one.handshake, args=(tcprelay.Deadline(PATIENCE),))
+    thread.start()
+    two.handshake(tcprelay.Deadline(PATIENCE))
+    thread.join(PATIENCE)
+    return one, two
+
+
+def drain(stream: TLSStream, size: int = 5000) -> bytes:
+    data = bytearray()
+    view = memoryview(bytearray(size))
+    while count := stream.recv_into(view):
+        data += view[:count]
+    return bytes(data)
+
+
+@pytest.mark.parametrize("version", ["1.2", "1.3"])
+def test_ending_with_data_in_flight_loses_nothing(certificates: Certificates, version: str) -> None:
+    """Bytes that have arrived, encrypted or not, when the direction is ended are still received."""
+    for size in (1, 16384, 16385, 100_000, 300_000):
+        with ExitStack() as stack:
+            one, two = tls_pair(stack, certificates, version)
+            data = random.Random(size).randbytes(size)
+            two.send(data[: size // 2])
+            view = memoryview(bytearray(1))
+            got = bytes(view[: one.recv_into(view)]) if size > 1 else b""
+            one.send(b"from here")
+            one.end()
+            two.send(data[size // 2 :])
+            two.end()
+            assert got + drain(one) == data
+            assert drain(two) == b"from here"
+
+
+@pytest.mark.parametrize("version", ["1.2", "1.3"])
+def test_a_cut_at_a_record_boundary_is_no_end(certificates: Certificates, version: str) -> None:
+    """FIN without close_notify, with whole records before it: what came is delivered, then an error, each time."""
+    with ExitStack() as stack:
+        one, two = tls_pair(stack, certificates, version)
+        two.send(b"whole record")
+        two.sock.shutdown(socket.SHUT_WR)
+        view = memoryview(bytearray(100))
+        assert one.recv_into(view) == 12
+        for _ in range(2):
+            with pytest.raises(ConnectionResetError, match="without TLS close_notify"):
+                one.recv_into(view)
+
+
+def test_a_damaged_record_stays_an_error(certificates: Certificates) -> None:
+    """After a record that cannot be decrypted no further receive may look like an end."""
+    with ExitStack() as stack:
+        one, two = tls_pair(stack, certificates, "1.3")
+        two.sock.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))
+        view = memoryview(bytearray(100))
+        for _ in range(3):
+            with pytest.raises(ssl.SSLError):
+                one.recv_into(view)
+
+
+def test_both_directions_at_once_from_two_threads(certificates: Certificates) -> None:
+    """One thread sends, one receives, on each side, for a while."""
+    with ExitStack() as stack:
+        one, two = tls_pair(stack, certificates, "1.3")
+        data = random.Random(5).randbytes(8_000_000)
+        results: dict[str, bytes] = {}
+
+        def send(stream: TLSStream) -> None:
+            for start in range(0, len(data), 100_000):
+                stream.send(data[start : start + 100_000])
+            stream.end()
+
+        def receive(name: str, stream: TLSStream) -> None:
+            results[name] = drain(stream, 70_000)
+
+        threads = [
+            threading.Thread(target=send, args=(one,)),
+            threading.Thread(target=send, args=(two,)),
+            threading.Thread(target=receive, args=("one", one)),
+            threading.Thread(target=receive, args=("two", two)),
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert results == {"one": data, "two": data}
+
+
+@pytest.mark.peer("openssl")
+@pytest.mark.parametrize("reading", [True, False])
+def test_a_flood_of_key_updates(bench: Bench, certificates: Certificates, reading: bool) -> None:
+    """openssl s_client that asks for new keys again and again: the data is intact, and memory does not grow."""
+    rounds = 300
+    server = bench.server(**{**tls_server(certificates), "tls": "both"})
+    sent = threading.Event()
+
+    def serve(sock: socket.socket) -> None:
+        if not reading:
+            try:
+                while True:
+                    sock.sendall(bytes(65536))
+            except OSError:
+                return
+        read_exactly(sock, 6 * rounds)
+        sock.sendall(b"got it all\n")
+        sent.set()
+
+    bench.client(server, bench.service(serve).port, tls="relay", ca_file=certificates.path("ca.pem"))
+    port = server.service_addresses["default"][1]
+    process = subprocess.Popen(
+        ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-tls1_3", "-ign_eof"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE if reading else subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        assert process.stdin is not None
+        for number in range(rounds):
+            process.stdin.write(b"%05d\n" % number)
+            process.stdin.flush()
+            process.stdin.write(b"K\n")
+            process.stdin.flush()
+        if reading:
+            assert sent.wait(PATIENCE)
+            assert process.stdout is not None
+            while (line := process.stdout.readline()) and line != b"got it all\n":
+                pass
+            assert line == b"got it all\n"
+    finally:
+        process.kill()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                try:
+                    pipe.close()
+                except OSError:
+                    pass
+        process.wait(PATIENCE)
