@@ -208,6 +208,8 @@ class Service:
         self.probing = True
         """At the start and after a failure, until a link is up: one attempt at a time."""
         self.retry_at = 0.0
+        self.carried = 0
+        """Connections that its links have begun to carry."""
         self.told: str | None = None
         """What was last told of its state: "" is published, ``None`` nothing yet, otherwise why not."""
 
@@ -247,7 +249,8 @@ class RelayClient(Relay):
         self._name = (checked.name or socket.gethostname())[:64]
         self._relay = Endpoint(relay_host, relay_port)
         self._services = [Service(publication) for publication in checked.services]
-        self._condition = threading.Condition()  # over the links' states in _services
+        self._condition = threading.Condition()  # over the links' states in _services, and _links
+        self._links: set[Link | Stream] = set()
         self._keeper = threading.Thread(target=self._keep, name="tcprelay-client keeper", daemon=True)
         self._own_threads = [self._keeper]
 
@@ -295,6 +298,11 @@ class RelayClient(Relay):
         with self._condition:
             self._condition.notify_all()
         tcprelay.join(self._keeper, tcprelay.JOIN_TIMEOUT)
+
+    def _wake_all(self) -> None:
+        with self._condition:  # a link is closed after it has left the set
+            for link in self._links:
+                link.wake()
 
     # The keeper
 
@@ -380,22 +388,26 @@ class RelayClient(Relay):
 
     def _use_link(self, link: Link | Stream, service: Service) -> None:
         """A link from its first idle moment to its end."""
-        since, lost = time.monotonic(), True
+        since, carried = time.monotonic(), service.carried
+        with self._condition:
+            self._links.add(link)
         try:
             reason = self._serve_raw(link, service) if isinstance(link, Stream) else self._serve_idle(link, service)
-            lost = False
         except TimeoutError:
             reason = "no PING in time"
         except (OSError, EOFError) as error:
             reason = say_error(error)
         finally:
-            link.close()
             with self._condition:
+                self._links.discard(link)
                 service.idle -= 1
-                if time.monotonic() - since >= STABLE_TIME:
+                # A relay that takes links and drops them is no better than one that refuses them; but a link
+                # that was lost with a connection says nothing about the relay.
+                if time.monotonic() - since >= STABLE_TIME or service.carried != carried:
                     service.failures, service.retry_at = 0, 0.0
-                elif lost:
+                elif not self._stop.requested:
                     self._back_off(service)
+            link.close()
         self._emit(LinkDown(service=service.name, peer=str(self._relay), client=self._id, reason=reason))
 
     def _connect(self, service: Service) -> Link | Stream:
@@ -515,7 +527,7 @@ class RelayClient(Relay):
             except Stopping:
                 return self._say_bye(link, service)
             if frame.kind == PING:
-                link.send(PONG)
+                link.send_now(PONG)
             elif frame.kind == START:
                 if not self._serve(link, frame, service):
                     return "its connection was broken off"
@@ -547,10 +559,14 @@ class RelayClient(Relay):
             except (OSError, EOFError) as error:
                 reason = f"cannot reach {service.target}: {say_error(error)}"
                 self._emit(ConnectionFailed(reason=reason, seconds=time.monotonic() - began, **record))
-                link.send(FAIL, {"reason": reason})
-                link.discard()
+                link.send(FAIL, {"reason": shown(reason, 400)})
+                link.discard(Deadline(tcprelay.FLUSH_TIMEOUT), self._cut)
             else:
-                link.send(READY)
+                try:
+                    link.send(READY)
+                except BaseException:
+                    stream.close()  # with an RST: nothing has been answered
+                    raise
                 self._splice(stream, link, service, record)
         finally:
             self._set_idle(service)
@@ -587,15 +603,16 @@ class RelayClient(Relay):
         name, context = f"service {service.target}", self._credentials.services
         if context is None:
             stream = Stream(sock, name)
-        else:
-            stream = TLSStream(sock, name, context, server_hostname=service.target.host or None)
-            try:
-                stream.handshake(deadline, self._cut)
-            except BaseException:
-                stream.close()
-                raise
-        stream.reset_on_close()
-        return stream
+            stream.reset_on_close()
+            return stream
+        secure = TLSStream(sock, name, context, server_hostname=service.target.host or None)
+        secure.reset_on_close()
+        try:
+            secure.handshake(deadline, self._cut)
+        except BaseException:
+            secure.close()
+            raise
+        return secure
 
     def _splice(
         self,
@@ -630,6 +647,7 @@ class RelayClient(Relay):
         with self._condition:
             service.idle -= 1
             service.busy += 1
+            service.carried += 1
             service.asked = waiting
             self._condition.notify_all()
 

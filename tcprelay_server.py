@@ -58,6 +58,8 @@ EARLY_BYTES = 65536
 """How much a service client may send before READY; it is kept, to be offered to another link after a FAIL."""
 MAX_HANDSHAKES = 256
 """Link handshakes under way at once; the oldest gives way to the newest, and a real client needs milliseconds."""
+SETTLED_BYTES = 65536
+"""So much a relay client can pass on without waiting for the service: see `PooledLink.settling`."""
 SURPLUS_TIME = 60.0
 """Seconds after which an idle link beyond what its client asked for is retired."""
 
@@ -135,6 +137,8 @@ class ServerOptions(Options):
         super().__post_init__()
         if self.relay_port is None:
             raise ValueError("--relay-port is required")
+        if not self.pair_timeout:
+            raise ValueError("--pair-timeout must be more than 0")
         services = self.services
         if not services:
             raise ValueError("--service-port or --service is required")
@@ -336,7 +340,8 @@ class RelayServer(Relay):
     def _open(self) -> None:
         """Bind all ports and begin to accept.  Raises `OSError` that names the address."""
         options = self.options
-        self._pool = Pool([service.name for service in options.services], options.max_pending)
+        names = [service.name for service in options.services]
+        self._pool = Pool(names, options.max_pending, self._splices.most)
         wanted = [("", options.hostname, options.relay_port or 0)]
         wanted += [(service.name, service.host or options.hostname, service.port) for service in options.services]
         for name, host, port in wanted:
@@ -351,6 +356,8 @@ class RelayServer(Relay):
             self._emit(Listening(service=name, address=show_address(address)))
         if not self._credentials.token and not options.auth:
             self._warn_about_trust()
+        if self._stop.requested:
+            return  # a listener of the events above has ended it
         self._acceptor.start()
         self._keeper.start()
 
@@ -393,7 +400,7 @@ class RelayServer(Relay):
                     try:
                         self._accept_from(key.data)
                         pause = 0.005
-                    except (OSError, RuntimeError) as error:
+                    except (OSError, RuntimeError, MemoryError) as error:
                         # Out of descriptors, memory or threads: the connection stays queued, or is reset.
                         if time.monotonic() - told >= 1.0:
                             told = time.monotonic()
@@ -408,6 +415,7 @@ class RelayServer(Relay):
                 sock, address = listener.accept()
             except (BlockingIOError, ConnectionAbortedError):
                 return
+            sock.setblocking(True)  # whatever default a program has set, or the listener handed down
             try:
                 if service:
                     self._threads.start(self._serve_client, service, sock, address)
@@ -433,7 +441,8 @@ class RelayServer(Relay):
                 stream.handshake(deadline, self._stop)
             raw = self.options.wire == "raw"
             pooled = self._greet_raw(stream, deadline) if raw else self._greet(link, deadline)
-            self._add_to_pool(pooled)
+            self._handshakes.leave(stream)
+            self._give_back(pooled)
             return
         except Refusal as error:
             refusal = error
@@ -456,8 +465,10 @@ class RelayServer(Relay):
                 if error.reason in NOT_TLS:  # a plain relay client may be told in its own language
                     plain = encode_frame(tcprelay.REFUSED, {"code": "tls", "reason": "it speaks TLS; add --tls"})
                     tcprelay.ignore_oserror(sock.sendall, plain)
-        finally:
+        except BaseException:
             self._handshakes.leave(stream)
+            stream.close()
+            raise
         # Who has not said a byte may be a raw client, which would take REFUSED for a connection's bytes; or
         # only looked whether the port is open, which is nobody's refusal.
         silent = type(stream) is Stream and not link.unread() and link.machine.state == tcprelay.NEW
@@ -466,12 +477,13 @@ class RelayServer(Relay):
             self._log.debug("%s", event)
         else:
             self._emit(event)
-        if refusal.code == "tls":
-            stream.close_politely()  # the alert is on its way
-        elif self.options.wire == "raw" or refusal.code == "lost" or (silent and refusal.code == "timeout"):
-            stream.close()
-        else:
+        mute = self.options.wire == "raw" or refusal.code == "lost" or (silent and refusal.code == "timeout")
+        if not mute and refusal.code != "tls":  # then an alert has been sent
             link.refuse(refusal.code, refusal.told)
+        if not mute:
+            stream.linger()
+        self._handshakes.leave(stream)
+        stream.close()
 
     def _greet(self, link: Link, deadline: Deadline) -> PooledLink:
         """HELLO, CHALLENGE, AUTH, WELCOME.  Raises `Refusal`, `LinkFault`, `OSError`, `EOFError`."""
@@ -510,7 +522,12 @@ class RelayServer(Relay):
             "address": show_address(self._bound[service]),
             "waiting": self._pool.count_waiting(service),
         }
-        link.send(WELCOME, {"proof": proof, **welcome} if proof else welcome)
+        self._join_pool(pooled)
+        try:
+            link.send(WELCOME, {"proof": proof, **welcome} if proof else welcome)
+        except OSError as error:
+            self._drop_link(pooled, say_error(error))
+            raise
         return pooled
 
     def _greet_raw(self, stream: Stream, deadline: Deadline) -> PooledLink:
@@ -530,7 +547,9 @@ class RelayServer(Relay):
             raise Refusal("the secret is wrong or missing", "token")
         peer = show_address(stream.peer)
         name = tcprelay.certificate_name(stream) or "raw"
-        return PooledLink(stream, self.options.services[0].name, peer.rpartition(":")[0], name, peer)
+        pooled = PooledLink(stream, self.options.services[0].name, peer.rpartition(":")[0], name, peer)
+        self._join_pool(pooled)
+        return pooled
 
     def _check_protected_mode(self, stream: Stream) -> None:
         options = self.options
@@ -542,13 +561,13 @@ class RelayServer(Relay):
             "alone; set --token-file on both sides (or --allow-unauthenticated on the server)", "protected",
         )  # fmt: skip
 
-    def _add_to_pool(self, pooled: PooledLink) -> None:
+    def _join_pool(self, pooled: PooledLink) -> None:
+        """Count a link in, before its client is told WELCOME.  Raises `Refusal`."""
         first = self._pool.join(pooled)
         where = {"service": pooled.service, "client": pooled.client, "peer": pooled.peer}
         if first:
             self._emit(ClientUp(name=pooled.name, **{**where, "peer": pooled.host}))
         self._emit(LinkUp(**where))
-        self._give_back(pooled)
 
     def _give_back(self, pooled: PooledLink) -> None:
         """Hear what has come in on an idle link, and put it into the pool; or close it, where it has ended.
@@ -567,8 +586,7 @@ class RelayServer(Relay):
                     pooled.take_pong(frame.kind)
         except LinkFault as error:
             if isinstance(link, Link):
-                refused = encode_frame(tcprelay.REFUSED, {"code": "protocol", "reason": str(error)})
-                tcprelay.ignore_oserror(link.stream.send, refused)
+                link.refuse("protocol", str(error))
             self._drop_link(pooled, str(error))
         except (OSError, EOFError) as error:
             self._drop_link(pooled, say_error(error))
@@ -590,7 +608,7 @@ class RelayServer(Relay):
         link = pooled.link
         if isinstance(link, Link):
             if not link.machine.leaving:
-                tcprelay.ignore_oserror(link.send, BYE)
+                tcprelay.ignore_oserror(link.send_now, BYE)
             link.stream.complete()
         self._drop_link(pooled, reason)
 
@@ -631,7 +649,10 @@ class RelayServer(Relay):
             return
         dead = now - pooled.last_heard >= tcprelay.SILENCE * heartbeat
         due = now - max(pooled.last_pinged, pooled.last_heard) >= heartbeat
-        surplus = now - pooled.last_used >= SURPLUS_TIME and self._pool.has_surplus(pooled)
+        if pooled.settling:
+            dead, due = tcprelay.path_is_dead(pooled.link.sock), False
+        unused = now - pooled.last_used >= SURPLUS_TIME and not pooled.settling
+        surplus = unused and self._pool.has_surplus(pooled)
         if not (dead or due or surplus) or not self._pool.hold(pooled):
             return
         if dead:
@@ -639,14 +660,18 @@ class RelayServer(Relay):
         elif surplus:
             self._retire(pooled, "surplus")
         else:
-            pooled.last_pinged = now
-            pooled.pongs_due += 1
-            try:
-                pooled.link.send(PING)
-            except OSError as error:
-                self._drop_link(pooled, say_error(error))
-            else:
-                self._give_back(pooled)
+            self._ping(pooled, pooled.link)
+
+    def _ping(self, pooled: PooledLink, link: Link) -> None:
+        """PING on an idle link, and put it back."""
+        pooled.last_pinged = time.monotonic()
+        pooled.pongs_due += 1
+        try:
+            link.send_now(PING)
+        except OSError as error:
+            self._drop_link(pooled, say_error(error))
+        else:
+            self._give_back(pooled)
 
     # Service clients
 
@@ -707,6 +732,9 @@ class RelayServer(Relay):
                     # Bytes that may have arrived are never delivered twice.
                     raise Refusal(f"the link was lost before the service answered: {say_error(error)}") from error
                 continue
+            except BaseException:
+                self._drop_link(pooled, "unexpected error")
+                raise
             pooled.last_heard = time.monotonic()
             if not reason:
                 return pooled
@@ -758,7 +786,7 @@ class RelayServer(Relay):
             link.machine.send(END)
             out += encode_frame(END)
         while not link.stream.send_now(out):
-            tcprelay.wait_for(link.fd, select.POLLOUT, deadline)
+            tcprelay.wait_for(link.fd, select.POLLOUT, deadline, self._cut)
         return "" if frame.kind == READY else shown(frame.text("reason")) or "no reason given"
 
     def _splice(self, client: ServiceClient, pooled: PooledLink) -> None:
@@ -784,7 +812,11 @@ class RelayServer(Relay):
             client.stream.close()
             if isinstance(link, Link) and link.machine.state == IDLE:
                 pooled.last_heard = pooled.last_used = time.monotonic()
-                self._give_back(pooled)
+                if splice.link_ended_first and splice.to_link > SETTLED_BYTES:
+                    pooled.settling = True
+                    self._ping(pooled, link)
+                else:
+                    self._give_back(pooled)
             else:
                 self._drop_link(pooled, splice.reason or "its connection is over")
             self._emit(closed)
@@ -925,6 +957,9 @@ class PooledLink:
         self.last_heard = self.last_used = self.last_pinged = time.monotonic()
         self.pongs_due = 0
         """PINGs without an answer so far."""
+        self.settling = False
+        """Its connection is over here, but the relay client may still be passing bytes on to a service that reads
+        slowly, and hears nothing else meanwhile: not to be used before the PONG, however long that takes."""
 
     def take_pong(self, kind: int) -> None:
         """Note a frame between connections.  Raises `LinkFault` for a PONG that nobody asked for: a flood of
@@ -934,6 +969,7 @@ class PooledLink:
             self.pongs_due -= 1
             if self.pongs_due < 0:
                 raise LinkFault("PONG without PING")
+            self.settling = self.settling and self.pongs_due > 0
 
 
 class Pool:
@@ -944,19 +980,24 @@ class Pool:
     of one relay client's the most recently proven alive.  Nothing here does I/O or calls back.
     """
 
-    def __init__(self, services: Sequence[str], max_pending: int) -> None:
+    def __init__(self, services: Sequence[str], max_pending: int, most: int) -> None:
         self.selector = selectors.DefaultSelector()
         """Watches the idle links, for the keeper; links are entered and removed under the lock."""
         self._max_pending = max_pending
+        self._most = most
+        """Links at once, idle or not."""
         self._lock = threading.Lock()  # over all that follows
         self._waiting: dict[str, deque[_Waiter]] = {name: deque() for name in services}
-        self._idle: dict[str, OrderedDict[str, dict[PooledLink, None]]] = {n: OrderedDict() for n in services}
+        self._idle: dict[str, OrderedDict[str, OrderedDict[PooledLink, None]]] = {n: OrderedDict() for n in services}
+        self._settling: set[PooledLink] = set()
         self._members: dict[tuple[str, str], int] = {}  # links of (service, client), idle or not
         self._closed = False
 
     def join(self, pooled: PooledLink) -> bool:
-        """Count a link in; True for the first one of its relay client."""
+        """Count a link in; True for the first one of its relay client.  Raises `Refusal` at the limit."""
         with self._lock:
+            if sum(self._members.values()) >= self._most:
+                raise Refusal("there are too many links", "limit")
             key = pooled.service, pooled.client
             self._members[key] = self._members.get(key, 0) + 1
             return self._members[key] == 1
@@ -976,14 +1017,21 @@ class Pool:
         with self._lock:
             if self._closed or (isinstance(pooled.link, Link) and pooled.link.machine.leaving):
                 return False
+            if pooled.settling:
+                self.selector.register(pooled.link.fd, selectors.EVENT_READ, pooled)
+                self._settling.add(pooled)
+                return True
             for waiter in self._waiting[pooled.service]:
                 if pooled.client not in waiter.failed:
                     self._waiting[pooled.service].remove(waiter)
                     waiter.pooled = pooled
                     waiter.condition.notify()
                     return True
-            self._idle[pooled.service].setdefault(pooled.client, {})[pooled] = None
             self.selector.register(pooled.link.fd, selectors.EVENT_READ, pooled)
+            links = self._idle[pooled.service].setdefault(pooled.client, OrderedDict())
+            links[pooled] = None
+            if pooled.pongs_due:  # the last one is taken first: let it be one that is known to be alive
+                links.move_to_end(pooled, last=False)
             return True
 
     def take(self, service: str, failed: set[str], deadline: Deadline, reason: str = "") -> tuple[PooledLink, bool]:
@@ -1013,15 +1061,19 @@ class Pool:
     def hold(self, pooled: PooledLink) -> bool:
         """Take one certain link out of the pool; False where it is not in it."""
         with self._lock:
-            links = self._idle[pooled.service].get(pooled.client, {})
-            if pooled not in links:
+            if pooled in self._settling:
+                self._settling.discard(pooled)
+                self.selector.unregister(pooled.link.fd)
+                return True
+            if pooled not in self._idle[pooled.service].get(pooled.client, ()):
                 return False
             self._remove(pooled)
             return True
 
     def idle_links(self) -> list[PooledLink]:
+        """All links that nobody uses, settling ones included."""
         with self._lock:
-            return [p for clients in self._idle.values() for links in clients.values() for p in links]
+            return self._all_idle()
 
     def has_surplus(self, pooled: PooledLink) -> bool:
         """Whether the relay client of this link has more idle ones than it wants."""
@@ -1044,10 +1096,16 @@ class Pool:
             for waiters in self._waiting.values():
                 for waiter in waiters:
                     waiter.condition.notify()
-            idle = [p for clients in self._idle.values() for links in clients.values() for p in links]
+            idle = self._all_idle()
             for pooled in idle:
-                self._remove(pooled)
+                if pooled not in self._settling:
+                    self._remove(pooled)
+            self._settling.clear()
             return idle
+
+    def _all_idle(self) -> list[PooledLink]:
+        idle = [p for clients in self._idle.values() for links in clients.values() for p in links]
+        return idle + list(self._settling)
 
     def _pick(self, service: str, failed: set[str]) -> PooledLink | None:
         clients = self._idle[service]
