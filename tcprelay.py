@@ -1843,13 +1843,13 @@ def parse_path(text: str) -> str:
 
 
 def parse_tls(text: str) -> str:
-    """``--tls`` alone secures the links ("relay"), ``--tls both`` everything; as in node-tcp-relay."""
-    if text in ("both", "relay"):
+    """``--tls`` alone secures the links ("relay"), ``--tls both`` everything, as in node-tcp-relay."""
+    if text in ("both", "relay", "service"):
         return text
     try:
         return "relay" if parse_flag(text) else ""
     except ValueError:
-        raise ValueError("nothing, both, or false") from None
+        raise ValueError("nothing, both, service or false") from None
 
 
 def parse_name(text: str) -> str:
@@ -1903,8 +1903,8 @@ class Options:
     token_file: str = option(
         "", parse_path, "file whose first line is the token", group="Trust", metavar="FILE")  # fmt: skip
     tls: str = option(
-        "", parse_tls, "TLS on the links; both: on the service ports (server), to the service (client), as well",
-        group="TLS", metavar="both")  # fmt: skip
+        "", parse_tls, "TLS on the links; both: on the service ports (server), or to the service (client), as well; "
+        "service: there alone", group="TLS", metavar="both|service")  # fmt: skip
     cert: str = option(
         "", parse_path, "this side's certificate and its chain, PEM", group="TLS", metavar="FILE")  # fmt: skip
     key: str = option(

@@ -152,7 +152,7 @@ class ClientOptions(Options):
         if self.wire == "raw" and len(services) > 1:
             raise ValueError("--wire raw carries one service: links have no name there")
         for name in ("pin", "tls_server_name", "cert", "pfx", "ca_file"):
-            if getattr(self, name) and not self.tls:
+            if getattr(self, name) and self.tls not in ("relay", "both"):
                 raise ValueError(f"--{name.replace('_', '-')} is of no use without --tls")
 
     @property
@@ -264,20 +264,19 @@ class RelayClient(Relay):
     def _load_credentials(self) -> Credentials:
         options = self.options
         token = options.read_token()
-        if not options.tls:
-            return Credentials(token, None, None)
-        links = tcprelay.make_context(options, False, options.cert, options.key, options.pfx)
-        if options.pin or not options.reject_unauthorized:
-            links.check_hostname, links.verify_mode = False, ssl.CERT_NONE
-        else:
-            tcprelay.trust(links, options.ca_file)
-        if options.tls != "both":
-            return Credentials(token, links, None)
-        services = tcprelay.make_context(options, False)
-        if options.service_insecure:
-            services.check_hostname, services.verify_mode = False, ssl.CERT_NONE
-        else:
-            tcprelay.trust(services, options.service_ca_file)
+        links = services = None
+        if options.tls in ("relay", "both"):
+            links = tcprelay.make_context(options, False, options.cert, options.key, options.pfx)
+            if options.pin or not options.reject_unauthorized:
+                links.check_hostname, links.verify_mode = False, ssl.CERT_NONE
+            else:
+                tcprelay.trust(links, options.ca_file)
+        if options.tls in ("both", "service"):
+            services = tcprelay.make_context(options, False)
+            if options.service_insecure:
+                services.check_hostname, services.verify_mode = False, ssl.CERT_NONE
+            else:
+                tcprelay.trust(services, options.service_ca_file)
         return Credentials(token, links, services)
 
     def _open(self) -> None:
@@ -288,9 +287,9 @@ class RelayClient(Relay):
             if error.errno == socket.EAI_NONAME:
                 raise OSError(error.errno, f"unknown relay host {shown(self._relay.host)}") from error
         options = self.options
-        if options.tls and not options.reject_unauthorized and not options.pin:
+        if options.tls in ("relay", "both") and not options.reject_unauthorized and not options.pin:
             self._log.warning("--reject-unauthorized false: whoever is on the way can pose as the relay server")
-        if options.tls == "both" and options.service_insecure:
+        if options.tls in ("both", "service") and options.service_insecure:
             self._log.warning("--service-insecure: whoever is on the way can pose as the service")
         self._keeper.start()
 

@@ -158,7 +158,8 @@ class ServerOptions(Options):
     @property
     def is_improvised(self) -> bool:
         """TLS without a certificate: one is made, and a token too."""
-        return bool(self.tls or self.auth) and not (self.cert or self.pfx)
+        given = self.cert or self.pfx or (self.tls == "service" and (self.service_cert or self.service_pfx))
+        return bool(self.tls or self.auth) and not given
 
     @property
     def services(self) -> list[ServicePort]:
@@ -272,30 +273,35 @@ class RelayServer(Relay):
     def _load_credentials(self) -> Credentials:
         options = self.options
         token = options.read_token()
-        if not (options.tls or options.auth):
+        on_links = options.tls in ("relay", "both") or options.auth
+        on_services = options.tls in ("both", "service")
+        if not (on_links or on_services):
             return Credentials(token, None, None)
         cert, key = options.cert, options.key
         if options.is_improvised:
             directory = options.state_dir or tcprelay.state_directory()
             cert, key = tcprelay.make_self_signed(directory)
-            if not (token or options.auth or options.allow_unauthenticated or options.wire == "raw"):
+            open_to_all = options.auth or options.allow_unauthenticated or options.wire == "raw" or not on_links
+            if not (token or open_to_all):
                 token = make_token(directory)
-        links = tcprelay.make_context(options, True, cert, key, options.pfx)
-        if options.auth:
+        links = services = None
+        if on_links:
+            links = tcprelay.make_context(options, True, cert, key, options.pfx)
+        if links is not None and options.auth:
             tcprelay.trust(links, options.ca_file)
             links.verify_mode = ssl.CERT_REQUIRED
-        if options.tls != "both":
-            return Credentials(token, links, None)
-        if options.service_cert or options.service_pfx:
-            cert, key, pfx = options.service_cert, options.service_key, options.service_pfx
-        else:
-            pfx = options.pfx
-        return Credentials(token, links, tcprelay.make_context(options, True, cert, key, pfx))
+        if on_services:
+            own = options.service_cert or options.service_pfx
+            files = (
+                (options.service_cert, options.service_key, options.service_pfx) if own else (cert, key, options.pfx)
+            )
+            services = tcprelay.make_context(options, True, *files)
+        return Credentials(token, links, services)
 
     def invitation(self, with_secrets: bool) -> str:
         """After a start with ``--tls`` alone: the command for the other side."""
         options = self.options
-        if not options.is_improvised:
+        if not options.is_improvised or self._credentials.links is None:
             return ""
         directory = options.state_dir or tcprelay.state_directory()
         with open(os.path.join(directory, "cert.pem")) as file:

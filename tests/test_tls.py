@@ -76,15 +76,21 @@ class Way:
         return "-".join([self.link, "port" * self.port, "service" * self.service, self.version, self.wire])
 
 
-# TLS on the service port or to the service comes with TLS on the links (--tls both).
 WAYS = [
     Way(link, port, service, version, wire)
-    for link in ("tls", "mutual")
+    for link in ("plain", "tls", "mutual")
     for port in (False, True)
     for service in (False, True)
     for version in ("1.2", "1.3")
     for wire in ("v1", "raw")
+    if link != "plain" or port or service
 ]
+
+
+def tls_option(on_links: bool, on_service: bool) -> str:
+    return {(True, True): "both", (True, False): "relay", (False, True): "service", (False, False): ""}[
+        on_links, on_service
+    ]
 
 
 class Rig:
@@ -97,13 +103,15 @@ class Rig:
         self._common: dict[str, Any] = {"wire": way.wire, "tls_min": way.version}
         self._common |= {"allow_unauthenticated": True} if way.wire == "raw" else {"token": "the-token"}
         self.server_options: dict[str, Any] = {
-            **self._common, "tls": "both" if way.port else "relay",
+            **self._common, "tls": tls_option(way.link != "plain", way.port),
             "cert": path("server.pem"), "key": path("server.key"),
         }  # fmt: skip
         self.client_options: dict[str, Any] = {
-            "wire": way.wire, "tls_min": way.version, "tls": "both" if way.service else "relay",
-            "ca_file": path("ca.pem"), "service_ca_file": path("ca.pem"),
+            "wire": way.wire, "tls_min": way.version, "tls": tls_option(way.link != "plain", way.service),
+            "service_ca_file": path("ca.pem"),
         }  # fmt: skip
+        if way.link != "plain":
+            self.client_options["ca_file"] = path("ca.pem")
         if way.wire != "raw":
             self.client_options["token"] = "the-token"
         if way.link == "mutual":
@@ -126,8 +134,7 @@ class Rig:
             serve(TLSEnd(sock, self.context(True), True) if self._way.service else sock)
 
         self.server = self._bench.server(**self.server_options)
-        if self._way.version == "1.2":
-            assert self.server._credentials.links is not None
+        if self._way.version == "1.2" and self.server._credentials.links is not None:
             self.server._credentials.links.maximum_version = ssl.TLSVersion.TLSv1_2
         self.client = self._bench.client(self.server, self._bench.service(serve_leg).port, **self.client_options)
         return self.server
