@@ -12,12 +12,14 @@ This file, from top to bottom:
 
     addresses, deadlines     endpoints, listening, dialling, and waiting for a descriptor with a deadline
     the link protocol        frames, and the machine that says which frame may come when; no I/O
-    streams and links        the legs of a connection: a byte stream, or a link that carries one in frames
+    streams and links        the legs of a connection: a byte stream, plain or TLS, or a link that carries one
+                             in frames
     splicing                 two pumps, one a direction; the watch that ends what is idle or dead
     threads                  a cache of parked threads
     events                   what happens, told once: the log, the counters and ``on_event`` listen
     options                  one table for the command line, the environment and the configuration file
-    running                  signals, systemd, the way a command starts and ends
+    certificates             TLS contexts, PFX files, self-signed certificates, pins
+    running                  what both roles are built on, signals, systemd, how a command starts and ends
 
 Threads and sockets, in both roles:
 
@@ -28,7 +30,8 @@ Threads and sockets, in both roles:
       the number of a closed descriptor may already belong to another connection.
     - Sockets are blocking.  Where time matters before a connection is spliced, a thread waits in ``poll``
       with a `Deadline`; once it is spliced, time is watched from outside (`Splices.sweep`).
-    - No lock is held across I/O, a callback or logging: decide under the lock, act after it.
+    - No lock is held across a callback, a join, logging, or I/O that may wait: decide under the lock, act
+      after it.  (`TLSStream` has a lock for its one sender, to keep records in order.)
 """
 
 from __future__ import annotations

@@ -43,14 +43,57 @@ class Subject:
 def start_tcprelay(processes: Processes, service: int, pool: Pool) -> Relay:
     """With its own defaults, its log included, which goes to a file."""
     compileall.compile_dir(Path(__file__).parents[2], 0, quiet=2)  # as installed: compiling at start takes memory
-    command = [sys.executable, "-m", "tcprelay"]
-    return start_pair(processes, service, [*command, "server"], [*command, "client"], pool.size or 8)
+    return start_pair(processes, service, command_of("server"), command_of("client"), pool.size or 8)
+
+
+def command_of(role: str) -> list[object]:
+    return [sys.executable, "-m", f"tcprelay_{role}"]
+
+
+def start_tcprelay_tls(processes: Processes, service: int, pool: Pool) -> Relay:
+    """With the certificate and the token that it makes for itself."""
+    compileall.compile_dir(Path(__file__).parents[2], 0, quiet=2)
+    state = processes.directory / "state"
+    server = [*command_of("server"), "--tls", "--state-dir", state]
+    client = [*command_of("client"), "--tls", "--reject-unauthorized", "false", "--token-file", state / "token"]
+    return start_pair(processes, service, server, client, pool.size or 8)
 
 
 def start_node(processes: Processes, service: int, pool: Pool) -> Relay:
     """At both ends; it opens a link for each connection."""
-    server, client = ([find_program("node"), NODE_PACKAGE / f"relay-{role}-cli.js"] for role in ("server", "client"))
+    server, client = node_commands("0.0.13")
     return start_pair(processes, service, server, client, pool.size or pool.stock)
+
+
+def start_node_tls(processes: Processes, service: int, pool: Pool) -> Relay:
+    """The release that speaks TLS (1.2), with a certificate that today's Node.js reads."""
+    here = processes.directory
+    processes.run(
+        30, "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+        "-subj", "/CN=bench", "-keyout", here / "key.pem", "-out", here / "cert.pem",
+    )  # fmt: skip
+    processes.run(
+        30, "openssl", "pkcs12", "-export", "-inkey", here / "key.pem", "-in", here / "cert.pem",
+        "-passout", "pass:bench", "-out", here / "both.pfx",
+    )  # fmt: skip
+    tls = ["--tls", "--pfx", here / "both.pfx", "--passphrase", "bench"]
+    server, client = node_commands("0.0.18")
+    client += ["--rejectUnauthorized", "false"]
+    return start_pair(processes, service, server + tls, client + tls, pool.size or pool.stock)
+
+
+def node_commands(release: str) -> tuple[list[object], list[object]]:
+    package = NODE_PEERS / release / "node_modules" / "node-tcp-relay"
+    server, client = ([find_program("node"), package / f"relay-{role}-cli.js"] for role in ("server", "client"))
+    return server, client
+
+
+def without_node(release: str) -> str:
+    """What is missing for a release of node-tcp-relay, in one line."""
+    if (NODE_PEERS / release).is_dir():
+        return absent("node", "openssl")
+    place = os.path.relpath(NODE_PEERS / release)
+    return f"npm install --prefix {place} node-tcp-relay@{release} (or set TEST_NODE_PEERS)"
 
 
 def start_pair(processes: Processes, service: int, server: list[object], client: list[object], links: int) -> Relay:
@@ -93,13 +136,13 @@ def start_ssh(processes: Processes, service: int, pool: Pool) -> Relay:
     return Relay(port, server, client)
 
 
-NODE_PEERS = Path(os.environ.get("TEST_NODE_PEERS") or Path(__file__).parents[2] / ".node-peers") / "0.0.13"
-NODE_PACKAGE = NODE_PEERS / "node_modules" / "node-tcp-relay"
-NODE_INSTALL = f"npm install --prefix {os.path.relpath(NODE_PEERS)} node-tcp-relay@0.0.13 (or set TEST_NODE_PEERS)"
+NODE_PEERS = Path(os.environ.get("TEST_NODE_PEERS") or Path(__file__).parents[2] / ".node-peers")
 
 SUBJECTS = (
     Subject("direct", lambda processes, service, pool: Relay(service)),
     Subject("tcprelay", start_tcprelay),
-    Subject("node-tcp-relay", start_node, absent("node") or ("" if NODE_PACKAGE.is_dir() else NODE_INSTALL)),
+    Subject("tcprelay-tls", start_tcprelay_tls, absent("openssl")),
+    Subject("node-tcp-relay", start_node, without_node("0.0.13")),
+    Subject("node-tls", start_node_tls, without_node("0.0.18")),
     Subject("ssh-R", start_ssh, absent("sshd", "ssh", "ssh-keygen")),
 )
