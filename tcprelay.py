@@ -786,9 +786,12 @@ class TLSStream(Stream):
     ) -> None:
         super().__init__(sock, name, peer)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self.tls = context.wrap_bio(
-            self._incoming, self._outgoing, server_side=server_side, server_hostname=server_hostname
-        )
+        try:
+            self.tls = context.wrap_bio(
+                self._incoming, self._outgoing, server_side=server_side, server_hostname=server_hostname
+            )
+        except ValueError as error:
+            raise OSError(f"{shown(server_hostname)} cannot be the name in a certificate") from error
         self._tls_lock = threading.Lock()  # over tls, both BIOs, _stash, _error, _answers
         self._send_lock = threading.Lock()  # keeps records in order on their way from _outgoing to the socket
         self._unsent = b""  # taken from _outgoing, not yet by the socket; under _send_lock
@@ -796,6 +799,7 @@ class TLSStream(Stream):
         self._error: OSError | None = None
         self._answers = 0  # bytes in _outgoing that receiving has put there
         self._raw = bytearray(SMALL_TLS_BUFFER)
+        self._small_reads = 0
 
     def handshake(self, deadline: Deadline, stop: Stop | None = None) -> None:
         """Shake hands.  Raises `ssl.SSLError` (an `OSError`), `TimeoutError`, `EOFError` and `Stopping`."""
@@ -900,8 +904,12 @@ class TLSStream(Stream):
                 self._incoming.write(memoryview(self._raw)[:count])
             else:
                 self._incoming.write_eof()
-        if count == len(self._raw) < LARGE_TLS_BUFFER:
-            self._raw = bytearray(LARGE_TLS_BUFFER)
+        if count == len(self._raw) == SMALL_TLS_BUFFER:
+            self._raw, self._small_reads = bytearray(LARGE_TLS_BUFFER), 0
+        elif count < SMALL_TLS_BUFFER < len(self._raw):
+            self._small_reads += 1
+            if self._small_reads == SMALL_READS:
+                self._raw = bytearray(SMALL_TLS_BUFFER)
         return count > 0
 
     def _flush_records(self, flags: int = 0) -> bool:
@@ -1055,9 +1063,7 @@ class Link:
         scrap = memoryview(bytearray(LARGE_BUFFER))
         try:
             while not self.machine.has_ended(self.machine.peer):
-                if deadline is not None and self._start == self._end:
-                    wait_for(self.fd, select.POLLIN, deadline, stop)
-                count = self.recv_into(scrap)
+                count = self.recv_into(scrap) if deadline is None else self._recv_by(deadline, stop, scrap)
                 if not count:
                     return
                 most -= count if self.machine.has_ended(self.machine.role) else 0
@@ -1065,6 +1071,23 @@ class Link:
                     raise ConnectionResetError("the other side did not stop sending")
         except ConnectionAbortedError:
             pass  # the end that was waited for
+
+    def _recv_by(self, deadline: Deadline, stop: Stop | None, view: memoryview) -> int:
+        """Like `recv_into`, with a deadline.  What is here is taken first: it may be in a buffer of TLS."""
+        while self._left == 0:
+            frame = self.receive(deadline, stop)
+            if frame.kind == END:
+                return 0
+            if frame.kind == ABORT:
+                raise ConnectionAbortedError("broken off by the other relay")
+        while self._start == self._end:
+            count = self.stream.recv_now(self._space())
+            if count == 0:
+                raise ConnectionResetError("the link was lost")
+            if count is None:
+                wait_for(self.fd, select.POLLIN, deadline, stop)
+            self._end += count or 0
+        return self.recv_into(view)
 
     def wake(self) -> None:
         """Make blocked calls of other threads return.  A FIN here deceives nobody: only END is an end."""
@@ -1158,8 +1181,6 @@ class Splice:
         """The pump to the link has left, or there was nothing left for it to do."""
         self.said_end = False
         """The link was told that the stream has ended, and is complete."""
-        self.link_ended_first = False
-        """The link's side ended its direction before that."""
         self.from_link_ended = False
         self._pumps: int = 0
         self._lock = threading.Lock()  # reason, said_end, _broken_at, _over, _halted
@@ -1274,8 +1295,6 @@ class Splice:
     def _carry_from_link(self) -> None:
         try:
             self._pump(self.link, self.stream, inbound=False)
-            with self._lock:
-                self.link_ended_first = not self.said_end
             if not self.reason:
                 self.stream.end()
         except LegError as error:
@@ -1470,8 +1489,9 @@ class Splices:
         by_fd: dict[int, tuple[Splice, Leg]] = {}
         for splice in splices:
             splice.check_time(now, self._idle_timeout, self._half_close_timeout)
-            half_closed = splice.from_link_ended
-            legs: tuple[tuple[Leg, int], ...] = ((splice.stream, 0), (splice.link, _RDHUP if half_closed else 0))
+            # A link that has ended after END is lost; on the raw wire that is what its end looks like.
+            watched = _RDHUP if splice.from_link_ended and isinstance(splice.link, Link) else 0
+            legs: tuple[tuple[Leg, int], ...] = ((splice.stream, 0), (splice.link, watched))
             for leg, events in legs:
                 poller.register(leg.fd, events)
                 by_fd[leg.fd] = splice, leg
@@ -2199,6 +2219,8 @@ def load_pfx(context: ssl.SSLContext, path: str, passphrase: str) -> None:
     """
     with open(path, "rb"):
         pass
+    if len(passphrase) > 1024 or "\n" in passphrase:
+        raise ValueError("a passphrase has one line of at most 1024 characters")
     password = random_id(32)
     pem = b""
     for what in (["-clcerts"], ["-cacerts", "-nokeys"]):
@@ -2232,8 +2254,10 @@ def _run_openssl(words: list[str], *passwords: str) -> subprocess.CompletedProce
     """Run the openssl command; it reads the passwords (-passin, -passout), one a line, from a pipe."""
     reader, writer = os.pipe()
     try:
-        os.write(writer, "".join(f"{password}\n" for password in passwords).encode())
-        os.close(writer)
+        try:
+            os.write(writer, "".join(f"{password}\n" for password in passwords).encode("utf-8", "surrogateescape"))
+        finally:
+            os.close(writer)
         asked = [f"fd:{reader}"] if passwords else []
         places = [word for flag, fd in zip(("-passin", "-passout"), asked * 2, strict=False) for word in (flag, fd)]
         return subprocess.run(
@@ -2267,32 +2291,39 @@ def _private_file(content: bytes) -> Iterator[str]:
         os.unlink(path)
 
 
-def make_self_signed(directory: str) -> tuple[str, str]:
-    """The paths of a self-signed certificate and its key in `directory`, made there if they are not yet.
+def make_self_signed(directory: str) -> str:
+    """The path of a self-signed certificate with its key in `directory`, made there if it is not yet.
 
-    Both are readable by their owner alone.  Raises `OSError` and `ValueError`.
+    It is readable by its owner alone.  Raises `OSError` and `ValueError`.
     """
-    cert, key = os.path.join(directory, "cert.pem"), os.path.join(directory, "key.pem")
-    if not (os.path.exists(cert) and os.path.exists(key)):
-        os.makedirs(directory, mode=0o700, exist_ok=True)
+    path = os.path.join(directory, "identity.pem")
+    if not os.path.exists(path):
         made = _run_openssl([
             "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "36500",
             "-subj", "/CN=tcprelay", "-addext", "subjectAltName=DNS:tcprelay", "-keyout", "-", "-out", "-",
         ])  # fmt: skip
         if made.returncode:
             raise ValueError(f"openssl cannot make a certificate: {shown(made.stderr.decode(errors='replace'))}")
-        middle = made.stdout.index(b"-----BEGIN CERTIFICATE")
-        write_private(key, made.stdout[:middle])
-        write_private(cert, made.stdout[middle:])
-    return cert, key
+        write_private(path, made.stdout)
+    return path
 
 
 def write_private(path: str, content: bytes) -> None:
-    """Write a file that its owner alone can read; another process sees all of it or nothing."""
-    new = f"{path}.{os.getpid()}"
-    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(content)
-    os.replace(new, path)
+    """Write a new file that its owner alone can read, all of it at once; one that is there already stays.
+
+    So two that start together both end up with what the first has written.  Raises `OSError`.
+    """
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    new = f"{path}.{random_id(8)}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        with open(os.open(new, flags, 0o600), "wb") as file:
+            file.write(content)
+        os.link(new, path)
+    except FileExistsError:
+        pass
+    finally:
+        os.unlink(new)
 
 
 def state_directory() -> str:
@@ -2325,7 +2356,7 @@ def certificate_name(stream: Stream) -> str:
 class Credentials:
     """What a role read from its files: replaced as a whole when they are read again."""
 
-    token: bytes
+    token: bytes = field(repr=False)
     links: ssl.SSLContext | None
     """For TLS on the links; ``None`` for plain ones."""
     services: ssl.SSLContext | None

@@ -154,6 +154,9 @@ class ClientOptions(Options):
         for name in ("pin", "tls_server_name", "cert", "pfx", "ca_file"):
             if getattr(self, name) and self.tls not in ("relay", "both"):
                 raise ValueError(f"--{name.replace('_', '-')} is of no use without --tls")
+        for name in ("service_ca_file", "service_insecure"):
+            if getattr(self, name) and self.tls not in ("both", "service"):
+                raise ValueError(f"--{name.replace('_', '-')} is of no use without --tls both or --tls service")
 
     @property
     def services(self) -> list[Publication]:
@@ -441,14 +444,14 @@ class RelayClient(Relay):
         if context is None:
             return Stream(sock, name)
         expected = options.tls_server_name or options.relay_host
-        stream = TLSStream(sock, name, context, server_hostname=expected)
         try:
+            stream = TLSStream(sock, name, context, server_hostname=expected)
             stream.handshake(deadline, self._stop)
             found = tcprelay.pin_of(stream.tls.getpeercert(binary_form=True) or b"")
             if options.pin and found != options.pin:
                 raise RefusedByServer(f"the relay's certificate has another pin than --pin says: {found}")
         except BaseException as error:
-            stream.close()
+            sock.close()
             if not tcprelay.is_tls_error(error):
                 raise
             if isinstance(error, ssl.SSLCertVerificationError):
@@ -520,16 +523,25 @@ class RelayClient(Relay):
         Raises `OSError`, `EOFError`, `LinkFault`, `TimeoutError` where it is lost while it is idle.
         """
         patience = tcprelay.SILENCE * link.heartbeat
+        settled = True
         while True:
             try:
                 frame = link.receive(Deadline(patience), self._stop)
+                settled = True
             except Stopping:
                 return self._say_bye(link, service)
+            except TimeoutError:
+                # After a connection the server may still be passing bytes on to somebody who reads slowly, and
+                # has no PING for us meanwhile; closing now would lose them.  Keepalive watches instead.
+                if settled or tcprelay.path_is_dead(link.sock):
+                    raise
+                continue
             if frame.kind == PING:
                 link.send_now(PONG)
             elif frame.kind == START:
                 if not self._serve(link, frame, service):
                     return "its connection was broken off"
+                settled = False
             elif frame.kind == BYE:
                 return "the relay server said BYE"
             else:
@@ -604,12 +616,12 @@ class RelayClient(Relay):
             stream = Stream(sock, name)
             stream.reset_on_close()
             return stream
-        secure = TLSStream(sock, name, context, server_hostname=service.target.host or None)
-        secure.reset_on_close()
         try:
+            secure = TLSStream(sock, name, context, server_hostname=service.target.host or None)
+            secure.reset_on_close()
             secure.handshake(deadline, self._cut)
         except BaseException:
-            secure.close()
+            sock.close()
             raise
         return secure
 

@@ -29,6 +29,7 @@ import logging
 import os
 import select
 import selectors
+import shlex
 import socket
 import sys
 import threading
@@ -154,6 +155,15 @@ class ServerOptions(Options):
             raise ValueError("--auth needs --ca-file: the CA certificates that relay clients' certificates come from")
         if self.service_cert and self.service_pfx:
             raise ValueError("give --service-cert or --service-pfx, not both")
+        # What secures nothing as it stands must not look as if it did.
+        for name in ("cert", "pfx"):
+            if getattr(self, name) and not (self.tls or self.auth):
+                raise ValueError(f"--{name} is of no use without --tls")
+        for name in ("service_cert", "service_key", "service_pfx"):
+            if getattr(self, name) and self.tls not in ("both", "service"):
+                raise ValueError(f"--{name.replace('_', '-')} is of no use without --tls both or --tls service")
+        if self.ca_file and not self.auth:
+            raise ValueError("--ca-file is of no use without --auth")
 
     @property
     def is_improvised(self) -> bool:
@@ -280,7 +290,7 @@ class RelayServer(Relay):
         cert, key = options.cert, options.key
         if options.is_improvised:
             directory = options.state_dir or tcprelay.state_directory()
-            cert, key = tcprelay.make_self_signed(directory)
+            cert, key = tcprelay.make_self_signed(directory), ""
             open_to_all = options.auth or options.allow_unauthenticated or options.wire == "raw" or not on_links
             if not (token or open_to_all):
                 token = make_token(directory)
@@ -304,8 +314,9 @@ class RelayServer(Relay):
         if not options.is_improvised or self._credentials.links is None:
             return ""
         directory = options.state_dir or tcprelay.state_directory()
-        with open(os.path.join(directory, "cert.pem")) as file:
-            pin = tcprelay.pin_of(ssl.PEM_cert_to_DER_cert(file.read()))
+        with open(tcprelay.make_self_signed(directory)) as file:
+            certificate = file.read().partition("-----BEGIN CERTIFICATE")[1:]
+        pin = tcprelay.pin_of(ssl.PEM_cert_to_DER_cert("".join(certificate)))
         host = options.hostname or socket.gethostname()
         words = ["tcprelayc", "--relay-host", host, "--relay-port", str(self.relay_address[1]), "--tls", "--pin", pin]
         note = ""
@@ -322,7 +333,7 @@ class RelayServer(Relay):
             words += ["--wire", "raw"]
         for service in options.services:
             words += ["--port", "PORT"] if service.name == "default" else ["--publish", f"{service.name}=HOST:PORT"]
-        return f"on the other side, run:{note}\n  {' '.join(words)}"
+        return f"on the other side, run:{note}\n  {shlex.join(words)}"
 
     @property
     def relay_address(self) -> tuple[str, int]:
@@ -703,14 +714,11 @@ class RelayServer(Relay):
         """TLS with a service client, where its port speaks it.  Raises `Refusal`."""
         if not isinstance(client.stream, TLSStream):
             return
-        self._handshakes.enter(client.stream)
         try:
             client.stream.handshake(Deadline(tcprelay.HANDSHAKE_TIMEOUT), self._stop)
         except (OSError, EOFError) as error:
             reason = explain_tls(error) if tcprelay.is_tls_error(error) else say_error(error)
             raise Refusal(f"no TLS handshake: {reason}") from error
-        finally:
-            self._handshakes.leave(client.stream)
 
     def _find_link(self, client: ServiceClient) -> PooledLink:
         """Offer the service client to one idle link after another until a service answers.  Raises `Refusal`."""
@@ -818,7 +826,7 @@ class RelayServer(Relay):
             client.stream.close()
             if isinstance(link, Link) and link.machine.state == IDLE:
                 pooled.last_heard = pooled.last_used = time.monotonic()
-                if splice.link_ended_first and splice.to_link > SETTLED_BYTES:
+                if splice.to_link > SETTLED_BYTES:
                     pooled.settling = True
                     self._ping(pooled, link)
                 else:

@@ -348,3 +348,40 @@ def test_log_lines_of_a_connection_bear_its_id(
     lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("[")]
     assert len(lines) == 4
     assert len({line[:10] for line in lines}) == 1
+
+
+def test_a_relay_that_welcomes_and_drops_is_backed_off_from(bench: Bench, server: FakeServer) -> None:
+    """Links that are lost soon, or taken back, count as failures, unless they carried a connection."""
+    client = client_of(bench, server, bench.service())
+    service = client._services[0]
+    for number in range(3):
+        link = server.accept()
+        server.welcome(link)
+        if number == 1:
+            link.send(BYE)
+        else:
+            link.close()
+        wait_until(lambda n=number: service.failures == n + 1)  # type: ignore[misc]
+    link = server.accept()
+    server.welcome(link)
+    link.send(START, {"id": "c1"})
+    assert next_frame(link).kind == READY
+    link.close()
+    wait_until(lambda: service.failures == 0)
+
+
+def test_silence_after_a_connection_is_no_loss(bench: Bench, server: FakeServer) -> None:
+    """The server may still be passing bytes on: the link is kept without PINGs until the next frame."""
+    client_of(bench, server, bench.service())
+    link = server.accept()
+    server.welcome(link, heartbeat=0.1)
+    link.send(START, {"id": "c1"})
+    link.send(END)
+    assert next_frame(link).kind == READY
+    assert link.recv_into(memoryview(bytearray(1))) == 0
+    link.sock.settimeout(0.6)  # six heartbeats
+    with pytest.raises(TimeoutError):
+        link.sock.recv(1, socket.MSG_PEEK)
+    link.sock.settimeout(None)
+    link.send(PING)
+    assert next_frame(link).kind == PONG

@@ -145,7 +145,11 @@ def test_an_example_configuration_is_valid(role: Role) -> None:
 def test_an_example_configuration_is_valid_with_all_that_it_shows(role: Role, tmp_path: Path) -> None:
     """Every line of the form "#option = value" can be made an option by removing the first character; of a PFX
     file and a certificate with its key, one or the other."""
-    text = COMMENTED.sub(r"\1 = \2", (DEPLOY / f"{role}.conf").read_text()).replace("tls = false", "tls = both")
+    text = (
+        COMMENTED.sub(r"\1 = \2", (DEPLOY / f"{role}.conf").read_text())
+        .replace("tls = false", "tls = both")
+        .replace("auth = false", "auth = true")
+    )
     config = tmp_path / "all.conf"
     for left_out in ("pfx|service-pfx", "cert|key|service-cert|service-key"):
         config.write_text(re.sub(rf"(?m)^({left_out}) = .*$", "", text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 
 import pytest
 
@@ -112,3 +113,32 @@ def test_a_client_that_speaks_frames_to_a_raw_server_is_told(bench: Bench) -> No
     assert event.reason
     [down, *_] = bench.server_events.wait(LinkDown)
     assert "--wire v1" in down.reason
+
+
+@pytest.mark.parametrize("first", ["service client", "service"])
+def test_a_half_closed_raw_connection_goes_on(bench: Bench, first: str) -> None:
+    """The link's end is the end of one direction; the other may take its time."""
+    pause = threading.Event()
+    got: list[bytes] = []
+
+    def serve(sock: socket.socket) -> None:
+        read_exactly(sock, 1)
+        if first == "service":
+            sock.shutdown(socket.SHUT_WR)
+            got.append(read_all(sock))
+        else:
+            read_all(sock)
+            pause.wait(1.5)  # longer than the watch over connections takes to look
+            sock.sendall(b"late answer")
+
+    sock = bench.connect(bench.relay(serve, wire="raw"))
+    sock.sendall(b"x")
+    if first == "service":
+        assert read_all(sock) == b""
+        pause.wait(1.5)
+        sock.sendall(b"late request")
+        sock.shutdown(socket.SHUT_WR)
+        wait_until(lambda: got == [b"late request"])
+    else:
+        sock.shutdown(socket.SHUT_WR)
+        assert read_all(sock) == b"late answer"

@@ -660,3 +660,61 @@ def test_who_waits_when_the_server_ends_is_reset(bench: Bench) -> None:
     with pytest.raises(ConnectionResetError):
         sock.recv(1)
     assert bench.server_events.wait(ConnectionFailed)[0].reason == "the relay server is ending"
+
+
+# After a connection
+
+
+def test_a_link_that_carried_much_settles_first(bench: Bench) -> None:
+    """Its client may still be passing bytes on: the link is used again after a PONG, however late that comes."""
+    link = fake(bench, heartbeat=0.2)
+    sock = bench.connect(link.server)
+    assert link.next().kind == START
+    link.send(READY)
+    link.send(END)
+    data = bytes(200_000)
+    sock.sendall(data)
+    sock.shutdown(socket.SHUT_WR)
+    assert link.read(len(data)) == data
+    link.read_end()
+    bench.server_events.wait(ConnectionClosed)
+    assert link.next().kind == PING
+    waiting = bench.connect(link.server)
+    wait_until(lambda: link.server.counters["waiting"] == 1)
+    link.sock.settimeout(1.0)  # five heartbeats, in which a silent idle link would be evicted
+    with pytest.raises(TimeoutError):
+        link.sock.recv(1, socket.MSG_PEEK)
+    link.sock.settimeout(None)
+    assert not bench.server_events.of(LinkDown)
+    link.send(PONG)
+    assert link.next().kind == START
+    waiting.close()
+
+
+def test_a_server_without_a_token_refuses_who_wants_one_proven(bench: Bench) -> None:
+    """Instead of a link that its client drops again and again, both are told what is missing."""
+    link = bench.enter(FakeClient(bench.server()))
+    link.send(HELLO, {"version": 1, "service": "default", "client": "x", "nonce": "0", "token": True})
+    refused = link.next()
+    assert (refused.kind, refused.fields["code"]) == (REFUSED, "token")
+    assert "the relay server has no token to prove" in refused.fields["reason"]
+
+
+def test_a_client_that_does_not_read_is_as_good_as_dead(bench: Bench) -> None:
+    """A PING that does not fit into the link's buffers costs the link, and never holds up the keeper."""
+    link = fake(bench, heartbeat=0.2)
+    sock = bench.connect(link.server)
+    assert link.next().kind == START
+    link.send(READY)
+    link.send(END)
+    sock.settimeout(0.5)
+    try:
+        while True:
+            sock.sendall(bytes(65536))  # until the link's buffers are full
+    except TimeoutError:
+        pass
+    sock.close()
+    other = pooled(bench, link.server, "other")
+    for _ in range(8):
+        assert other.next().kind == PING
+        other.send(PONG)

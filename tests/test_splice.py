@@ -343,3 +343,39 @@ def test_an_unstarted_pump_is_an_error(rig: Rig, monkeypatch: pytest.MonkeyPatch
 
 def no_thread(*_: object) -> None:
     raise RuntimeError("cannot start a thread")
+
+
+def test_an_end_after_an_rst_is_not_believed() -> None:
+    """Another thread's send has taken the error of the RST: a receive then gives 0, and that is no end."""
+    near, far = tcp_pair()
+    stream = Stream(near, "near")
+    far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, tcprelay.RESET_ON_CLOSE)
+    far.close()
+    wait_until(lambda: near.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))  # takes it
+    assert near.recv(1) == b""
+    with pytest.raises(ConnectionResetError):
+        stream.recv_into(memoryview(bytearray(1)))
+    with pytest.raises(ConnectionResetError):
+        stream.recv_now(memoryview(bytearray(1)))
+    stream.close()
+
+
+def test_urgent_data_is_no_end(rig: Rig) -> None:
+    """A byte out of band in the midst of bulk traffic stops the kernel's splice for a moment, not the direction."""
+    data = random.Random(4).randbytes(3_000_000)
+
+    def write() -> None:
+        rig.far_stream.sendall(data[:2_000_000])
+        rig.far_stream.send(b"!", socket.MSG_OOB)
+        rig.far_stream.sendall(data[2_000_000:])
+        rig.far_stream.shutdown(socket.SHUT_WR)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    got = bytearray()
+    view = memoryview(bytearray(100_000))
+    while count := rig.far.recv_into(view):
+        got += view[:count]
+    writer.join(PATIENCE)
+    assert hashlib.sha256(got).digest() == hashlib.sha256(data).digest()
+    rig.far.end()

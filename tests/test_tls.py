@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import select
 import socket
 import ssl
 import subprocess
@@ -104,12 +105,14 @@ class Rig:
         self._common |= {"allow_unauthenticated": True} if way.wire == "raw" else {"token": "the-token"}
         self.server_options: dict[str, Any] = {
             **self._common, "tls": tls_option(way.link != "plain", way.port),
-            "cert": path("server.pem"), "key": path("server.key"),
         }  # fmt: skip
+        if way.link != "plain" or way.port:
+            self.server_options |= {"cert": path("server.pem"), "key": path("server.key")}
         self.client_options: dict[str, Any] = {
             "wire": way.wire, "tls_min": way.version, "tls": tls_option(way.link != "plain", way.service),
-            "service_ca_file": path("ca.pem"),
         }  # fmt: skip
+        if way.service:
+            self.client_options["service_ca_file"] = path("ca.pem")
         if way.link != "plain":
             self.client_options["ca_file"] = path("ca.pem")
         if way.wire != "raw":
@@ -389,7 +392,8 @@ def test_a_separate_certificate_for_the_service_ports(bench: Bench, certificates
     server = bench.server(**{**tls_server(certificates, **service), "tls": "both"})
     names = []
     for address in (server.relay_address, server.service_addresses["default"]):
-        context = ssl.create_default_context(cafile=certificates.path("ca.pem"))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_verify_locations(certificates.path("ca.pem"))
         context.check_hostname = False
         with connect(address) as sock, context.wrap_socket(sock) as tls:
             names.append(tls.getpeercert()["subject"][0][0][1])  # type: ignore[index]
@@ -504,7 +508,7 @@ def test_a_start_with_tls_alone(bench: Bench, tmp_path: Path) -> None:
     state = tmp_path / "state"
     server = bench.server(tls="relay", state_dir=str(state))
     files = {path.name: path for path in state.iterdir()}
-    assert set(files) == {"cert.pem", "key.pem", "token"}
+    assert set(files) == {"identity.pem", "token"}
     assert {path.stat().st_mode & 0o777 for path in files.values()} == {0o600}
     words = server.invitation(with_secrets=True).splitlines()[1].split()
     token = files["token"].read_text().strip()
@@ -713,3 +717,134 @@ def test_a_flood_of_key_updates(bench: Bench, certificates: Certificates, readin
                 except OSError:
                     pass
         process.wait(PATIENCE)
+
+
+def test_the_service_s_name_is_checked(bench: Bench, certificates: Certificates) -> None:
+    """A certificate of the right CA for another host is not the service's."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates.path("elsewhere.pem"), certificates.path("elsewhere.key"))
+    server = bench.server()
+    service = bench.service(lambda sock: TLSEnd(sock, context, True))
+    bench.client(server, service.port, tls="service", service_ca_file=certificates.path("ca.pem"))
+    with pytest.raises(ConnectionResetError):
+        bench.connect(server).recv(1)
+    assert (
+        "the certificate is not accepted: IP address mismatch" in bench.client_events.wait(ConnectionFailed)[0].reason
+    )
+
+
+def test_tls_of_the_server_alone_is_no_guard(
+    bench: Bench, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protected mode holds with TLS, too: a certificate of the server's says nothing about who connects."""
+    monkeypatch.setattr("tcprelay.is_loopback", lambda address: False)
+    server = bench.server(**tls_server(certificates))
+    reason = refused(bench, server, bench.service(), tls="relay", ca_file=certificates.path("ca.pem"))
+    assert "accepts links from its own machine alone" in reason
+
+
+@pytest.mark.parametrize("side", ["server", "client"])
+def test_the_oldest_version_can_be_raised(bench: Bench, certificates: Certificates, side: str) -> None:
+    """With --tls-min 1.3 on one side, a peer that speaks no more than 1.2 is refused."""
+    ca = certificates.path("ca.pem")
+    server = bench.server(**tls_server(certificates, tls_min="1.3" if side == "server" else "1.2"))
+    client = RelayClient(
+        "localhost", 1, "127.0.0.1", server.relay_address[1], 1, on_event=bench.client_events,
+        tls="relay", ca_file=ca, tls_min="1.3" if side == "client" else "1.2",
+    )  # fmt: skip
+    capped = client if side == "server" else server
+    assert capped._credentials.links is not None
+    capped._credentials.links.maximum_version = ssl.TLSVersion.TLSv1_2
+    bench.enter(client)
+    assert bench.client_events.wait(Unpublished)[0].reason.startswith(("TLS: ", "refused by the relay"))
+
+
+def test_a_name_that_no_certificate_can_have(bench: Bench, certificates: Certificates) -> None:
+    """It is told like any other reason, and leaves no socket open."""
+    server = bench.server(**tls_server(certificates))
+    options = {"ca_file": certificates.path("ca.pem"), "tls_server_name": ".example"}
+    reason = refused(bench, server, bench.service(), tls="relay", **options)
+    assert reason == ".example cannot be the name in a certificate"
+
+
+def test_records_that_did_not_fit_are_sent_later(certificates: Certificates) -> None:
+    """`send_now` on a full socket keeps what is left, and everything after it follows in order."""
+    with ExitStack() as stack:
+        one, two = tls_pair(stack, certificates, "1.3")
+        data = random.Random(9).randbytes(9_000_000)
+        place = 0
+        while one.send_now(bytearray(data[place : place + 100_000])):
+            place += 100_000
+        place += 100_000
+        assert place < len(data)
+        assert not one.send_now(bytearray())
+        results: list[bytes] = []
+        reader = threading.Thread(target=lambda: results.append(drain(two, 70_000)))
+        reader.start()
+        one.send(data[place:])
+        one.end()
+        reader.join(PATIENCE)
+        assert results == [data]
+
+
+def test_a_fault_that_is_found_while_ending_stays_one(certificates: Certificates) -> None:
+    """A damaged record behind good ones, met when the own direction is ended: the good ones, then the error."""
+    with ExitStack() as stack:
+        one, two = tls_pair(stack, certificates, "1.3")
+        two.send(b"good")
+        two.sock.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))
+        view = memoryview(bytearray(2))
+        tcprelay.wait_for(one.fd, select.POLLIN, tcprelay.Deadline(PATIENCE))
+        assert one.recv_into(view) == 2
+        one.end()
+        assert one.recv_into(view) == 2
+        for _ in range(2):
+            with pytest.raises(ssl.SSLError):
+                one.recv_into(view)
+
+
+def test_buffers_shrink_after_bulk_traffic(certificates: Certificates) -> None:
+    """An idle link does not keep the buffer of the download that it once carried."""
+    with ExitStack() as stack:
+        one, two = tls_pair(stack, certificates, "1.3")
+        sender = threading.Thread(target=two.send, args=(bytes(2_000_000),))
+        sender.start()
+        view = memoryview(bytearray(100_000))
+        have = 0
+        while have < 2_000_000:
+            have += one.recv_into(view)
+        sender.join(PATIENCE)
+        assert len(one._raw) == tcprelay.LARGE_TLS_BUFFER
+        for _ in range(tcprelay.SMALL_READS + 1):
+            two.send(b"small")
+            one.recv_into(view)
+        assert len(one._raw) == tcprelay.SMALL_TLS_BUFFER
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"cert": "server.pem"}, "--cert is of no use without --tls"),
+        ({"ca_file": "ca.pem", "tls": "relay"}, "--ca-file is of no use without --auth"),
+        ({"service_cert": "server.pem", "tls": "relay"}, "--service-cert is of no use without --tls both"),
+    ],
+)
+def test_what_secures_nothing_is_refused(certificates: Certificates, options: dict[str, str], words: str) -> None:
+    """A server that was given a certificate and would not use it does not start."""
+    with pytest.raises(ValueError, match=words):
+        RelayServer(0, 0, **options)  # type: ignore[arg-type]
+
+
+def test_no_secret_in_a_representation(bench: Bench) -> None:
+    """Neither the options nor what was loaded show the token."""
+    server = bench.server(token="hunter2")
+    assert "hunter2" not in repr(server.options) + repr(server._credentials) + repr(vars(server))
+
+
+def test_two_first_starts_agree(tmp_path: Path) -> None:
+    """Whoever writes first wins, and the other uses that."""
+    path = tmp_path / "state" / "token"
+    tcprelay.write_private(str(path), b"first")
+    tcprelay.write_private(str(path), b"second")
+    assert path.read_bytes() == b"first"
+    assert [entry.name for entry in path.parent.iterdir()] == ["token"]
