@@ -239,8 +239,8 @@ def wait_for(fd: int, events: int, deadline: Deadline, stop: Stop | None = None)
     if stop is not None:
         poller.register(stop.fileno(), select.POLLIN)
     left = deadline.remaining()
-    ready = poller.poll(None if left is None else left * 1000)
-    if not ready:
+    # A peer that always has one more byte does not get beyond the deadline either.
+    if left == 0 or not (ready := poller.poll(None if left is None else left * 1000)):
         raise TimeoutError("timed out")
     if all(number != fd for number, _ in ready):
         raise Stopping("ending")
@@ -798,6 +798,8 @@ class TLSStream(Stream):
         self._stash = bytearray()  # decrypted when the sending direction was ended
         self._error: OSError | None = None
         self._answers = 0  # bytes in _outgoing that receiving has put there
+        self._fruitless = 0  # encrypted bytes since the last decrypted one
+        self._peer_ended = False  # it has sent close_notify
         self._raw = bytearray(SMALL_TLS_BUFFER)
         self._small_reads = 0
 
@@ -807,6 +809,7 @@ class TLSStream(Stream):
             try:
                 with self._tls_lock:
                     self.tls.do_handshake()
+                    self._fruitless = 0
                 return
             except ssl.SSLWantReadError:
                 pass
@@ -851,16 +854,25 @@ class TLSStream(Stream):
             try:
                 while self._error is None and (count := self._read(piece)):
                     self._stash += piece[:count]
-            except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
+                self._peer_ended = self._error is None
+            except ssl.SSLWantReadError:
                 pass
+            except ssl.SSLZeroReturnError:
+                self._peer_ended = True
             except ssl.SSLError as error:
                 self._error = error  # for the receiver, behind the stash
             try:
                 self.tls.unwrap()
             except ssl.SSLError:
                 pass  # the peer's own close_notify comes when it comes
-        self._flush_records()
-        super().end()
+            peer_ended = self._peer_ended
+        try:
+            self._flush_records()
+            super().end()
+        except OSError as error:
+            # Who has sent close_notify may close without waiting for ours, which its system answers with an RST.
+            if not peer_ended or error.errno not in (errno.ENOTCONN, errno.EPIPE, errno.ECONNRESET):
+                raise
 
     def _decrypt(self, view: memoryview) -> int | None:
         """Decrypted bytes that are here already: as many records as fit; 0 at close_notify, ``None`` for none."""
@@ -876,9 +888,14 @@ class TLSStream(Stream):
             try:
                 while have < len(view) and (count := self._read(view[have:])):
                     have += count
+                self._peer_ended = self._peer_ended or have < len(view)
             except ssl.SSLWantReadError:
+                if not have and self._fruitless > MAX_FRUITLESS:
+                    self._error = ConnectionResetError("the peer sends TLS messages without data again and again")
+                    raise self._error from None
                 return have or None
             except ssl.SSLZeroReturnError:
+                self._peer_ended = True
                 return have
             except ssl.SSLError as error:
                 # Once only: after a fatal alert OpenSSL would call the next attempt a clean end.
@@ -887,9 +904,11 @@ class TLSStream(Stream):
                 if not have:
                     raise self._error from error
             finally:
+                if have:
+                    self._fruitless = 0
                 self._answers += self._outgoing.pending - before
                 if self._answers > MAX_ANSWERS:
-                    self._error = ConnectionResetError("the peer makes TLS answer and does not read the answers")
+                    self._error = ConnectionResetError("the peer makes TLS answer again and again")
             return have
 
     def _read(self, view: memoryview) -> int:
@@ -901,6 +920,7 @@ class TLSStream(Stream):
         count = self.sock.recv_into(self._raw, 0, flags)
         with self._tls_lock:
             if count:
+                self._fruitless += count
                 self._incoming.write(memoryview(self._raw)[:count])
             else:
                 self._incoming.write_eof()
@@ -1138,7 +1158,9 @@ LARGE_TLS_BUFFER = 1 << 18
 SMALL_TLS_BUFFER = 4096
 """What a TLS connection takes from its socket at once, until that is filled."""
 MAX_ANSWERS = 65536
-"""Bytes that a peer may make TLS answer without reading the answers."""
+"""Bytes of answers that a peer may make TLS prepare while there is nothing else to send."""
+MAX_FRUITLESS = 65536
+"""Bytes of TLS messages without data (KeyUpdate) in a row: more than a record, which may come in pieces."""
 BULK = 16384
 """Reads of this size on are bulk traffic, worth passing through a pipe inside the kernel."""
 PIPE_SIZE = 1 << 20

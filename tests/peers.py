@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pty
 import pwd
 import random
 import shutil
@@ -94,6 +95,12 @@ def curl(*arguments: str) -> list[str]:
     return [find("curl"), "-q", "--noproxy", "*", "-sS", "--fail", "--max-time", str(int(LONG)), *arguments]
 
 
+def peak_memory(process: subprocess.Popen[Any]) -> int:
+    """The most bytes of memory that a process has had resident so far."""
+    [line] = [n for n in Path(f"/proc/{process.pid}/status").read_text().splitlines() if n.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024
+
+
 def free_port() -> int:
     """A port for a program that cannot be told to take a free one.
 
@@ -119,18 +126,31 @@ def is_listening(port: int) -> bool:
 class Program:
     """A real program in a process of its own; its output is collected by a thread, line by line.
 
-    As a context manager it is ended and reaped on the way out.
+    As a context manager it is ended and reaped on the way out.  With `terminal` its output is a terminal.
     """
 
-    def __init__(self, *command: str, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *command: str,
+        env: Mapping[str, str] | None = None,
+        stdin: int = subprocess.DEVNULL,
+        terminal: bool = False,
+    ) -> None:
         self.name = Path(command[0]).name
         self.lines: list[str] = []
         self._condition = threading.Condition()  # over `lines` and `_ended`
         self._ended = False
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **(env or {})}, encoding="utf-8", errors="replace",
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        reader, writer = pty.openpty() if terminal else os.pipe()
+        self._output = open(reader, encoding="utf-8", errors="replace")  # noqa: SIM115 - closed by `close`
+        try:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env={**os.environ, **(env or {})}, stdin=stdin, stdout=writer, stderr=writer
+            )
+        except BaseException:
+            self._output.close()
+            raise
+        finally:
+            os.close(writer)
         self._reader = threading.Thread(target=self._read, name=f"output of {self.name}")
         self._reader.start()
 
@@ -188,18 +208,19 @@ class Program:
                 self.process.kill()
                 self.process.wait(PATIENCE)
         self._reader.join(PATIENCE)
-        assert self.process.stdout
-        self.process.stdout.close()
+        self._output.close()
 
     def check(self) -> None:
         """Whether it ended as it should; after `close`."""
 
     def _read(self) -> None:
-        assert self.process.stdout
-        for line in self.process.stdout:
-            with self._condition:
-                self.lines.append(line.rstrip("\n"))
-                self._condition.notify_all()
+        try:
+            for line in self._output:
+                with self._condition:
+                    self.lines.append(line.rstrip("\r\n"))
+                    self._condition.notify_all()
+        except OSError:
+            pass  # so a terminal says that nobody writes to it any more
         with self._condition:
             self._ended = True
             self._condition.notify_all()
@@ -223,7 +244,13 @@ class RelayProcess(Program):
         env = {"TCPRELAY_LOG_FORMAT": "json", "PYTHONWARNINGS": "default", **(env or {})}
         super().__init__(*wrapper, sys.executable, "-m", "tcprelay", role, *options, env=env)
         self.name = role
+        self.expected_error = ""
+        """What an error in its log begins with, where a test provokes one."""
         self._killed = False
+
+    def wait_message(self, start: str) -> None:
+        """Wait for a line in the log that begins so."""
+        self.wait_for(lambda line: self._parse(line)["message"].startswith(start))
 
     def wait_event(self, kind: str, timeout: float = PATIENCE, **fields: object) -> dict[str, Any]:
         """The first event of this kind in the log with these fields."""
@@ -260,7 +287,8 @@ class RelayProcess(Program):
     def check(self) -> None:
         for line in self.lines:
             entry = self._parse(line)
-            assert entry["level"] != "error", f"{self.name} logs an error:\n{self.output}"
+            expected = self.expected_error and entry["message"].startswith(self.expected_error)
+            assert entry["level"] != "error" or expected, f"{self.name} logs an error:\n{self.output}"
         if not self._killed:
             assert self.process.returncode == 0, f"{self.name} ended with {self.process.returncode}:\n{self.output}"
 
@@ -320,14 +348,19 @@ class Peers:
     def connect(self, port: int) -> socket.socket:
         return self._stack.enter_context(socket.create_connection((HOST, port), PATIENCE))
 
-    def nginx(self, files: Path) -> int:
-        """nginx that gives the files of a directory and takes others by PUT; returns its port."""
+    def program(self, *command: str, **options: Any) -> Program:
+        return self._stack.enter_context(Program(*command, **options))
+
+    def nginx(self, files: Path, certificate: str = "", key: str = "") -> int:
+        """nginx that gives the files of a directory and takes others by PUT, over TLS where it has a certificate;
+        returns its port."""
         port, state = free_port(), self.path / "nginx"
         state.mkdir()
         user = "user root;" if os.geteuid() == 0 else ""  # the files are for the present user alone
         temporary = "\n".join(
             f"{kind}_temp_path {state}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         )
+        secure = f"ssl_certificate {certificate}; ssl_certificate_key {key};" if certificate else ""
         config = state / "nginx.conf"
         config.write_text(f"""
             daemon off; {user} worker_processes 1; pid {state}/pid; error_log stderr;
@@ -335,13 +368,24 @@ class Peers:
             http {{
                 access_log off; sendfile on; {temporary}
                 server {{
-                    listen {HOST}:{port}; root {files}; client_max_body_size 0; dav_methods PUT;
+                    listen {HOST}:{port} {"ssl" if secure else ""}; {secure}
+                    root {files}; client_max_body_size 0; dav_methods PUT;
                 }}
             }}
         """)
         nginx = Program(find("nginx"), "-p", str(state), "-c", str(config), "-e", "stderr")
         self._stack.enter_context(nginx).wait_until_listening(port)
         return port
+
+    def stunnel(self, port: int, *settings: str) -> int:
+        """stunnel before `port` on loopback; returns the port where it listens."""
+        listening = free_port()
+        config = self.path / f"stunnel-{listening}.conf"
+        lines = "foreground = yes", "syslog = no", "pid =", "socket = l:SO_REUSEADDR=1"
+        section = "[relay]", f"accept = {HOST}:{listening}", f"connect = {HOST}:{port}"
+        config.write_text("\n".join([*lines, *section, *settings, ""]))
+        self.program(find("stunnel"), str(config)).wait_until_listening(listening)
+        return listening
 
     def redis(self) -> int:
         """A redis server that keeps everything in memory; returns its port."""
@@ -387,7 +431,7 @@ class Peers:
     def node_server(self, version: str, **options: str) -> tuple[int, int]:
         """The server of node-tcp-relay; returns its relay port and its service port."""
         ports = relay_port, service_port = free_port(), free_port()
-        if version == "0.0.18":
+        if version == "0.0.18" and not options.keys() & {"tls", "auth"}:
             # Its command takes a missing --tls for yes; as a library it can do without.
             pfx = str(self._node_file(version, "cert.pfx"))
             settings = {"hostname": HOST, "tls": False, "pfx": pfx, "passphrase": "abcd", **options}
@@ -416,7 +460,8 @@ class Peers:
 
 
 def node_options(options: Mapping[str, str]) -> list[str]:
-    return [word for name, value in options.items() for word in (f"--{name}", value)]
+    """The words of a command line; an option without a value stands alone."""
+    return [word for name, value in options.items() for word in (f"--{name}", value) if word]
 
 
 def no_peer(reason: str) -> NoReturn:

@@ -670,55 +670,6 @@ def test_both_directions_at_once_from_two_threads(certificates: Certificates) ->
         assert results == {"one": data, "two": data}
 
 
-@pytest.mark.peer("openssl")
-@pytest.mark.parametrize("reading", [True, False])
-def test_a_flood_of_key_updates(bench: Bench, certificates: Certificates, reading: bool) -> None:
-    """openssl s_client that asks for new keys again and again: the data is intact, and memory does not grow."""
-    rounds = 300
-    server = bench.server(**{**tls_server(certificates), "tls": "both"})
-    sent = threading.Event()
-
-    def serve(sock: socket.socket) -> None:
-        if not reading:
-            try:
-                while True:
-                    sock.sendall(bytes(65536))
-            except OSError:
-                return
-        read_exactly(sock, 6 * rounds)
-        sock.sendall(b"got it all\n")
-        sent.set()
-
-    bench.client(server, bench.service(serve).port, tls="relay", ca_file=certificates.path("ca.pem"))
-    port = server.service_addresses["default"][1]
-    process = subprocess.Popen(
-        ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-tls1_3", "-ign_eof"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE if reading else subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        assert process.stdin is not None
-        for number in range(rounds):
-            process.stdin.write(b"%05d\n" % number)
-            process.stdin.flush()
-            process.stdin.write(b"K\n")
-            process.stdin.flush()
-        if reading:
-            assert sent.wait(PATIENCE)
-            assert process.stdout is not None
-            while (line := process.stdout.readline()) and line != b"got it all\n":
-                pass
-            assert line == b"got it all\n"
-    finally:
-        process.kill()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                try:
-                    pipe.close()
-                except OSError:
-                    pass
-        process.wait(PATIENCE)
-
-
 def test_the_service_s_name_is_checked(bench: Bench, certificates: Certificates) -> None:
     """A certificate of the right CA for another host is not the service's."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
