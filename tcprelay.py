@@ -743,13 +743,13 @@ class Stream:
 
 
 def unsent_bytes(sock: socket.socket) -> int:
-    """How many sent bytes the peer has not acknowledged (SIOCOUTQ); 0 where the system cannot tell."""
+    """How many sent bytes the peer has not acknowledged (SIOCOUTQ); 0 where nobody can tell, or it is closed."""
     try:
         import fcntl
         import termios
 
         return int(struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0\0\0\0"))[0])
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError, OSError, ValueError):
         return 0
 
 

@@ -309,7 +309,16 @@ class RelayClient(Relay):
     # The keeper
 
     def _keep(self) -> None:
-        """The keeper's life: open the links that are missing, and look at the time every so often."""
+        """The keeper's life, which no unexpected error may end: nobody else opens links."""
+        while not self._stop.requested:
+            try:
+                self._watch()
+            except Exception:
+                self._log.exception("unexpected error in the keeper")
+                self._stop.wait(1.0)
+
+    def _watch(self) -> None:
+        """Open the links that are missing, and look at the time every so often, until `_stop` is requested."""
         next_sweep = time.monotonic() + self._splices.interval
         while not self._stop.requested:
             now = time.monotonic()

@@ -375,6 +375,7 @@ class RelayServer(Relay):
             self._warn_about_trust()
         if self._stop.requested:
             return  # a listener of the events above has ended it
+        self._pool.selector.register(self._stop.fileno(), selectors.EVENT_READ)
         self._acceptor.start()
         self._keeper.start()
 
@@ -641,11 +642,19 @@ class RelayServer(Relay):
     # The keeper
 
     def _keep(self) -> None:
-        """The keeper's life: watch idle links, and every so often look at the time."""
+        """The keeper's life, which no unexpected error may end: nobody else finds what is dead."""
+        while not self._cut.requested:
+            try:
+                self._watch()
+            except Exception:
+                self._log.exception("unexpected error in the keeper")
+                self._cut.wait(1.0)
+
+    def _watch(self) -> None:
+        """Watch idle links, and every so often look at the time, until `_cut` is requested."""
         interval = min(self._splices.interval, self.options.heartbeat / 5)
         next_look = time.monotonic() + interval
         selector = self._pool.selector
-        selector.register(self._stop.fileno(), selectors.EVENT_READ)
         while not self._stop.requested:
             for key, _ in selector.select(max(0.0, next_look - time.monotonic())):
                 if key.data is not None and self._pool.hold(key.data):

@@ -278,3 +278,24 @@ def test_an_error_in_a_thread_is_logged_and_the_thread_goes_on(caplog: pytest.Lo
     assert "ZeroDivisionError" in caplog.text
     assert len(threads) == 1
     assert threads.end(tcprelay.Deadline(PATIENCE)) == []
+
+
+@pytest.mark.parametrize("role", ["server", "client"])
+def test_an_unexpected_error_does_not_end_the_keeper(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, role: str
+) -> None:
+    """It is logged, and the keeper goes on."""
+    server = bench.server(idle_timeout=0.2)
+    client = bench.client(server, bench.service().port, idle_timeout=0.2)
+    splices = (server if role == "server" else client)._splices
+    real, calls = splices.sweep, []
+
+    def sweep() -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise ZeroDivisionError
+        real()
+
+    monkeypatch.setattr(splices, "sweep", sweep)
+    wait_until(lambda: len(calls) >= 3)
+    assert "unexpected error in the keeper" in caplog.text

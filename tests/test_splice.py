@@ -379,3 +379,21 @@ def test_urgent_data_is_no_end(rig: Rig) -> None:
     writer.join(PATIENCE)
     assert hashlib.sha256(got).digest() == hashlib.sha256(data).digest()
     rig.far.end()
+
+
+def test_the_sweep_meets_connections_that_have_just_ended() -> None:
+    """Their sockets are closed when it comes to them, whatever it looks at."""
+    with ExitStack() as stack:
+        pairs = [tcp_pair() for _ in range(4)]
+        splices = Splices(10, idle_timeout=100.0, half_close_timeout=100.0)
+        for number, ended in enumerate(((False, False), (True, False))):
+            stream, link = Stream(pairs[2 * number][0], "stream"), Stream(pairs[2 * number + 1][0], "link")
+            splice = Splice("1", "test", stream, link)
+            splice.to_link_ended, splice.from_link_ended = ended
+            splices.add(splice)
+        for pair in pairs:
+            for sock in pair:
+                stack.callback(sock.close)
+                sock.close()
+        splices.sweep()
+        assert len(splices) == 2
