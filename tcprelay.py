@@ -37,6 +37,7 @@ Threads and sockets, in both roles:
 from __future__ import annotations
 
 import _thread
+import abc
 import contextlib
 import dataclasses
 import errno
@@ -2385,7 +2386,7 @@ class Credentials:
     """For TLS on the service ports, or to the service."""
 
 
-class Relay:
+class Relay(abc.ABC):
     """What the two roles have in common: how they begin and end, and what their connections stand on."""
 
     def __init__(self, logger: str, options: Options, most: int, on_event: Callable[[Event], object] | None) -> None:
@@ -2496,19 +2497,19 @@ class Relay:
         """What to say at the start for the other side; "" for nothing."""
         return ""
 
+    @abc.abstractmethod
     def _load_credentials(self) -> Credentials:
         """Read what `options` name.  Raises `OSError` and `ValueError`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _open(self) -> None:
         """Begin; `end` is called where this raises `OSError`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _stop_intake(self) -> None:
         """Begin nothing new, and give up what is idle; `_stop` has been requested."""
-        raise NotImplementedError
 
-    def _wake_all(self) -> None:
+    def _wake_all(self) -> None:  # noqa: B027 (a role may have nobody left to wake)
         """Wake whoever may still wait for a peer, when all connections are broken off."""
 
     def _close(self) -> None:
