@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-all lint check bench dist clean
+.PHONY: demo test test-all lint check chaos bench dist clean
 
 demo: $(VENV)/.runtime  ## a web service through a relay on this machine; ONCE=1 ends after one fetch
 	$(RUN) deploy/demo.py $(if $(ONCE),--once)
@@ -24,6 +24,9 @@ lint: $(VENV)/.lint  ## ruff and mypy --strict
 	$(VENV)/bin/mypy
 
 check: lint test  ## ruff, mypy --strict and the tests
+
+chaos: $(VENV)/.test  ## faults, load and hostile input, as root on Linux, half an hour; ARGS="--scale 0.05" is a quick look
+	$(RUN) -m tests.chaos $(ARGS)
 
 bench: $(VENV)/.test  ## a first look at speed and memory
 	$(RUN) -m tests.bench $(ARGS)

@@ -22,45 +22,9 @@ from tcprelay_server import ClientUp, LinkRefused
 
 from .certificates import Certificates
 from .conftest import PATIENCE, Bench, Service, connect, read_all, read_exactly, wait_until
+from .ends import TLSEnd
 
 RESET = tcprelay.RESET_ON_CLOSE
-
-
-class TLSEnd:
-    """A test's own end of a TLS connection, which can end its direction and go on reading.
-
-    `ssl.SSLSocket` cannot do that; here records are made and read by an `ssl.SSLObject`.
-    """
-
-    def __init__(self, sock: socket.socket, context: ssl.SSLContext, server_side: bool) -> None:
-        self.sock = sock
-        self.sock.settimeout(None)
-        self.stream = TLSStream(sock, "test", context, server_side=server_side)
-        self.stream.handshake(tcprelay.Deadline(PATIENCE))
-        self.sock.settimeout(PATIENCE)
-
-    def sendall(self, data: bytes) -> None:
-        self.stream.send(data)
-
-    def recv(self, size: int) -> bytes:
-        view = memoryview(bytearray(size))
-        return bytes(view[: self.stream.recv_into(view)])
-
-    def shutdown(self, how: int) -> None:
-        assert how == socket.SHUT_WR
-        self.stream.end()
-
-    def setsockopt(self, *words: Any) -> None:
-        self.sock.setsockopt(*words)
-
-    def close(self) -> None:
-        self.sock.close()
-
-    def __enter__(self) -> TLSEnd:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 @dataclass(frozen=True)

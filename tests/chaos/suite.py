@@ -1,0 +1,116 @@
+"""What a case is, and what it tells: figures beside their bars."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..certificates import Certificates, make_all
+from ..peers import Peers
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured figure, and whether it meets its bar."""
+
+    what: str
+    figure: str
+    bar: str
+    met: bool
+
+
+class Run:
+    """One run of a case: its chances, its helpers, and the figures that it has told so far."""
+
+    def __init__(self, stack: ExitStack, directory: Path, seed: int, scale: float, workers: int) -> None:
+        self.stack = stack
+        self.directory = directory
+        self.scale = scale
+        self.workers = workers
+        """``--workers`` of the relays: processes beside the first; 0 is none."""
+        self.random = random.Random(seed)
+        self.peers = Peers(stack, directory)
+        self.figures: list[Figure] = []
+        self._certificates: Certificates | None = None
+
+    @property
+    def certificates(self) -> Certificates:
+        """A CA, a foreign one, and what they have signed; made when they are first asked for."""
+        if self._certificates is None:
+            self._certificates = make_all(self.directory)
+        return self._certificates
+
+    def scaled(self, count: float, least: int = 1) -> int:
+        """So many, times the scale of this run, and not fewer than `least`."""
+        return max(least, round(count * self.scale))
+
+    def tell(
+        self, what: str, value: float, *, most: float | None = None, least: float | None = None, unit: str = ""
+    ) -> bool:
+        """Tell a figure and its bar: at most, at least, or (both the same) exactly so much; without a bar it is
+        told for information.  Returns whether it is met."""
+        met = (most is None or value <= most) and (least is None or value >= least)
+        if most is not None and most == least:
+            bar = show(most)
+        else:
+            bar = " and ".join(
+                [f"at least {show(least)}"] * (least is not None) + [f"at most {show(most)}"] * (most is not None)
+            )
+        self.figures.append(Figure(what, f"{show(value)} {unit}".strip(), f"{bar} {unit}".strip() if bar else "", met))
+        return met
+
+    def say(self, text: str) -> None:
+        """Tell what is being done, or what was odd, on the terminal."""
+        print(f"    {text}", flush=True)
+
+
+def show(value: float | None) -> str:
+    """A figure with as many digits as matter."""
+    if value is None:
+        return ""
+    if isinstance(value, int) or value == int(value):
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A proof of one bar."""
+
+    bar: int
+    name: str
+    limit: float
+    """Seconds within which it must be over, at scale 1."""
+    run: Callable[[Run], None]
+
+
+CASES: list[Case] = []
+
+
+def case(bar: int, name: str, limit: float) -> Callable[[Callable[[Run], None]], Callable[[Run], None]]:
+    """Register a function as the case `name`, which proves the bar with this number."""
+
+    def register(function: Callable[[Run], None]) -> Callable[[Run], None]:
+        CASES.append(Case(bar, name, limit, function))
+        return function
+
+    return register
+
+
+@contextmanager
+def running(directory: Path, seed: int, scale: float, workers: int) -> Iterator[Run]:
+    """A run whose processes, services and connections are taken away in the end."""
+    with ExitStack() as stack:
+        yield Run(stack, directory, seed, scale, workers)
+
+
+def write_figures(figures: list[Figure], path: Path) -> None:
+    path.write_text(json.dumps([asdict(figure) for figure in figures]))
+
+
+def read_figures(path: Path) -> list[Figure]:
+    return [Figure(**entry) for entry in json.loads(path.read_text())] if path.exists() else []
