@@ -15,8 +15,10 @@ A link's life, in one thread:
                              START ─▶ _serve: dial the service, READY, Splice.run ─▶ idle again
                              BYE, silence, loss ─▶ closed; the keeper opens another
 
-Backing off: after a failure, one link at a time tries again, at a random moment within a span that doubles; the
-first that gets through brings the others after it.  A loss after a stable time is mended at once.
+Backing off: after a failure, one link at a time tries again, at a random moment within a span that doubles.  The
+first that gets through, or that is left after losses, brings the others after it at a measured pace, so that a
+thousand clients do not fall upon a relay server that has just been restarted.  A link that START takes is replaced
+at once.
 """
 
 from __future__ import annotations
@@ -49,8 +51,16 @@ __all__ = ["ClientOptions", "RelayClient", "create_relay_client", "main"]
 
 FIRST_BACKOFF = 1.0
 """Seconds of the span after a first failure; a random moment within it is taken, and each further one doubles it."""
-LAST_BACKOFF = 30.0
-"""Seconds at which that span stops growing."""
+LAST_BACKOFF = 4.0
+"""Seconds at which that span stops growing while the relay server cannot be reached: a single packet every few
+seconds burdens nobody, and when the way is free again the service is back soon."""
+REFUSED_BACKOFF = 30.0
+"""The same where the relay server refuses: somebody has to change something first."""
+RELAY_DIAL_TIMEOUT = 5.0
+"""Seconds to reach the relay server.  The kernel sends its third SYN after 3 s and the fourth after 7 (RFC 6298:
+1 s, doubled each time): the first of a new attempt comes sooner."""
+REFILL_TIME, REFILL_RATE = 5.0, 4.0
+"""Idle links that were lost are replaced within so many seconds, at so many a second where that is faster."""
 BYE_TIMEOUT = 2.0
 """Seconds that the server has to close a link after BYE; meanwhile a START that crossed it is still served."""
 STABLE_TIME = 10.0
@@ -191,7 +201,12 @@ class Unpublished(Event):
 
 
 class RefusedByServer(ConnectionError):
-    """The relay server sent REFUSED; the message is its reason."""
+    """The relay server refused a link, or its proofs were not accepted here; the message says why."""
+
+    def __init__(self, reason: str, code: str = "") -> None:
+        super().__init__(reason)
+        self.lasting = code not in ("draining", "limit", "lost", "timeout")
+        """It will not pass by itself."""
 
 
 # --- The client -----------------------------------------------------------------------------------------------
@@ -208,13 +223,30 @@ class Service:
         """Links wanted beyond the idle ones, because service clients wait at the server."""
         self.failures = 0
         """Failures in a row; a link that has been stable resets them."""
+        self.failed_at = 0.0
         self.probing = True
         """At the start and after a failure, until a link is up: one attempt at a time."""
         self.retry_at = 0.0
+        self.level, self.level_at = float("inf"), 0.0
+        """How many idle links were wanted at a moment; from then on the more, at the pace of `REFILL_TIME`."""
         self.carried = 0
         """Connections that its links have begun to carry."""
         self.told: str | None = None
         """What was last told of its state: "" is published, ``None`` nothing yet, otherwise why not."""
+
+    def wanted(self, now: float, most: int) -> tuple[int, float]:
+        """How many idle links there should be now, and the moment when it will be one more."""
+        rate = max(REFILL_RATE, most / REFILL_TIME)
+        level = self.level + rate * (now - self.level_at)
+        if level >= most:
+            return most, float("inf")
+        return max(1, int(level)), now + (1 - level % 1) / rate + 0.001
+
+    def lose(self, now: float, most: int) -> None:
+        """An idle link is lost: it is replaced, but not at once."""
+        rate = max(REFILL_RATE, most / REFILL_TIME)
+        self.level = max(0.0, min(most, self.level + rate * (now - self.level_at)) - 1)
+        self.level_at = now
 
 
 class RelayClient(Relay):
@@ -323,22 +355,22 @@ class RelayClient(Relay):
         while not self._stop.requested:
             now = time.monotonic()
             with self._condition:
-                missing = [(service, self._take_missing(service, now)) for service in self._services]
-                if not any(count for _, count in missing):
-                    retries = [s.retry_at for s in self._services if s.retry_at > now]
-                    self._condition.wait(max(0.0, min([next_sweep, *retries]) - now))
-            for service, count in missing:
+                missing = [(service, *self._take_missing(service, now)) for service in self._services]
+                if not any(count for _, count, _ in missing):
+                    self._condition.wait(max(0.0, min([next_sweep, *(moment for *_, moment in missing)]) - now))
+            for service, count, _ in missing:
                 for _ in range(count):
                     self._start_link(service)
             if time.monotonic() >= next_sweep:
                 self._splices.sweep()
                 next_sweep = time.monotonic() + self._splices.interval
 
-    def _take_missing(self, service: Service, now: float) -> int:
-        """How many links to open now; they count as connecting from here on.  Under the lock."""
-        wanted = self.options.num_conn + service.asked - service.idle - service.connecting
+    def _take_missing(self, service: Service, now: float) -> tuple[int, float]:
+        """How many links to open now, and when to look again; those count as connecting.  Under the lock."""
         if now < service.retry_at:
-            return 0
+            return 0, service.retry_at
+        wanted, moment = service.wanted(now, self.options.num_conn)
+        wanted += service.asked - service.idle - service.connecting
         if service.probing:
             wanted = min(wanted, 1 - service.connecting)
         else:
@@ -347,33 +379,34 @@ class RelayClient(Relay):
         while count < wanted and self._splices.admit():
             count += 1
         service.connecting += count
-        return count
+        return count, moment
 
     def _start_link(self, service: Service) -> None:
         try:
             self._threads.start(self._run_link, service)
         except RuntimeError as error:
             self._splices.leave()
-            self._note_failure(service, str(error))
+            self._note_failure(service, time.monotonic(), str(error))
 
-    def _note_failure(self, service: Service, reason: str) -> None:
+    def _note_failure(self, service: Service, began: float, reason: str, longest: float = LAST_BACKOFF) -> None:
         """An attempt has failed: wait, longer each time, and tell once."""
         with self._condition:
             service.connecting -= 1
-            self._back_off(service)
+            self._back_off(service, began, longest)
             tell = service.idle + service.busy == 0 and service.told != reason and not self._stop.requested
             if tell:
                 service.told = reason
         if tell:
             self._emit(Unpublished(service=service.name, relay=str(self._relay), reason=reason))
 
-    def _back_off(self, service: Service) -> None:
-        """Set the moment of the next attempt.  Under the lock."""
-        now = time.monotonic()
-        if now >= service.retry_at:  # attempts that failed together count once
+    def _back_off(self, service: Service, began: float, longest: float = LAST_BACKOFF) -> None:
+        """Set the moment of the next attempt, after one that began then has failed.  Under the lock."""
+        if began >= service.failed_at:  # those under way at the same time count once
+            service.failed_at = time.monotonic()
             service.failures += 1
-            span = min(LAST_BACKOFF, FIRST_BACKOFF * 2 ** min(service.failures - 1, 16))
-            service.retry_at = now + random.uniform(0.0, span)
+            span = min(longest, FIRST_BACKOFF * 2 ** min(service.failures - 1, 16))
+            # Measured from its beginning: one that took long to fail has been waiting already.
+            service.retry_at = max(service.failed_at, began + random.uniform(0.0, span))
             service.probing = True
         self._condition.notify_all()
 
@@ -382,14 +415,16 @@ class RelayClient(Relay):
     def _run_link(self, service: Service) -> None:
         """A link from dialling to its end; the top of its thread."""
         try:
-            link, reason = None, "unexpected error"
+            link, reason, longest, began = None, "unexpected error", LAST_BACKOFF, time.monotonic()
             try:
                 link = self._connect(service)
             except (OSError, EOFError) as error:
                 reason = say_error(error)
+                if isinstance(error, RefusedByServer) and error.lasting:
+                    longest = REFUSED_BACKOFF
             finally:
                 if link is None:
-                    self._note_failure(service, reason)
+                    self._note_failure(service, began, reason, longest)
             if link is not None:
                 self._use_link(link, service)
         finally:
@@ -399,11 +434,14 @@ class RelayClient(Relay):
 
     def _use_link(self, link: Link | Stream, service: Service) -> None:
         """A link from its first idle moment to its end."""
-        since, carried = time.monotonic(), service.carried
+        since, carried, idle = time.monotonic(), service.carried, True
         with self._condition:
             self._links.add(link)
         try:
-            reason = self._serve_raw(link, service) if isinstance(link, Stream) else self._serve_idle(link, service)
+            if isinstance(link, Stream):
+                reason, idle = self._serve_raw(link, service), False
+            else:
+                reason, idle = self._serve_idle(link, service)
         except TimeoutError:
             reason = "no PING in time"
         except (OSError, EOFError) as error:
@@ -412,12 +450,14 @@ class RelayClient(Relay):
             with self._condition:
                 self._links.discard(link)
                 service.idle -= 1
+                if idle:
+                    service.lose(time.monotonic(), self.options.num_conn)
                 # A relay that takes links and drops them is no better than one that refuses them; but a link
                 # that was lost with a connection says nothing about the relay.
                 if time.monotonic() - since >= STABLE_TIME or service.carried != carried:
                     service.failures, service.retry_at = 0, 0.0
                 elif not self._stop.requested:
-                    self._back_off(service)
+                    self._back_off(service, since)
             link.close()
         self._emit(LinkDown(service=service.name, peer=str(self._relay), client=self._id, reason=reason))
 
@@ -448,7 +488,7 @@ class RelayClient(Relay):
 
     def _dial_relay(self, deadline: Deadline) -> Stream:
         """Connect to the relay server, with TLS where it is asked for.  Raises `OSError`, `EOFError`."""
-        sock = tcprelay.dial(self._relay, stop=self._stop)
+        sock = tcprelay.dial(self._relay, RELAY_DIAL_TIMEOUT, self._stop)
         name, context, options = f"link with relay {self._relay}", self._credentials.links, self.options
         if context is None:
             return Stream(sock, name)
@@ -502,7 +542,7 @@ class RelayClient(Relay):
             link.send(AUTH, {"proof": tcprelay.prove(token, CLIENT, *parts)})
             answer = link.receive(deadline, self._stop)
         if answer.kind == REFUSED:
-            raise RefusedByServer(f"refused by the relay: {shown(answer.text('reason'), 240)}")
+            raise RefusedByServer(f"refused by the relay: {shown(answer.text('reason'), 240)}", answer.text("code"))
         if token and not (expected and tcprelay.is_proof(answer.text("proof"), expected)):
             raise RefusedByServer("the relay did not prove that it knows the token; is --token-file set there?")
         return answer
@@ -513,6 +553,8 @@ class RelayClient(Relay):
             service.connecting -= 1
             service.idle += 1
             service.asked = max(0, waiting - 1)  # this one serves the first
+            if service.probing and service.failures:
+                service.level, service.level_at = 1.0, time.monotonic()
             service.probing = False
             tell, service.told = service.told != "", ""
             self._condition.notify_all()
@@ -526,8 +568,9 @@ class RelayClient(Relay):
             )
         self._emit(LinkUp(service=service.name, peer=str(self._relay), client=self._id))
 
-    def _serve_idle(self, link: Link, service: Service) -> str:
-        """Answer on an idle link, and carry connections on it, until it ends in peace; returns why it did.
+    def _serve_idle(self, link: Link, service: Service) -> tuple[str, bool]:
+        """Answer on an idle link, and carry connections on it, until it ends in peace; returns why it did, and
+        whether it was idle then.
 
         Raises `OSError`, `EOFError`, `LinkFault`, `TimeoutError` where it is lost while it is idle.
         """
@@ -538,35 +581,39 @@ class RelayClient(Relay):
                 frame = link.receive(Deadline(patience), self._stop)
                 settled = True
             except Stopping:
-                return self._say_bye(link, service)
+                self._say_bye(link, service, Deadline(BYE_TIMEOUT if settled else None))
+                return "ending", True
             except TimeoutError:
-                # After a connection the server may still be passing bytes on to somebody who reads slowly, and
-                # has no PING for us meanwhile; closing now would lose them.  Keepalive watches instead.
-                if settled or tcprelay.path_is_dead(link.sock):
+                if settled:
                     raise
-                continue
+                # After a connection the server may still be passing bytes on to somebody who reads slowly, and
+                # has no PING for us meanwhile: only the server can close this link without losing them.
+                self._set_busy(service, waiting=0)
+                try:
+                    self._say_bye(link, service, Deadline(None))
+                finally:
+                    self._set_idle(service)
+                return "no PING in time after its connection", False
             if frame.kind == PING:
                 link.send_now(PONG)
             elif frame.kind == START:
                 if not self._serve(link, frame, service):
-                    return "its connection was broken off"
+                    return "its connection was broken off", False
                 settled = False
             elif frame.kind == BYE:
-                return "the relay server said BYE"
+                return "the relay server said BYE", True
             else:
                 raise RefusedByServer(f"refused by the relay: {shown(frame.text('reason'), 240)}")
 
-    def _say_bye(self, link: Link, service: Service) -> str:
-        """Give an idle link up: a START that crosses BYE is still served."""
-        link.send(BYE)
-        deadline = Deadline(BYE_TIMEOUT)
+    def _say_bye(self, link: Link, service: Service, deadline: Deadline) -> None:
+        """Give an idle link up, and wait for the server to close it: a START that crosses BYE is still served."""
         try:
+            link.send_now(BYE)
             while (frame := link.receive(deadline, self._cut)).kind != START:
                 pass
             self._serve(link, frame, service)
         except (OSError, EOFError):
             pass  # the server has closed it, as BYE asks it to
-        return "ending"
 
     def _serve(self, link: Link, start: Frame, service: Service) -> bool:
         """Connect a started link to the service; True where the link is idle again afterwards."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import threading
 import time
@@ -261,6 +262,7 @@ def test_why_there_is_no_link_is_told_once(bench: Bench, server: FakeServer, ans
 def quick_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tcprelay_client, "FIRST_BACKOFF", 0.02)
     monkeypatch.setattr(tcprelay_client, "LAST_BACKOFF", 0.1)
+    monkeypatch.setattr(tcprelay_client, "REFUSED_BACKOFF", 0.1)
 
 
 pytestmark = pytest.mark.usefixtures("quick_backoff")
@@ -281,28 +283,95 @@ def test_a_relay_that_is_not_there_is_told_once_and_found_later(bench: Bench) ->
     assert len(bench.client_events.of(Published)) == 1
 
 
+@pytest.mark.parametrize(
+    ("code", "spans"),
+    [
+        ("", [1.0, 2.0, 4.0, 4.0, 4.0, 4.0]),
+        ("draining", [1.0, 2.0, 4.0, 4.0, 4.0, 4.0]),
+        ("token", [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]),
+    ],
+)
 def test_the_span_of_the_backoff_doubles_up_to_its_cap(
-    bench: Bench, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, server: FakeServer, monkeypatch: pytest.MonkeyPatch, code: str, spans: list[float]
 ) -> None:
-    """Full jitter: each wait is a random part of a span that doubles with every failure."""
-    monkeypatch.setattr(tcprelay_client, "FIRST_BACKOFF", 1.0)
-    monkeypatch.setattr(tcprelay_client, "LAST_BACKOFF", 30.0)
-    client = RelayClient("127.0.0.1", 1, "127.0.0.1", server.port, 1)
-    spans: list[float] = []
+    """Full jitter: each wait is a random part of a span that doubles with every failure, and longer where the
+    server refuses than where it cannot be reached."""
+    for name, seconds in (("FIRST_BACKOFF", 1.0), ("LAST_BACKOFF", 4.0), ("REFUSED_BACKOFF", 30.0)):
+        monkeypatch.setattr(tcprelay_client, name, seconds)
+    seen: list[float] = []
 
     def uniform(low: float, high: float) -> float:
         assert low == 0.0
-        spans.append(high)
-        return high
+        seen.append(high)
+        return 0.0
 
     monkeypatch.setattr("tcprelay_client.random.uniform", uniform)
-    service = client._services[0]
-    for _ in range(8):
-        with client._condition:
-            client._back_off(service)
-            client._back_off(service)  # failed together with the first: counts once
-        service.retry_at = 0.0
-    assert spans == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
+    client_of(bench, server, unused_port())
+    while len(seen) < len(spans):
+        link = server.accept()
+        assert next_frame(link).kind == HELLO
+        if code:
+            link.send(REFUSED, {"code": code, "reason": "no"})
+        link.stream.complete()
+        link.close()
+    assert seen[: len(spans)] == spans
+
+
+def test_attempts_that_fail_together_count_once(bench: Bench, server: FakeServer) -> None:
+    """Those that were under way when one failed say nothing new; and what took long has been waiting already."""
+    client = RelayClient("127.0.0.1", 1, "127.0.0.1", server.port, 8)
+    [service] = client._services
+    began = time.monotonic()
+    with client._condition:
+        for _ in range(8):
+            client._back_off(service, began)
+    assert service.failures == 1
+    with client._condition:
+        client._back_off(service, time.monotonic())
+    assert service.failures == 2
+    service.failed_at = 0.0
+    with client._condition:
+        client._back_off(service, time.monotonic() - 2 * tcprelay_client.LAST_BACKOFF)
+    assert service.retry_at == service.failed_at, "tries again at once"
+
+
+@pytest.mark.parametrize(("most", "rate"), [(8, 4.0), (20, 4.0), (100, 20.0)])
+def test_lost_idle_links_come_back_at_a_pace(bench: Bench, server: FakeServer, most: int, rate: float) -> None:
+    """One at once, the rest at 4 a second, or so many that the pool is full within 5 s."""
+    client = RelayClient("127.0.0.1", 1, "127.0.0.1", server.port, most)
+    [service] = client._services
+    assert service.wanted(100.0, most) == (most, math.inf)
+    service.lose(100.0, most)
+    assert service.wanted(100.0, most)[0] == most - 1
+    for _ in range(most):
+        service.lose(100.0, most)
+    now, counts, moments = 100.0, [], []
+    while now < math.inf:
+        count, following = service.wanted(now, most)
+        counts.append(count)
+        moments.append(now)
+        now = following
+    assert counts == [1, *range(1, most + 1)]
+    assert moments[-1] - 100.0 == pytest.approx(most / rate, abs=0.01)
+
+
+def test_a_lost_pool_is_filled_at_that_pace(bench: Bench, server: FakeServer) -> None:
+    """All links of a stable pool are lost at once: the first comes back at once, the others one by one."""
+    client = client_of(bench, server, unused_port(), num_conn=8)
+    links = [server.accept() for _ in range(1)]
+    server.welcome(links[0])
+    for _ in range(7):
+        links.append(server.accept())
+        server.welcome(links[-1])
+    wait_until(lambda: client.counters["links_idle"] == 8)
+    client._services[0].carried += 1  # as if they had been up for long
+    lost_at = time.monotonic()
+    for link in links:
+        link.wake()
+    server.welcome(server.accept())
+    for _ in range(3):
+        server.welcome(server.accept())
+    assert time.monotonic() - lost_at > 0.7, "three more take three quarters of a second"
 
 
 def test_after_a_failure_one_link_probes(bench: Bench, server: FakeServer) -> None:
@@ -371,17 +440,18 @@ def test_a_relay_that_welcomes_and_drops_is_backed_off_from(bench: Bench, server
 
 
 def test_silence_after_a_connection_is_no_loss(bench: Bench, server: FakeServer) -> None:
-    """The server may still be passing bytes on: the link is kept without PINGs until the next frame."""
+    """The server may still be passing bytes on: the link is given up with BYE, replaced, and not closed; and a
+    START that crosses BYE is served."""
     client_of(bench, server, bench.service())
     link = server.accept()
     server.welcome(link, heartbeat=0.1)
-    link.send(START, {"id": "c1"})
-    link.send(END)
-    assert next_frame(link).kind == READY
-    assert link.recv_into(memoryview(bytearray(1))) == 0
-    link.sock.settimeout(0.6)  # six heartbeats
-    with pytest.raises(TimeoutError):
-        link.sock.recv(1, socket.MSG_PEEK)
-    link.sock.settimeout(None)
-    link.send(PING)
-    assert next_frame(link).kind == PONG
+    for _ in range(2):
+        link.send(START, {"id": "c1"})
+        link.send(END)
+        assert next_frame(link).kind == READY
+        assert link.recv_into(memoryview(bytearray(1))) == 0
+        if not link.machine.leaving:
+            assert next_frame(link).kind == BYE
+            server.welcome(server.accept(), heartbeat=15)
+    with pytest.raises(EOFError):
+        next_frame(link)

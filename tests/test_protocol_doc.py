@@ -162,7 +162,9 @@ def test_the_numbers() -> None:
         f"(*tcprelay:* {tcprelay.DIAL_TIMEOUT:g} s)",
         f"does not end within {tcprelay.FLUSH_TIMEOUT:g} s",
         f"a random moment within {tcprelay_client.FIRST_BACKOFF:g} s",
-        f"up to {tcprelay_client.LAST_BACKOFF:g} s",
+        f"up to {tcprelay_client.LAST_BACKOFF:g} s, and where it was refused",
+        f"refused up to {tcprelay_client.REFUSED_BACKOFF:g} s",
+        f"at {tcprelay_client.REFILL_RATE:g} a second, or within {tcprelay_client.REFILL_TIME:g} s",
         f"`--pair-timeout`, {tcprelay_server.ServerOptions.pair_timeout:g} s",
         f"0.05 to 3600 s, {tcprelay_server.ServerOptions.heartbeat:g} by default",
     ):
