@@ -158,6 +158,17 @@ def is_loopback(address: Any) -> bool:
         return False
 
 
+def address_group(address: Any) -> str:
+    """What counts as one address where each may have only so much: of IPv6 the first 64 bits, since one
+    customer gets at least that many (RFC 6177)."""
+    if not isinstance(address, tuple):
+        return "unix"
+    host = address[0].removeprefix("::ffff:").partition("%")[0]
+    if ":" not in host:
+        return str(host)
+    return str(ipaddress.ip_network(f"{host}/64", strict=False))
+
+
 def shown(text: object, limit: int = 120) -> str:
     """A string from a peer, made safe for the log: escaped, and cut to `limit` characters."""
     return str(text)[: 4 * limit].encode("unicode_escape").decode("ascii")[:limit]
@@ -1553,7 +1564,7 @@ class Threads:
     waits for the new thread, which may never come where memory is short.
     """
 
-    PARKED = 10.0
+    PARKED = 2.0
     """Seconds that a thread waits for a function before it goes."""
 
     def __init__(self) -> None:

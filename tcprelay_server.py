@@ -58,7 +58,7 @@ __all__ = ["RelayServer", "ServerOptions", "create_relay_server", "main"]
 EARLY_BYTES = 65536
 """How much a service client may send before READY; it is kept, to be offered to another link after a FAIL."""
 MAX_HANDSHAKES = 256
-"""Link handshakes under way at once; the oldest gives way to the newest, and a real client needs milliseconds."""
+"""Link handshakes under way at once; beyond it the oldest of the address that has the most of them gives way."""
 SETTLED_BYTES = 65536
 """So much a relay client can pass on without waiting for the service: see `PooledLink.settling`."""
 SURPLUS_TIME = 60.0
@@ -113,9 +113,15 @@ class ServerOptions(Options):
     max_connections: int = option(
         0, parse_count, "connections at once", group="Connections", metavar="N",
         shown_default="a quarter of the limit on open files")  # fmt: skip
+    max_per_address: int = option(
+        0, parse_count, "connections at once from one address (IPv6: one /64 network); 0 is no limit",
+        group="Connections", metavar="N")  # fmt: skip
     heartbeat: float = option(
         15.0, parse_heartbeat, "seconds between two PINGs on an idle link; it is dead after 2.5 silent ones",
         group="Links", metavar="SECONDS")  # fmt: skip
+    max_links_per_address: int = option(
+        0, parse_count, "connections to the relay port at once from one address (as above); 0 is no limit",
+        group="Links", metavar="N")  # fmt: skip
     auth: bool = option(
         False, parse_flag, "ask relay clients for a certificate, verified against --ca-file; implies --tls",
         group="Trust", spelling="auth")  # fmt: skip
@@ -272,6 +278,8 @@ class RelayServer(Relay):
         super().__init__("tcprelay.server", checked, checked.max_connections, on_event)
         self._pool: Pool
         self._handshakes = Handshakes(MAX_HANDSHAKES)
+        self._client_shares = Shares(checked.max_per_address)
+        self._link_shares = Shares(checked.max_links_per_address)
         self._listeners: dict[socket.socket, str] = {}  # the service, "" for the relay port
         self._bound: dict[str, tuple[str, int]] = {}
         self._acceptor = threading.Thread(target=self._accept, name="tcprelay-server acceptor", daemon=True)
@@ -434,14 +442,36 @@ class RelayServer(Relay):
             except (BlockingIOError, ConnectionAbortedError):
                 return
             sock.setblocking(True)  # whatever default a program has set, or the listener handed down
+            shares = self._client_shares if service else self._link_shares
+            if not shares.enter(address):
+                self._turn_away(service, sock, address)
+                continue
             try:
                 if service:
                     self._threads.start(self._serve_client, service, sock, address)
                 else:
                     self._threads.start(self._serve_link, sock, address)
             except RuntimeError:
+                shares.leave(address)
                 sock.close()
                 raise
+
+    def _turn_away(self, service: str, sock: socket.socket, address: Any) -> None:
+        """Close what an address may not have any more; a plain relay client is told why."""
+        peer = show_address(address)
+        if service:
+            sock.close()
+            reason = "too many connections from its address at once (--max-per-address)"
+            record = {"id": tcprelay.random_id(4), "service": service, "peer": peer}
+            self._emit(ConnectionFailed(reason=reason, seconds=0.0, **record))
+            return
+        refusal = Refusal("there are too many links from its address (--max-links-per-address)", "limit")
+        if self.options.wire == "v1" and self._credentials.links is None:
+            stream = Stream(sock, f"link with {peer}", address)
+            Link(stream, SERVER).refuse(refusal.code, refusal.told)
+            stream.complete()
+        sock.close()
+        self._emit(LinkRefused(peer=peer, code=refusal.code, reason=str(refusal)))
 
     # Links
 
@@ -459,9 +489,6 @@ class RelayServer(Relay):
                 stream.handshake(deadline, self._stop)
             raw = self.options.wire == "raw"
             pooled = self._greet_raw(stream, deadline) if raw else self._greet(link, deadline)
-            self._handshakes.leave(stream)
-            self._give_back(pooled)
-            return
         except Refusal as error:
             refusal = error
         except LinkFault as error:
@@ -486,7 +513,12 @@ class RelayServer(Relay):
         except BaseException:
             self._handshakes.leave(stream)
             stream.close()
+            self._link_shares.leave(address)
             raise
+        else:
+            self._handshakes.leave(stream)
+            self._give_back(pooled)
+            return
         # Who has not said a byte may be a raw client, which would take REFUSED for a connection's bytes; or
         # only looked whether the port is open, which is nobody's refusal.
         silent = type(stream) is Stream and not link.unread() and link.machine.state == tcprelay.NEW
@@ -502,6 +534,7 @@ class RelayServer(Relay):
             stream.linger()
         self._handshakes.leave(stream)
         stream.close()
+        self._link_shares.leave(address)
 
     def _greet(self, link: Link, deadline: Deadline) -> PooledLink:
         """HELLO, CHALLENGE, AUTH, WELCOME.  Raises `Refusal`, `LinkFault`, `OSError`, `EOFError`."""
@@ -533,7 +566,7 @@ class RelayServer(Relay):
             raise Refusal(f"there is no service {shown(service, 64)} here; add --service to the server", "service")
         name, proven = shown(hello.text("name"), 64), tcprelay.certificate_name(link.stream)
         name = f"{name} (certificate {proven})" if proven else name
-        pooled = PooledLink(link, service, client, name, show_address(link.stream.peer))
+        pooled = PooledLink(link, service, client, name, link.stream.peer)
         pooled.wanted = int(hello.number("idle", 1, 1e6))
         welcome = {
             "heartbeat": self.options.heartbeat,
@@ -544,7 +577,7 @@ class RelayServer(Relay):
         try:
             link.send(WELCOME, {"proof": proof, **welcome} if proof else welcome)
         except OSError as error:
-            self._drop_link(pooled, say_error(error))
+            self._forget(pooled, say_error(error))
             raise
         return pooled
 
@@ -563,9 +596,9 @@ class RelayServer(Relay):
             have += count or 0
         if not tcprelay.is_same(bytes(given), key):
             raise Refusal("the secret is wrong or missing", "token")
-        peer = show_address(stream.peer)
+        host = show_address(stream.peer).rpartition(":")[0]
         name = tcprelay.certificate_name(stream) or "raw"
-        pooled = PooledLink(stream, self.options.services[0].name, peer.rpartition(":")[0], name, peer)
+        pooled = PooledLink(stream, self.options.services[0].name, host, name, stream.peer)
         self._join_pool(pooled)
         return pooled
 
@@ -633,6 +666,11 @@ class RelayServer(Relay):
     def _drop_link(self, pooled: PooledLink, reason: str) -> None:
         """Close a link that is not in the pool; its owner calls this."""
         pooled.link.close()
+        self._link_shares.leave(pooled.address)
+        self._forget(pooled, reason)
+
+    def _forget(self, pooled: PooledLink, reason: str) -> None:
+        """Count a link out, and tell that it is down."""
         last = self._pool.leave(pooled)
         where = {"service": pooled.service, "client": pooled.client, "peer": pooled.peer, "reason": reason}
         self._emit(LinkDown(**where))
@@ -662,19 +700,20 @@ class RelayServer(Relay):
             if time.monotonic() >= next_look:
                 self._splices.sweep()
                 for pooled in self._pool.idle_links():
-                    self._look_after(pooled)
+                    self._look_after(pooled, interval)
                 next_look = time.monotonic() + interval
         while not self._cut.requested:  # while connections drain, their time-outs still count
             self._cut.wait(self._splices.interval)
             self._splices.sweep()
 
-    def _look_after(self, pooled: PooledLink) -> None:
-        """Close an idle link that is dead or surplus; PING it when it is time."""
-        now, heartbeat = time.monotonic(), self.options.heartbeat
+    def _look_after(self, pooled: PooledLink, interval: float) -> None:
+        """Close an idle link that is dead or surplus, and PING it when it is time: by the next look, `interval`
+        seconds from now, it would be too late."""
+        now, heartbeat = time.monotonic() + interval, self.options.heartbeat
         if not isinstance(pooled.link, Link):
             return
-        dead = now - pooled.last_heard >= tcprelay.SILENCE * heartbeat
-        due = now - max(pooled.last_pinged, pooled.last_heard) >= heartbeat
+        dead = now - pooled.last_heard > tcprelay.SILENCE * heartbeat
+        due = now - max(pooled.last_pinged, pooled.last_heard) > heartbeat
         if pooled.settling:
             dead, due = tcprelay.path_is_dead(pooled.link.sock), False
         unused = now - pooled.last_used >= SURPLUS_TIME and not pooled.settling
@@ -715,6 +754,7 @@ class RelayServer(Relay):
             refusal = error
         finally:
             client.stream.close()
+            self._client_shares.leave(address)
             if admitted:
                 self._splices.leave()
         self._emit(ConnectionFailed(reason=str(refusal), seconds=client.seconds, **client.record))
@@ -932,33 +972,74 @@ class ServiceClient:
             out += encode_frame(END)
 
 
-class Handshakes:
-    """The link handshakes under way: a bounded number, of which the oldest gives way."""
+class Shares:
+    """How many connections each address has (see `tcprelay.address_group`), up to `most`; 0 is no limit."""
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._lock = threading.Lock()  # over the two below
-        self._streams: OrderedDict[Stream, None] = OrderedDict()
+        self._lock = threading.Lock()  # over what follows
+        self._counts: dict[str, int] = {}
+
+    def enter(self, address: Any) -> bool:
+        """Count one in; False where the address has as many as it may have.  Each one counted in calls `leave`."""
+        group = tcprelay.address_group(address)
+        with self._lock:
+            count = self._counts.get(group, 0)
+            if 0 < self._most <= count:
+                return False
+            self._counts[group] = count + 1
+            return True
+
+    def leave(self, address: Any) -> None:
+        group = tcprelay.address_group(address)
+        with self._lock:
+            self._counts[group] -= 1
+            if not self._counts[group]:
+                del self._counts[group]
+
+
+class Handshakes:
+    """The link handshakes under way: a bounded number.
+
+    Beyond it the oldest of the address that has the most gives way: a flood hits itself, and whoever else
+    connects has all the time that there is.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()  # over what follows
+        self._streams: dict[str, OrderedDict[Stream, None]] = {}  # by address, the oldest first
+        self._count = 0
         self._evicted: set[Stream] = set()
 
     def enter(self, stream: Stream) -> None:
-        oldest = None
         with self._lock:
-            self._streams[stream] = None
-            if len(self._streams) > self._most:
-                oldest = self._streams.popitem(last=False)[0]
+            self._streams.setdefault(tcprelay.address_group(stream.peer), OrderedDict())[stream] = None
+            self._count += 1
+            if self._count > self._most:
+                greediest = max(self._streams.values(), key=len)
+                oldest = next(iter(greediest))
+                self._remove(oldest)
                 self._evicted.add(oldest)
-        if oldest is not None:
-            oldest.wake()
+                oldest.wake()  # under the lock, which never blocks: once it has left, it is closed
 
     def leave(self, stream: Stream) -> None:
         with self._lock:
-            self._streams.pop(stream, None)
-            self._evicted.discard(stream)
+            if stream in self._evicted:
+                self._evicted.discard(stream)
+            else:
+                self._remove(stream)
 
     def was_evicted(self, stream: Stream) -> bool:
         with self._lock:
             return stream in self._evicted
+
+    def _remove(self, stream: Stream) -> None:
+        group = tcprelay.address_group(stream.peer)
+        del self._streams[group][stream]
+        self._count -= 1
+        if not self._streams[group]:
+            del self._streams[group]
 
 
 # --- The pool -------------------------------------------------------------------------------------------------
@@ -967,14 +1048,15 @@ class Handshakes:
 class PooledLink:
     """A link (raw: a plain stream) and what the pool knows of it."""
 
-    def __init__(self, link: Link | Stream, service: str, client: str, name: str, peer: str) -> None:
+    def __init__(self, link: Link | Stream, service: str, client: str, name: str, address: Any) -> None:
         self.link = link
+        self.address = address
         self.service = service
         self.client = client
         """The relay client's id, random per process; of a raw link, its host."""
         self.name = name
-        self.peer = peer
-        self.host = peer.rpartition(":")[0]
+        self.peer = show_address(address)
+        self.host = self.peer.rpartition(":")[0]
         self.wanted = 1
         """How many idle links its client wants."""
         self.last_heard = self.last_used = self.last_pinged = time.monotonic()

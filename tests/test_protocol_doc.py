@@ -157,7 +157,7 @@ def test_the_numbers() -> None:
         f"the server ends it after {tcprelay.HANDSHAKE_TIMEOUT:g} s",
         f"nothing has been heard for {tcprelay.SILENCE:g} intervals",
         f"not been used for {tcprelay_server.SURPLUS_TIME:g} s",
-        f"beyond {tcprelay_server.MAX_HANDSHAKES} the oldest one ends",
+        f"beyond {tcprelay_server.MAX_HANDSHAKES} the oldest one of the address",
         f"a time-out of its own (*tcprelay:* {tcprelay_client.BYE_TIMEOUT:g} s)",
         f"(*tcprelay:* {tcprelay.DIAL_TIMEOUT:g} s)",
         f"does not end within {tcprelay.FLUSH_TIMEOUT:g} s",
