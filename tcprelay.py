@@ -286,24 +286,65 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def dial(target: Endpoint, timeout: float = DIAL_TIMEOUT, stop: Stop | None = None) -> socket.socket:
-    """Connect to `target`, trying its addresses in turn, within `timeout` seconds in all.
+class Dialer:
+    """Connects to one endpoint again and again.
 
-    Raises `OSError` (the last address's error) and `Stopping`.
+    Its name is looked up once, and again when that was `KNOWN_TIME` seconds ago or nothing answers there.
     """
-    deadline = Deadline(timeout)
-    addresses = [(socket.AF_UNIX, target.path)] if target.path else resolve(target.host, target.port)
-    problem = OSError("no address")
-    for number, (family, address) in enumerate(addresses):
-        # One that swallows packets must leave time for the others.
-        share = Deadline((deadline.remaining() or 0.0) / (len(addresses) - number))
+
+    KNOWN_TIME = 30.0
+
+    def __init__(self, target: Endpoint, timeout: float = DIAL_TIMEOUT) -> None:
+        self._target = target
+        self._timeout = timeout
+        self._known: tuple[list[tuple[int, Any]], float] = [], 0.0
+        """The addresses, and when they are to be looked up again."""
+
+    def look_up(self) -> list[tuple[int, Any]]:
+        """The endpoint's addresses.  Raises `OSError`."""
+        target = self._target
+        if target.path:
+            return [(socket.AF_UNIX, target.path)]
+        found = resolve(target.host, target.port)
+        self._known = found, time.monotonic() + self.KNOWN_TIME
+        return found
+
+    def dial(self, stop: Stop | None = None) -> socket.socket:
+        """Connect, trying the addresses in turn, all within the time-out.
+
+        Raises `OSError` (the last address's error) and `Stopping`.
+        """
+        deadline = Deadline(self._timeout)
+        known, until = self._known
+        if not known:
+            return self._try(self.look_up(), deadline, stop)
         try:
-            return _connect(family, address, share, stop)
+            if time.monotonic() > until:
+                known = self.look_up()
+        except OSError:
+            pass  # the way to the name server may be what is down
+        try:
+            return self._try(known, deadline, stop)
         except Stopping:
             raise
-        except OSError as error:
-            problem = error
-    raise problem
+        except OSError:
+            # It may have moved; where time was up already, another attempt will follow.
+            if deadline.remaining() == 0 or set(found := self.look_up()) <= set(known):
+                raise
+            return self._try(found, deadline, stop)
+
+    def _try(self, addresses: list[tuple[int, Any]], deadline: Deadline, stop: Stop | None) -> socket.socket:
+        problem = OSError("no address")
+        for number, (family, address) in enumerate(addresses):
+            # One that swallows packets must leave time for the others.
+            share = Deadline((deadline.remaining() or 0.0) / (len(addresses) - number))
+            try:
+                return _connect(family, address, share, stop)
+            except Stopping:
+                raise
+            except OSError as error:
+                problem = error
+        raise problem
 
 
 def _connect(family: int, address: Any, deadline: Deadline, stop: Stop | None) -> socket.socket:

@@ -218,6 +218,7 @@ class Service:
     def __init__(self, publication: Publication) -> None:
         self.name = publication.name
         self.target = publication.target
+        self.dialer = tcprelay.Dialer(publication.target)
         self.idle = self.busy = self.connecting = 0
         self.asked = 0
         """Links wanted beyond the idle ones, because service clients wait at the server."""
@@ -283,6 +284,7 @@ class RelayClient(Relay):
         self._id = tcprelay.random_id(8)
         self._name = (checked.name or socket.gethostname())[:64]
         self._relay = Endpoint(relay_host, relay_port)
+        self._dialer = tcprelay.Dialer(self._relay, RELAY_DIAL_TIMEOUT)
         self._services = [Service(publication) for publication in checked.services]
         self._condition = threading.Condition()  # over the links' states in _services, and _links
         self._links: set[Link | Stream] = set()
@@ -317,7 +319,7 @@ class RelayClient(Relay):
     def _open(self) -> None:
         """Begin.  Raises `OSError` where the relay server's name does not exist; anything else is tried again."""
         try:
-            tcprelay.resolve(self._relay.host, self._relay.port)
+            self._dialer.look_up()
         except OSError as error:
             if error.errno == socket.EAI_NONAME:
                 raise OSError(error.errno, f"unknown relay host {shown(self._relay.host)}") from error
@@ -488,7 +490,7 @@ class RelayClient(Relay):
 
     def _dial_relay(self, deadline: Deadline) -> Stream:
         """Connect to the relay server, with TLS where it is asked for.  Raises `OSError`, `EOFError`."""
-        sock = tcprelay.dial(self._relay, RELAY_DIAL_TIMEOUT, self._stop)
+        sock = self._dialer.dial(self._stop)
         name, context, options = f"link with relay {self._relay}", self._credentials.links, self.options
         if context is None:
             return Stream(sock, name)
@@ -666,7 +668,7 @@ class RelayClient(Relay):
     def _dial_service(self, service: Service) -> Stream:
         """Connect to the service, with TLS where it is asked for.  Raises `OSError`, `EOFError`."""
         deadline = Deadline(tcprelay.DIAL_TIMEOUT)
-        sock = tcprelay.dial(service.target, stop=self._cut)
+        sock = service.dialer.dial(self._cut)
         name, context = f"service {service.target}", self._credentials.services
         if context is None:
             stream = Stream(sock, name)

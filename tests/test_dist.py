@@ -159,7 +159,7 @@ def test_bytes_pass_through_the_two_files(dist: Path, empty: Path, tmp_path: Pat
             "--relay-host", "127.0.0.1", "--relay-port", str(relay_port),
         )  # fmt: skip
         client.wait_for(lambda line: "is published at" in line)
-        with tcprelay.dial(tcprelay.Endpoint("127.0.0.1", service_port), PATIENCE) as sock:
+        with tcprelay.Dialer(tcprelay.Endpoint("127.0.0.1", service_port), PATIENCE).dial() as sock:
             sock.settimeout(PATIENCE)
             sock.sendall(b"through the archives")
             assert read_exactly(sock, 20) == b"through the archives"
