@@ -58,6 +58,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any, NoReturn, Protocol, TypeGuard, TypeVar
 
+try:
+    import fcntl
+    import termios
+except ImportError:  # not a Unix: then nothing here asks for them
+    fcntl = termios = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     import hashlib
     import hmac
@@ -167,6 +173,9 @@ def address_group(address: Any) -> str:
     if ":" not in host:
         return str(host)
     return str(ipaddress.ip_network(f"{host}/64", strict=False))
+
+
+"".encode("unicode_escape")  # imports that codec now: later descriptors may have run out
 
 
 def shown(text: object, limit: int = 120) -> str:
@@ -575,6 +584,11 @@ def random_id(count: int) -> str:
     return os.urandom(count).hex()
 
 
+def random_fraction() -> float:
+    """A random number from 0 to 1.  (The module random would cost 1 MiB.)"""
+    return int.from_bytes(os.urandom(4), "big") / 0xFFFFFFFF
+
+
 def new_nonce() -> str:
     return random_id(16)
 
@@ -798,11 +812,8 @@ class Stream:
 def unsent_bytes(sock: socket.socket) -> int:
     """How many sent bytes the peer has not acknowledged (SIOCOUTQ); 0 where nobody can tell, or it is closed."""
     try:
-        import fcntl
-        import termios
-
         return int(struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0\0\0\0"))[0])
-    except (ImportError, AttributeError, OSError, ValueError):
+    except (AttributeError, OSError, ValueError):
         return 0
 
 
@@ -1473,8 +1484,6 @@ class Splice:
 
 def _widen_pipe(pipe: int) -> int:
     """Give a pipe `PIPE_SIZE` bytes, if the system allows; returns how many it has."""
-    import fcntl
-
     try:
         return fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
     except OSError:
@@ -2446,6 +2455,8 @@ class Relay(abc.ABC):
         self._log = logging.getLogger(logger)
         self._emit = Events(self._log, on_event)
         self._credentials = self._load_credentials()
+        if self._credentials.token or options.secret:
+            prove(b"", "", "", "", "", "")  # imports what it needs now
         self._threads = Threads()
         self._splices = Splices(most or from_descriptor_limit(), options.idle_timeout, options.half_close_timeout)
         self._stop: Stop

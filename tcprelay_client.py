@@ -42,10 +42,9 @@ from tcprelay import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
-    import random
     import ssl
 else:
-    random, ssl = tcprelay.Lazy("random"), tcprelay.ssl  # imported when they are used
+    ssl = tcprelay.ssl  # imported when it is used
 
 __all__ = ["ClientOptions", "RelayClient", "create_relay_client", "main"]
 
@@ -408,7 +407,7 @@ class RelayClient(Relay):
             service.failures += 1
             span = min(longest, FIRST_BACKOFF * 2 ** min(service.failures - 1, 16))
             # Measured from its beginning: one that took long to fail has been waiting already.
-            service.retry_at = max(service.failed_at, began + random.uniform(0.0, span))
+            service.retry_at = max(service.failed_at, began + span * tcprelay.random_fraction())
             service.probing = True
         self._condition.notify_all()
 

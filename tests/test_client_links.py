@@ -300,12 +300,14 @@ def test_the_span_of_the_backoff_doubles_up_to_its_cap(
         monkeypatch.setattr(tcprelay_client, name, seconds)
     seen: list[float] = []
 
-    def uniform(low: float, high: float) -> float:
-        assert low == 0.0
-        seen.append(high)
-        return 0.0
+    class Spy:
+        """Stands in for the random part of the span."""
 
-    monkeypatch.setattr("tcprelay_client.random.uniform", uniform)
+        def __rmul__(self, span: float) -> float:
+            seen.append(span)
+            return 0.0
+
+    monkeypatch.setattr("tcprelay.random_fraction", Spy)
     client_of(bench, server, unused_port())
     while len(seen) < len(spans):
         link = server.accept()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import _thread
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -22,6 +24,7 @@ from tcprelay import (
 )
 from tcprelay_server import AcceptPaused, Listening
 
+from .certificates import Certificates
 from .conftest import PATIENCE, Bench, connect, read_all, read_exactly, wait_until
 
 
@@ -299,3 +302,38 @@ def test_an_unexpected_error_does_not_end_the_keeper(
     monkeypatch.setattr(splices, "sweep", sweep)
     wait_until(lambda: len(calls) >= 3)
     assert "unexpected error in the keeper" in caplog.text
+
+
+IMPORTS = """
+import socket, sys, tcprelay
+from tcprelay import RelayClient, RelayServer
+
+TLS = dict(zip(["cert", "key", "ca_file"], sys.argv[1:4]))
+with socket.create_server(("127.0.0.1", 0)) as service:
+    links = {"token": "a", "tls": "relay", "drain_timeout": 0}
+    server = RelayServer(0, 0, cert=TLS["cert"], key=TLS["key"], **links).start()
+    client = RelayClient("localhost", service.getsockname()[1], "localhost", server.relay_address[1],
+                         ca_file=TLS["ca_file"], **links).start()
+    before = set(sys.modules)
+    with socket.create_connection(("127.0.0.1", server.service_addresses["default"][1])) as sock:
+        far = service.accept()[0]
+        far.sendall(bytes(1 << 20))
+        have = 0
+        while have < 1 << 20:
+            have += len(sock.recv(1 << 16))
+        far.close()
+    wrong = RelayClient("localhost", 1, "localhost", 1, token="b", drain_timeout=0).start()
+    while not wrong._services[0].failures:
+        wrong._stop.wait(0.01)
+    late = set(sys.modules) - before
+    for relay in (wrong, client, server):
+        relay.end()
+print("late:", sorted(late))
+"""
+
+
+def test_nothing_is_imported_while_serving(certificates: Certificates) -> None:
+    """What is imported late must be so at the start: later, an import can fail for want of a descriptor."""
+    files = [certificates.path(name) for name in ("server.pem", "server.key", "ca.pem")]
+    done = subprocess.run([sys.executable, "-c", IMPORTS, *files], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "late: []\n", done.stdout + done.stderr
