@@ -968,8 +968,6 @@ class TLSStream(Stream):
                 if not have:
                     raise self._error from error
             finally:
-                if have:
-                    self._fruitless = 0
                 self._answers += self._outgoing.pending - before
                 if self._answers > MAX_ANSWERS:
                     self._error = ConnectionResetError("the peer makes TLS answer again and again")
@@ -977,7 +975,10 @@ class TLSStream(Stream):
 
     def _read(self, view: memoryview) -> int:
         """At close_notify this returns 0, or raises `ssl.SSLZeroReturnError` where ours has been sent."""
-        return self.tls.read(len(view), view)  # type: ignore[return-value]
+        count: int = self.tls.read(len(view), view)  # type: ignore[assignment]
+        if count:
+            self._fruitless = 0
+        return count
 
     def _receive(self, flags: int = 0) -> bool:
         """Take encrypted bytes from the socket; False at its end.  Raises `BlockingIOError` where flags say so."""

@@ -763,3 +763,33 @@ def test_two_first_starts_agree(tmp_path: Path) -> None:
     tcprelay.write_private(str(path), b"second")
     assert path.read_bytes() == b"first"
     assert [entry.name for entry in path.parent.iterdir()] == ["token"]
+
+
+def test_ending_while_bulk_data_comes_in(certificates: Certificates) -> None:
+    """What `end` decrypts for the receiver counts as data: the peer's next half record is no flood."""
+    data = random.Random(7).randbytes(1 << 20)
+    contexts = [ssl.SSLContext(kind) for kind in (ssl.PROTOCOL_TLS_CLIENT, ssl.PROTOCOL_TLS_SERVER)]
+    contexts[0].check_hostname, contexts[0].verify_mode = False, ssl.CERT_NONE
+    contexts[1].load_cert_chain(certificates.path("server.pem"), certificates.path("server.key"))
+    near, far = socket.socketpair()
+    with near, far:
+        sender = TLSStream(near, "sender", contexts[0])
+        receiver = TLSStream(far, "receiver", contexts[1], server_side=True)
+
+        def send() -> None:
+            sender.handshake(tcprelay.Deadline(PATIENCE))
+            sender.send(data)
+            sender.end()
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        receiver.handshake(tcprelay.Deadline(PATIENCE))
+        got, view = bytearray(), memoryview(bytearray(1 << 18))
+        while len(receiver._raw) < 1 << 18:  # bulk traffic: it takes more at once
+            got += view[: receiver.recv_into(view)]
+        receiver._receive()  # the receiving thread has taken bytes from the socket,
+        receiver.end()  # and before it decrypts them the sending thread ends its direction
+        while count := receiver.recv_into(view):
+            got += view[:count]
+        thread.join(PATIENCE)
+    assert got == data

@@ -136,8 +136,7 @@ def join(*futures: Future[Any]) -> list[Any]:
 
 # --- Transfers ------------------------------------------------------------------------------------------------
 
-MOST_BITS = 26
-SIZES = sorted({0} | {(1 << bits) + more for bits in range(MOST_BITS + 1) for more in (-1, 0, 1)})
+SIZES = sorted({0} | {(1 << bits) + more for bits in range(27) for more in (-1, 0, 1)})
 """Sizes around each power of two up to 64 MiB, where buffers and frames begin and end."""
 TRANSFER_LEGS = [*LEGS, *(legs for legs in OLD_LEGS if legs.port + legs.service + (legs.link == "tls") != 2)]
 
@@ -326,7 +325,7 @@ EVERYWHERE = Legs("tls", port=True, service=True)
 
 @case(3, "key-updates", 600)
 def key_updates(run: Run) -> None:
-    """Who floods a TLS leg with KeyUpdates, whether he reads the answers or not, harms nobody but himself."""
+    """Whoever floods a TLS leg with KeyUpdates, reading the answers or not, makes nothing grow and delays nobody."""
     count = run.scaled(50, least=30) * Flooder.TALK  # a relay bears 2,427 without data, or with the answers not taken
     flooded = Flooded(run)
     relays = flooded.relays.server, flooded.relays.client
@@ -338,7 +337,8 @@ def key_updates(run: Run) -> None:
             flooder, told = place(flooded, stack), flooded.count_given_up()
             flooding = stack.enter_context(ThreadPoolExecutor(1)).submit(flooder.flood, key, count, reads)
             times = [flooded.serve_somebody() for _ in iter(flooding.done, True)]
-            cut += reads and flooder.other is not None and not flooding.result()
+            survived = flooding.result()
+            cut += reads and flooder.other is not None and not survived
             if flooder.other is None or (key == b"K" and not reads):
                 borne += not flooded.gives_up_another(told)
             sent.append(flooder.openssl.count("KeyUpdate"))
@@ -346,8 +346,8 @@ def key_updates(run: Run) -> None:
         seconds += times
     run.tell("floods", len(sent), least=4 * len(PLACES))
     run.tell("fewest KeyUpdates in one", min(sent), least=2000)
-    run.tell("floods of who has data and reads the answers that were broken off", cut, most=0, least=0)
-    run.tell("other floods, which would fill the memory, that were not broken off", borne, most=0, least=0)
+    run.tell("floods with data in between, answers read: broken off", cut, most=0, least=0)
+    run.tell("floods without data, or answers not read: not broken off", borne, most=0, least=0)
     run.tell("fewest others served during one", min(served), least=1)
     run.tell("longest that one of them took", max(seconds), unit="s")
     for relay, memory in zip(relays, before, strict=True):
