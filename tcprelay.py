@@ -2172,7 +2172,10 @@ def _make_parser(prog: str, description: str, cls: type[Options], argv: list[str
                 for written, value in found.items():
                     key = written.strip("-").replace("_", "-")
                     if key not in known:
-                        fail(prog, 2, f"{stream.name}, line {number}: unknown option {shown(written)}")
+                        # Anything but "name = value" may be a secret: a token file taken for the configuration.
+                        named = "=" in line and key.replace("-", "").isalpha()
+                        what = f"unknown option {shown(written)}" if named else "unknown option"
+                        fail(prog, 2, f"{stream.name}, line {number}: {what}")
                     if key in items and not known[key].many:
                         fail(prog, 2, f"{stream.name}, line {number}: {key} stands there twice")
                     if isinstance(value, list) and not known[key].many:
@@ -2273,7 +2276,7 @@ def make_context(options: Options, server_side: bool, cert: str = "", key: str =
                     pass  # OpenSSL's own error does not name the file
         try:
             # Always a password: without one OpenSSL would ask on the terminal.
-            context.load_cert_chain(cert, key or None, password=passphrase)
+            context.load_cert_chain(cert, key or None, password=passphrase.encode("utf-8", "surrogateescape"))
         except (ssl.SSLError, ValueError) as error:
             hint = "" if passphrase else "; does it need --passphrase-file?"
             raise ValueError(f"cannot use the certificate {cert} with its key: {say_error(error)}{hint}") from error

@@ -471,7 +471,7 @@ class RelayClient(Relay):
         stream = self._dial_relay(deadline)
         try:
             if self.options.wire == "raw":
-                stream.send(self.options.secret.encode())
+                stream.send(self.options.secret.encode("utf-8", "surrogateescape"))
                 self._note_success(service, "")
                 return stream
             link = Link(stream, CLIENT)
@@ -520,8 +520,9 @@ class RelayClient(Relay):
         hello = {"version": tcprelay.PROTOCOL_VERSION, "service": service.name, "client": self._id,
                  "name": self._name, "idle": self.options.num_conn, "nonce": nonce, "token": bool(token)}  # fmt: skip
         link.send(HELLO, hello)
+        # Once WELCOME may be on its way, so may START behind it: then nothing but BYE ends a link in peace.
         try:
-            answer = link.receive(deadline, self._stop)
+            answer = link.receive(deadline, self._stop if token else self._cut)
         except LinkFault as error:
             spoken = tcprelay.guess_protocol(link.unread())
             raise LinkFault(f"the relay port answers with {spoken}, not the link protocol ({error})") from error
@@ -541,7 +542,7 @@ class RelayClient(Relay):
             parts = (nonce, server_nonce, service.name, self._id)
             expected = tcprelay.prove(token, SERVER, *parts)
             link.send(AUTH, {"proof": tcprelay.prove(token, CLIENT, *parts)})
-            answer = link.receive(deadline, self._stop)
+            answer = link.receive(deadline, self._cut)
         if answer.kind == REFUSED:
             raise RefusedByServer(f"refused by the relay: {shown(answer.text('reason'), 240)}", answer.text("code"))
         if token and not (expected and tcprelay.is_proof(answer.text("proof"), expected)):
@@ -562,7 +563,7 @@ class RelayClient(Relay):
         if tell:
             host, _, port = address.rpartition(":")
             where = address or f"the relay {self._relay}, on a port that it does not tell (--wire raw)"
-            if host in ("[::]", "0.0.0.0"):
+            if host in ("[::]", "0.0.0.0") and port.isdigit():
                 where = str(Endpoint(self._relay.host, int(port)))
             self._emit(
                 Published(service=service.name, target=str(service.target), relay=str(self._relay), address=where)

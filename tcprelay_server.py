@@ -584,7 +584,7 @@ class RelayServer(Relay):
     def _greet_raw(self, stream: Stream, deadline: Deadline) -> PooledLink:
         """Raw wire has no handshake, except for the key of node-tcp-relay 0.0.13 where one is set."""
         self._check_protected_mode(stream)
-        key = self.options.secret.encode()
+        key = self.options.secret.encode("utf-8", "surrogateescape")
         given = bytearray(len(key))
         have = 0
         while have < len(key):

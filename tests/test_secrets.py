@@ -473,7 +473,7 @@ EVIL = {
     "formats": "%s %d %(name)s {reason} {0} {service.__class__}",
     "backslashes": "\\n\\x1b\\",
     "long": "L" * 3500,
-    "an address": f"[::]:\n{FORGED}",
+    "an address": "[::]:no\n",
     "empty": "",
 }
 """What a peer can put into a string to forge a line of the log, or to have a terminal do something."""
@@ -488,7 +488,9 @@ def prepared(server: RelayServer) -> FakeClient:
 
 def started(server: RelayServer) -> tuple[FakeClient, socket.socket]:
     """A link with START on it, and the service client that it came for, which is not offered to another one."""
+    wait_until(lambda: server.counters["links_idle"] == 0)  # the last one's link is gone
     link = prepared(server)
+    wait_until(lambda: server.counters["links_idle"] == 1)
     sock = connect(server.service_addresses["default"])
     sock.sendall(b"x")
     assert link.next().kind == START
@@ -520,8 +522,7 @@ def fail(server: RelayServer, fields: dict[str, Any]) -> None:
 def abort(server: RelayServer, fields: dict[str, Any]) -> None:
     link, sock = started(server)
     with link, sock:
-        link.send(READY, fields)
-        link.send(ABORT, fields)
+        link.send(READY, fields, also=encode_frame(ABORT, fields))
         with contextlib.suppress(ConnectionResetError):
             sock.recv(1)
 
@@ -732,8 +733,7 @@ def welcome_and(kind: int) -> Callable[[FakeServer, Link, dict[str, Any]], None]
 
 def start_and_abort(relay: FakeServer, link: Link, fields: dict[str, Any]) -> None:
     relay.welcome(link)
-    link.send(START, {"id": "1", "client": "x", "port": "x", **fields})
-    link.send(ABORT, fields)
+    link.send(START, {"id": "1", "client": "x", "port": "x", **fields}, also=encode_frame(ABORT, fields))
     link.receive(Deadline(PATIENCE))
 
 

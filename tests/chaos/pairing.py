@@ -521,7 +521,7 @@ def retire_surplus(run: Run) -> None:
 # --- Bar 15: secrets ------------------------------------------------------------------------------------------
 
 
-@case(15, "secrets", 120)
+@case(15, "secrets", 240)
 def secrets(run: Run) -> None:
     """The checks of tests/test_secrets.py, each of which looks for canaries in all that comes out of the relays."""
     command = [
@@ -535,7 +535,7 @@ def secrets(run: Run) -> None:
         "no:cacheprovider",
         "tests/test_secrets.py",
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=220, check=False)
     hits = re.findall("^(?:FAILED|ERROR) .*", done.stdout, re.MULTILINE)
     for hit in hits:
         run.say(hit)
