@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
+import os
 import socket
 import threading
 import time
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import tcprelay
 import tcprelay_client
 from tcprelay import (
     AUTH,
@@ -457,3 +460,33 @@ def test_silence_after_a_connection_is_no_loss(bench: Bench, server: FakeServer)
             server.welcome(server.accept(), heartbeat=15)
     with pytest.raises(EOFError):
         next_frame(link)
+
+
+def test_when_no_port_is_free_the_client_goes_on_trying(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EADDRNOTAVAIL, which a host gets that has used up its ephemeral ports, is no reason to end: it is told,
+    a service client meanwhile is refused, and both come back."""
+    real, broken = tcprelay._connect, threading.Event()
+
+    def connect_unless_broken(*words: Any) -> socket.socket:
+        if broken.is_set():
+            raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+        return real(*words)
+
+    monkeypatch.setattr(tcprelay, "_connect", connect_unless_broken)
+    server = bench.server()
+    broken.set()
+    port = server.relay_address[1]
+    service = bench.service()
+    client = bench.enter(RelayClient("127.0.0.1", service.port, "127.0.0.1", port, 1, on_event=bench.client_events))
+    [event] = bench.client_events.wait(Unpublished)
+    assert event.reason == "cannot assign requested address"
+    broken.clear()
+    wait_until(lambda: client.counters["links_idle"] == 1)
+    broken.set()
+    with pytest.raises(ConnectionResetError):
+        bench.connect(server).recv(1)
+    broken.clear()
+    wait_until(lambda: client.counters["links_idle"] == 1)
+    sock = bench.connect(server)
+    sock.sendall(b"x")
+    assert sock.recv(1) == b"x"
