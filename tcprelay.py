@@ -2658,25 +2658,28 @@ def unknown_variables() -> list[str]:
 
 
 def _run(role: Relay, signals: _Signals) -> int:
-    notify_systemd("READY=1")
-    while signals.wait() == signal.SIGHUP:
-        notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        role.reload()
-        notify_systemd("READY=1")
-    notify_systemd("STOPPING=1")
     stragglers: list[str] = []
+    ending = threading.Event()
 
     def end() -> None:
+        ending.wait()
         try:
             stragglers.extend(role.end())
         finally:
             signals.done()
 
     ender = threading.Thread(target=end, name="end", daemon=True)
-    ender.start()
+    ender.start()  # while there are threads to be had
+    notify_systemd("READY=1")
+    while signals.wait() == signal.SIGHUP:
+        notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        role.reload()
+        notify_systemd("READY=1")
+    notify_systemd("STOPPING=1")
+    ending.set()
     while number := signals.wait():
         if number != signal.SIGHUP:  # a further SIGTERM or SIGINT: at once
-            threading.Thread(target=role.end, args=(0.0,), daemon=True).start()
+            role.end(0.0)
     ender.join()
     if stragglers:
         # Their stacks may hold locks that the interpreter's own end would wait for.

@@ -72,8 +72,8 @@ LIMIT = 150
 """Descriptors, or threads, that the relay may have."""
 QUEUE = 20
 """Connections that are made at once beyond those that the limit allows."""
-MANY = 500
-"""Connections by which each limit here has been reached."""
+FILLING = 30.0
+"""Seconds within which the limit is reached."""
 NEWCOMERS = 2.0
 """Seconds between two further ones, so that the limit goes on to be reached."""
 
@@ -108,8 +108,8 @@ def exhaust(run: Run, role: Role, what: str, says: str, wrapper: tuple[str, ...]
 
     streams = Trickle(relays)
     with ExitStack() as crowd:
-        size = 0
-        while not any(says in line.lower() for line in list(subject.lines)) and size < MANY:
+        size, deadline = 0, time.monotonic() + FILLING
+        while not any(says in line.lower() for line in list(subject.lines)) and time.monotonic() < deadline:
             size += join(crowd, relays, patience=1.0)
         size += sum(join(crowd, relays) for _ in range(QUEUE))
         streams.go_on(NEWCOMERS)

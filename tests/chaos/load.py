@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
+from operator import le, sub
 from typing import Any, TypeVar
 
 from tcprelay import RESET_ON_CLOSE, Threads
@@ -25,6 +26,8 @@ from .suite import Run, case
 AT_ONCE = 32
 """Connections that are opened at once: these bars are about holding and ending them, not about bursts."""
 T = TypeVar("T")
+PATIENT = 120.0
+"""Seconds for what thousands of connections do at the same moment."""
 LONG = 600.0
 """Seconds that a stalled transfer may take, all in all."""
 
@@ -46,6 +49,8 @@ def hold(run: Run, legs: Legs, most: float) -> None:
         connections: list[socket.socket] = []
         while len(connections) < count:
             batch = [stack.enter_context(relays.connect()) for _ in range(min(AT_ONCE, count - len(connections)))]
+            for sock in batch:
+                sock.settimeout(PATIENT)
             assert echoing(run, batch) == len(batch), f"a connection after {len(connections)} does not echo"
             connections += batch
         used = [(memory(relays.server), memory(relays.client))]
@@ -55,8 +60,13 @@ def hold(run: Run, legs: Legs, most: float) -> None:
         if poller.poll(seconds * 1000):  # nobody has anything to say
             run.say(f"{legs}: connections end while they are held")
         used.append((memory(relays.server), memory(relays.client)))
+        began = time.monotonic()
         run.tell(f"{legs}: of {count:,} held for {seconds} s, echo", echoing(run, connections), least=count, most=count)
+        run.tell(f"{legs}: all of them at once, within", time.monotonic() - began, unit="s")
         used.append((memory(relays.server), memory(relays.client)))
+        holding = descriptors(relays.server)
+    left = seconds_until(lambda: descriptors(relays.server) <= holding - count, PATIENT)  # their links stay
+    run.tell(f"{legs}: all of them closed at once, have left after", left, unit="s")
     server, client = (max(column) for column in zip(*used, strict=True))
     run.tell(f"{legs}: relay server's memory", server, most=most if run.scale >= 1 else None, unit="MiB")
     run.tell(f"{legs}: relay client's memory", client, unit="MiB")
@@ -91,6 +101,9 @@ def end(relays: Relays) -> None:
 
 # --- Leaks ----------------------------------------------------------------------------------------------------
 
+POOL = 8
+"""Idle links of the relay client."""
+
 
 @case(5, "leaks", 1200)
 def leaks(run: Run) -> None:
@@ -100,18 +113,18 @@ def leaks(run: Run) -> None:
 
 
 def look_for_leaks(run: Run, legs: Legs) -> None:
-    relays = Relays(run, legs, serving(run, legs, serve_or_reset))
-    wait_for_pool(relays, 8)
-    baseline = calm(relays)
+    relays = Relays(run, legs, serving(run, legs, serve_or_reset), client=("--num-conn", str(POOL)))
+    wait_for_pool(relays, POOL)
+    baseline = beyond_links(settle(relays), POOL)
     count, used = run.scaled(10_000, least=100), []
     for which in ("first", "second"):
-        wrong = sum(rush(run, relays, count))
-        run.tell(f"{legs}: {which} {count:,}: wrong answers on whole connections", wrong, least=0, most=0)
-        seconds = seconds_until(lambda: all(now <= then for now, then in zip(in_use(relays), baseline, strict=True)))
-        run.tell(f"{legs}: {which} {count:,}: back at the baseline after", seconds, most=5, unit="s")
-        if seconds > 5:
-            run.say(f"{legs}: descriptors and threads of server and client: {in_use(relays)}, at first {baseline}")
-        calm(relays)
+        name = f"{legs}: {which} {count:,}"
+        run.tell(f"{name}: wrong answers on whole connections", sum(rush(run, relays, count)), least=0, most=0)
+        seconds = seconds_until(lambda: not left_over(relays, baseline))
+        run.tell(f"{name}: back at the baseline after", seconds, most=5, unit="s")
+        if left := left_over(relays, baseline):
+            run.say(f"{name}: left over: {left}")
+        settle(relays)
         used.append((memory(relays.server), memory(relays.client)))
     for name, first, second in zip(("server", "client"), *used, strict=True):
         bar = 2 if run.scale >= 1 else None
@@ -119,19 +132,28 @@ def look_for_leaks(run: Run, legs: Legs) -> None:
     end(relays)
 
 
-def in_use(relays: Relays) -> list[int]:
-    """Descriptors and threads of the server, then of the client, beyond those of their links.
-
-    Links that a load has brought about beyond the pool are kept for a minute on purpose: each is a descriptor on
-    both sides and a thread on the client's.
-    """
-    server, client, links = relays.server, relays.client, links_of(relays.relay_port)
-    return [descriptors(server) - links, threads(server), descriptors(client) - links, threads(client) - links]
-
-
-def calm(relays: Relays) -> list[int]:
-    """What is in use once that has not changed for longer than parked threads wait."""
+def settle(relays: Relays) -> list[int]:
+    """What is in use once it has not changed for longer than parked threads wait."""
     return settled(lambda: in_use(relays), Threads.PARKED + 1.0)
+
+
+def in_use(relays: Relays) -> list[int]:
+    """Descriptors and threads of the server, then of the client."""
+    return [count(process) for process in (relays.server, relays.client) for count in (descriptors, threads)]
+
+
+def beyond_links(used: list[int], links: int) -> list[int]:
+    """What is in use beside the links: each is a descriptor on both sides and a thread on the client's."""
+    return [count - links * share for count, share in zip(used, (1, 0, 1, 1), strict=True)]
+
+
+def left_over(relays: Relays, baseline: list[int]) -> list[int]:
+    """What is in use beyond the baseline; none where it is nothing.
+
+    Links that a load has brought about beyond the pool are not counted: they are kept for a minute on purpose.
+    """
+    now = beyond_links(in_use(relays), links_of(relays.relay_port))
+    return [] if all(map(le, now, baseline)) else list(map(sub, now, baseline))
 
 
 def settled(look: Callable[[], T], quiet: float, timeout: float = 120.0) -> T:
@@ -150,7 +172,7 @@ def seconds_until(condition: Callable[[], bool], timeout: float = 30.0) -> float
     """After how many seconds it is true; the time-out where it never is."""
     pause, began = threading.Event(), time.monotonic()
     while not condition() and time.monotonic() - began < timeout:
-        pause.wait(0.02)
+        pause.wait(0.05)
     return min(timeout, time.monotonic() - began)
 
 
