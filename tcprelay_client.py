@@ -364,6 +364,7 @@ class RelayClient(Relay):
                     self._start_link(service)
             if time.monotonic() >= next_sweep:
                 self._splices.sweep()
+                self._emit.tell_floods()
                 next_sweep = time.monotonic() + self._splices.interval
 
     def _take_missing(self, service: Service, now: float) -> tuple[int, float]:

@@ -224,6 +224,7 @@ class LinkRefused(Event):
 
     level = logging.WARNING
     says = "link from {peer} refused: {reason}"
+    floods = True
     peer: str
     code: str
     reason: str
@@ -699,6 +700,7 @@ class RelayServer(Relay):
                     self._give_back(key.data)
             if time.monotonic() >= next_look:
                 self._splices.sweep()
+                self._emit.tell_floods()
                 for pooled in self._pool.idle_links():
                     self._look_after(pooled, interval)
                 next_look = time.monotonic() + interval

@@ -14,6 +14,7 @@ import pytest
 import tcprelay
 from tcprelay import (
     ConnectionClosed,
+    ConnectionFailed,
     ConnectionOpened,
     Draining,
     Event,
@@ -337,3 +338,22 @@ def test_nothing_is_imported_while_serving(certificates: Certificates) -> None:
     files = [certificates.path(name) for name in ("server.pem", "server.key", "ca.pem")]
     done = subprocess.run([sys.executable, "-c", IMPORTS, *files], capture_output=True, text=True, timeout=60)
     assert done.stdout == "late: []\n", done.stdout + done.stderr
+
+
+def test_a_flood_does_not_fill_the_log(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """Ten refusals a second are told one by one, the others by their number; ``on_event`` and the counters get all."""
+    server = bench.server(max_connections=1)
+    bench.client(server, bench.service().port, num_conn=1)
+    with bench.connect(server) as held:
+        held.sendall(b"x")
+        assert read_exactly(held, 1) == b"x"
+        for _ in range(25):
+            bench.connect(server)
+        bench.server_events.wait(ConnectionFailed, 25)
+        wait_until(lambda: any("more lines like that" in record.getMessage() for record in caplog.records))
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    told = sum("too many connections" in line for line in lines)
+    left_out = sum(int(line.split()[0]) for line in lines if "more lines like that (ConnectionFailed)" in line)
+    assert told + left_out == 25
+    assert told in (10, 20), "in one second, or in two"
+    assert server.counters["failed"] == 25

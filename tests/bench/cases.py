@@ -151,6 +151,7 @@ class Burst(Case):
 CASES: tuple[Case, ...] = (
     Stream("stream-in"), Stream("stream-out", "-R"),
     Requests("requests-1", "-t1", "-c1"), Requests("requests-64", "-t2", "-c64"),
+    Requests("requests-512", "-t2", "-c512"),
     Requests("connections", "-t2", "-c8", "-H", "Connection: close"),
     Held(), Burst(1), Burst(10), Burst(100),
 )  # fmt: skip

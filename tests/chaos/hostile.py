@@ -190,10 +190,15 @@ class Silent:
     def left(self) -> int:
         return len(self._open)
 
-    def renew(self) -> None:
-        """Once it has closed what it does not keep, go on with a round after the other as fast as it refuses them."""
-        wait_until(lambda: self.opened >= self._count and self.left <= MAX_HANDSHAKES, 60.0)
-        self._count, self.renewing = self.left + 2 * self.ROUND, True  # it may come to keep a few more
+    def renew(self, most: int) -> int:
+        """Once the relay keeps `most` of them, or has had some seconds for that, go on with a round after the other
+        as fast as it refuses them; returns how many it has kept."""
+        wait_until(lambda: self.opened >= self._count, 60.0)
+        with suppress(AssertionError):
+            wait_until(lambda: self.left <= most, HANDSHAKE_TIMEOUT / 2)
+        kept = self.left
+        self._count, self.renewing = kept + 2 * self.ROUND, True  # it may come to keep a few more
+        return kept
 
     def __enter__(self) -> Silent:
         self._running = self._pool.submit(self._run)
@@ -656,21 +661,22 @@ def client_hello(version: ssl.TLSVersion) -> bytes:
 
 FLOODER, WELL_BEHAVED, DRIPPER = "127.0.0.2", "127.0.0.3", "127.0.0.4"
 SILENT = 2_000
-CLIENT_LIMIT, LINK_LIMIT = ("--max-per-address", "32"), ("--max-links-per-address", "96")
-"""The relay client's address needs links for the flood's connections, too, which are as good as any."""
+MOST_CLIENTS, MOST_LINKS = 32, 96
+"""Of an address.  The relay client's needs links for the flood's connections, too, which are as good as any."""
 PACE = 0.02
 """Seconds between two requests of who behaves well: enough for a p99, and no load by itself."""
 
 
 @case(10, "silent", 240)
 def silent(run: Run) -> None:
-    hold_still(run, "plain", Legs(), (*LINK_LIMIT, *CLIENT_LIMIT))
-    hold_still(run, "TLS", Legs("tls", port=True), (*LINK_LIMIT, *CLIENT_LIMIT))
-    hold_still(run, "no limit to links", Legs(), CLIENT_LIMIT)
+    hold_still(run, "plain", Legs(), MOST_LINKS)
+    hold_still(run, "TLS", Legs("tls", port=True), MOST_LINKS)
+    hold_still(run, "no limit to links", Legs(), 0)
 
 
-def hold_still(run: Run, name: str, legs: Legs, limits: tuple[str, ...]) -> None:
+def hold_still(run: Run, name: str, legs: Legs, most_links: int) -> None:
     """Flood both ports of a relay, and renew the floods, while others drip and somebody behaves well."""
+    limits = ("--max-per-address", str(MOST_CLIENTS), "--max-links-per-address", str(most_links))
     relays = Relays(run, legs, run.peers.service(echo).port, server=("--service", "probe=0", *limits))
     relay, port = (HOST, relays.relay_port), (HOST, relays.service_port)
     context, count = legs.context(run.certificates, False) if legs.has_tls else None, run.scaled(SILENT, least=400)
@@ -682,8 +688,11 @@ def hold_still(run: Run, name: str, legs: Legs, limits: tuple[str, ...]) -> None
         Silent(port, count, FLOODER, finish=False) as at_port,
         ThreadPoolExecutor(8) as dripping,
     ):
-        at_relay.renew()
-        at_port.renew()
+        for where, flood, most in (
+            ("relay", at_relay, most_links or MAX_HANDSHAKES),
+            ("service", at_port, MOST_CLIENTS),
+        ):
+            run.tell(f"{name}: silent ones that the {where} port keeps", flood.renew(most), most=most)
         word = client_hello(ssl.TLSVersion.TLSv1_3) if legs.has_tls else encode_header(HELLO, 200) + b" " * 200
         cuts = [dripping.submit(drip, address, word) for address in ([relay, port] if legs.has_tls else [relay]) * 4]
         lasted = [one.result() for one in cuts]
