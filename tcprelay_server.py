@@ -247,6 +247,10 @@ class Refusal(Exception):
         self.code = code
         self.told = told or reason
 
+    def apart(self) -> Refusal:
+        """The same without a traceback: kept in a variable, that would hold the connection until the collector runs."""
+        return Refusal(str(self), self.code, self.told)
+
 
 # --- The server -----------------------------------------------------------------------------------------------
 
@@ -443,6 +447,7 @@ class RelayServer(Relay):
             except (BlockingIOError, ConnectionAbortedError):
                 return
             sock.setblocking(True)  # whatever default a program has set, or the listener handed down
+            tcprelay.spread_keepalive(sock)
             shares = self._client_shares if service else self._link_shares
             if not shares.enter(address):
                 self._turn_away(service, sock, address)
@@ -483,7 +488,7 @@ class RelayServer(Relay):
         context = self._credentials.links
         stream = make_stream(sock, f"link with {peer}", address, context)
         link = Link(stream, SERVER)
-        problem: Exception | None = None
+        ended = False
         self._handshakes.enter(stream)
         try:
             if isinstance(stream, TLSStream):
@@ -491,7 +496,7 @@ class RelayServer(Relay):
             raw = self.options.wire == "raw"
             pooled = self._greet_raw(stream, deadline) if raw else self._greet(link, deadline)
         except Refusal as error:
-            refusal = error
+            refusal = error.apart()
         except LinkFault as error:
             spoken = tcprelay.guess_protocol(link.unread())
             known = link.machine.state == tcprelay.NEW and spoken != "something else"
@@ -503,7 +508,7 @@ class RelayServer(Relay):
             refusal = Refusal("the relay server is ending", "draining")
         except (OSError, EOFError) as error:
             evicted = self._handshakes.was_evicted(stream)
-            problem = None if evicted else error
+            ended = isinstance(error, EOFError) and not evicted
             reason = "closed before its handshake was complete" if isinstance(error, EOFError) else say_error(error)
             refusal = Refusal("too many handshakes at once" if evicted else reason, "lost")
             if tcprelay.is_tls_error(error):
@@ -524,7 +529,7 @@ class RelayServer(Relay):
         # only looked whether the port is open, which is nobody's refusal.
         silent = type(stream) is Stream and not link.unread() and link.machine.state == tcprelay.NEW
         event = LinkRefused(peer=peer, code=refusal.code, reason=str(refusal))
-        if silent and isinstance(problem, EOFError):
+        if silent and ended:
             self._log.debug("%s", event)
         else:
             self._emit(event)
@@ -753,7 +758,7 @@ class RelayServer(Relay):
                 self._splice(client, self._find_link(client))
                 return
         except Refusal as error:
-            refusal = error
+            refusal = error.apart()
         finally:
             client.stream.close()
             self._client_shares.leave(address)

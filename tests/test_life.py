@@ -223,6 +223,28 @@ def test_accepted_sockets_inherit_the_options(bench: Bench) -> None:
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8) == tcprelay.RESET_ON_CLOSE
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_KEEPIDLE"), reason="this system has no TCP_KEEPIDLE")
+def test_keepalive_begins_at_different_moments(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections that are opened together must not all be probed together; accepted and dialled ones alike."""
+    spread: list[int] = []
+    real = tcprelay.spread_keepalive
+
+    def note(sock: socket.socket) -> None:
+        real(sock)
+        spread.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE))
+
+    monkeypatch.setattr(tcprelay, "spread_keepalive", note)
+    server = bench.relay()
+    spread.clear()
+    for count in range(1, 11):
+        sock = bench.connect(server)
+        sock.sendall(b"x")
+        assert read_exactly(sock, 1) == b"x"
+        assert len(spread) >= 2 * count, "the service client's and the service's"
+    assert len(set(spread)) == len(spread)
+    assert 60 <= min(spread) < max(spread) < 120
+
+
 def test_accepting_survives_a_lack_of_threads(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection for which no thread can be had is refused; when there are threads again, the next is served."""
     server = bench.relay()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import select
 import socket
@@ -793,3 +794,53 @@ def test_ending_while_bulk_data_comes_in(certificates: Certificates) -> None:
             got += view[:count]
         thread.join(PATIENCE)
     assert got == data
+
+
+def test_broken_connections_leave_no_rings(bench: Bench, certificates: Certificates) -> None:
+    """Whatever ends a TLS connection, it is freed at once, and not when Python's collector happens to run: what
+    OpenSSL has allocated for it weighs much more than the collector knows."""
+    path = certificates.path
+    server = bench.server(tls="both", cert=path("server.pem"), key=path("server.key"), token="t")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path("server.pem"), path("server.key"))
+
+    def serve(sock: socket.socket) -> None:
+        with TLSEnd(sock, context, True) as end:
+            if end.recv(1) == b"r":
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+
+    trust = {"ca_file": path("ca.pem"), "service_ca_file": path("ca.pem")}
+    bench.client(server, bench.service(serve).port, tls="both", token="t", **trust)
+    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+
+    def leave(address: tuple[str, int], way: str) -> None:
+        sock = connect(address)
+        with sock:
+            if way != "no handshake":
+                end = TLSEnd(sock, trusting, False)
+                end.sendall(b"r" if way == "reset by the service" else b"x")
+                if way == "reset by the service":
+                    with pytest.raises(OSError):
+                        end.recv(1)
+            if way == "reset":
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        for way in ("reset by the service", "reset", "cut off", "no handshake"):
+            leave(server.service_addresses["default"], way)
+        leave(server.relay_address, "cut off")
+        leave(server.relay_address, "no handshake")
+        bench.server_events.wait(LinkRefused, 2)
+        wait_until(lambda: server.counters["broken"] + server.counters["failed"] == 4)
+        wait_until(lambda: len(server._threads._parked) == len(server._threads))
+        gc.collect()
+        kept = [repr(thing) for thing in gc.garbage if isinstance(thing, TLSStream)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert kept == []
