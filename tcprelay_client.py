@@ -211,42 +211,54 @@ class RefusedByServer(ConnectionError):
 # --- The client -----------------------------------------------------------------------------------------------
 
 
+class Pace:
+    """How many idle links there should be: all, or after losses one, and from then on more at a measured pace."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._rate = max(REFILL_RATE, most / REFILL_TIME)
+        self._level, self._since = float(most), 0.0
+
+    def level(self, now: float) -> float:
+        return min(self._most, self._level + self._rate * (now - self._since))
+
+    def wanted(self, now: float) -> tuple[int, float]:
+        """How many there should be, and the moment from which on it is one more."""
+        level = self.level(now)
+        if level == self._most:
+            return self._most, float("inf")
+        return max(1, int(level)), now + (1 - level % 1) / self._rate + 0.001
+
+    def lose(self, now: float) -> None:
+        """An idle link is lost: it is to be replaced, but not at once."""
+        self._level, self._since = max(0.0, self.level(now) - 1), now
+
+    def begin(self, now: float) -> None:
+        """The first link is up again."""
+        self._level, self._since = 1.0, now
+
+
 class Service:
     """A published service and the state of its links; all but the first three under `RelayClient._condition`."""
 
-    def __init__(self, publication: Publication) -> None:
+    def __init__(self, publication: Publication, most_idle: int) -> None:
         self.name = publication.name
         self.target = publication.target
         self.dialer = tcprelay.Dialer(publication.target)
         self.idle = self.busy = self.connecting = 0
+        self.pace = Pace(most_idle)
         self.asked = 0
         """Links wanted beyond the idle ones, because service clients wait at the server."""
         self.failures = 0
         """Failures in a row; a link that has been stable resets them."""
-        self.failed_at = 0.0
+        self.failed_at = self.retry_at = 0.0
+        """When the last one was, and the moment of the next attempt."""
         self.probing = True
         """At the start and after a failure, until a link is up: one attempt at a time."""
-        self.retry_at = 0.0
-        self.level, self.level_at = float("inf"), 0.0
-        """How many idle links were wanted at a moment; from then on the more, at the pace of `REFILL_TIME`."""
         self.carried = 0
         """Connections that its links have begun to carry."""
         self.told: str | None = None
         """What was last told of its state: "" is published, ``None`` nothing yet, otherwise why not."""
-
-    def wanted(self, now: float, most: int) -> tuple[int, float]:
-        """How many idle links there should be now, and the moment when it will be one more."""
-        rate = max(REFILL_RATE, most / REFILL_TIME)
-        level = self.level + rate * (now - self.level_at)
-        if level >= most:
-            return most, float("inf")
-        return max(1, int(level)), now + (1 - level % 1) / rate + 0.001
-
-    def lose(self, now: float, most: int) -> None:
-        """An idle link is lost: it is replaced, but not at once."""
-        rate = max(REFILL_RATE, most / REFILL_TIME)
-        self.level = max(0.0, min(most, self.level + rate * (now - self.level_at)) - 1)
-        self.level_at = now
 
 
 class RelayClient(Relay):
@@ -284,7 +296,7 @@ class RelayClient(Relay):
         self._name = (checked.name or socket.gethostname())[:64]
         self._relay = Endpoint(relay_host, relay_port)
         self._dialer = tcprelay.Dialer(self._relay, RELAY_DIAL_TIMEOUT)
-        self._services = [Service(publication) for publication in checked.services]
+        self._services = [Service(publication, checked.num_conn) for publication in checked.services]
         self._condition = threading.Condition()  # over the links' states in _services, and _links
         self._links: set[Link | Stream] = set()
         self._keeper = threading.Thread(target=self._keep, name="tcprelay-client keeper", daemon=True)
@@ -371,7 +383,7 @@ class RelayClient(Relay):
         """How many links to open now, and when to look again; those count as connecting.  Under the lock."""
         if now < service.retry_at:
             return 0, service.retry_at
-        wanted, moment = service.wanted(now, self.options.num_conn)
+        wanted, moment = service.pace.wanted(now)
         wanted += service.asked - service.idle - service.connecting
         if service.probing:
             wanted = min(wanted, 1 - service.connecting)
@@ -453,7 +465,7 @@ class RelayClient(Relay):
                 self._links.discard(link)
                 service.idle -= 1
                 if idle:
-                    service.lose(time.monotonic(), self.options.num_conn)
+                    service.pace.lose(time.monotonic())
                 # A relay that takes links and drops them is no better than one that refuses them; but a link
                 # that was lost with a connection says nothing about the relay.
                 if time.monotonic() - since >= STABLE_TIME or service.carried != carried:
@@ -557,7 +569,7 @@ class RelayClient(Relay):
             service.idle += 1
             service.asked = max(0, waiting - 1)  # this one serves the first
             if service.probing and service.failures:
-                service.level, service.level_at = 1.0, time.monotonic()
+                service.pace.begin(time.monotonic())
             service.probing = False
             tell, service.told = service.told != "", ""
             self._condition.notify_all()

@@ -42,7 +42,7 @@ from tcprelay import (
     encode_header,
     prove,
 )
-from tcprelay_client import Published, Unpublished
+from tcprelay_client import Pace, Published, Unpublished
 
 from .conftest import PATIENCE, Bench, Service, connect, read_exactly, wait_until
 from .peers_v1 import FakeServer
@@ -341,18 +341,17 @@ def test_attempts_that_fail_together_count_once(bench: Bench, server: FakeServer
 
 
 @pytest.mark.parametrize(("most", "rate"), [(8, 4.0), (20, 4.0), (100, 20.0)])
-def test_lost_idle_links_come_back_at_a_pace(bench: Bench, server: FakeServer, most: int, rate: float) -> None:
+def test_lost_idle_links_come_back_at_a_pace(most: int, rate: float) -> None:
     """One at once, the rest at 4 a second, or so many that the pool is full within 5 s."""
-    client = RelayClient("127.0.0.1", 1, "127.0.0.1", server.port, most)
-    [service] = client._services
-    assert service.wanted(100.0, most) == (most, math.inf)
-    service.lose(100.0, most)
-    assert service.wanted(100.0, most)[0] == most - 1
+    pace = Pace(most)
+    assert pace.wanted(100.0) == (most, math.inf)
+    pace.lose(100.0)
+    assert pace.wanted(100.0)[0] == most - 1
     for _ in range(most):
-        service.lose(100.0, most)
+        pace.lose(100.0)
     now, counts, moments = 100.0, [], []
     while now < math.inf:
-        count, following = service.wanted(now, most)
+        count, following = pace.wanted(now)
         counts.append(count)
         moments.append(now)
         now = following
