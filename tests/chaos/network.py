@@ -335,8 +335,13 @@ def look_into(hole: Hole, run: Run, relays: DistantRelays, service: Service) -> 
     early = sum(after < 3 * relays.HEARTBEAT for after in moments)  # may have been given one of the links in time
     evicted = max(evictions) if len(evictions) >= max(1, idle - early) else hole.seconds
     failures = {event["peer"]: event["reason"] for event in relays.server.events("ConnectionFailed")}
-    late = [failures.get(peer, "") for since, _, peer in seen if evicted < since - start < hole.seconds]
-    misled = sum(bool(reason) and not reason.startswith("no link was idle") for reason in late)
+    # A link is dead 2.5 heartbeats after it was last heard of, so until then one may be given to a newcomer.
+    expected = max(evicted, 2.5 * relays.HEARTBEAT)
+    late = [failures.get(peer, "") for since, _, peer in seen if expected < since - start < hole.seconds]
+    wrong = [reason for reason in late if reason and not reason.startswith("no link was idle")]
+    if wrong:
+        run.say(f"{hole}: refused in the hole: {wrong}")
+    misled = len(wrong)
     waited = max(seconds for _, seconds, _ in seen)
     return Seen(evicted / relays.HEARTBEAT, misled, waited, full, resumed, broken, len(silent) + 1 + len(stalled))
 
