@@ -480,12 +480,12 @@ def test_when_no_port_is_free_the_client_goes_on_trying(bench: Bench, monkeypatc
     [event] = bench.client_events.wait(Unpublished)
     assert event.reason == "cannot assign requested address"
     broken.clear()
-    wait_until(lambda: client.counters["links_idle"] == 1)
+    wait_until(lambda: client.counters["links_idle"])
     broken.set()
     with pytest.raises(ConnectionResetError):
         bench.connect(server).recv(1)
     broken.clear()
-    wait_until(lambda: client.counters["links_idle"] == 1)
+    wait_until(lambda: client.counters["links_idle"])
     sock = bench.connect(server)
     sock.sendall(b"x")
     assert sock.recv(1) == b"x"
