@@ -314,7 +314,6 @@ def look_into(hole: Hole, run: Run, relays: DistantRelays, service: Service) -> 
         stalled = carry(hole.before, run, relays, pool)
         assert began.wait(10.0)
         threading.Event().wait(run.random.uniform(0.0, 0.9 * relays.HEARTBEAT))  # no PING comes after a connection
-        idle = relays.count_links()[0] - 1 - len(stalled)
         moments = sorted(run.random.uniform(0.0, hole.seconds) for _ in range(8))
         with relays.network.hole():
             start, end = time.time(), time.monotonic() + hole.seconds
@@ -333,10 +332,10 @@ def look_into(hole: Hole, run: Run, relays: DistantRelays, service: Service) -> 
     downs = [event for event in relays.server.events("LinkDown") if event["reason"].startswith("silent")]
     evictions = [after for event in downs if 0 < (after := moment(event) - start) < hole.seconds]
     early = sum(after < 3 * relays.HEARTBEAT for after in moments)  # may have been given one of the links in time
-    evicted = max(evictions) if len(evictions) >= max(1, idle - early) else hole.seconds
+    evicted = max(evictions) if len(evictions) >= max(1, relays.LINKS - early) else hole.seconds
     if evicted == hole.seconds >= 5:
         ends = [(round(moment(event) - start, 2), event["reason"]) for event in relays.server.events("LinkDown")]
-        run.say(f"{hole}: {idle} idle, {early} early: {[end for end in ends if 0 < end[0] < hole.seconds]}")
+        run.say(f"{hole}: {early} early: {[end for end in ends if 0 < end[0] < hole.seconds]}")
     failures = {event["peer"]: event["reason"] for event in relays.server.events("ConnectionFailed")}
     # A link is dead 2.5 heartbeats after it was last heard of, so until then one may be given to a newcomer.
     expected = max(evicted, 2.5 * relays.HEARTBEAT)
