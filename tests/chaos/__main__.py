@@ -53,11 +53,12 @@ def run_case(case: Case, options: argparse.Namespace) -> list[Figure]:
         try:
             status = process.wait(limit)
         except subprocess.TimeoutExpired:
-            process.terminate()  # it unwinds, and ends what it has started
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
             status = -1
         finally:
+            if process.poll() is None:
+                process.terminate()  # it unwinds, and takes away what it has started and made
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE)
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
