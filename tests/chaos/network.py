@@ -309,7 +309,8 @@ def look_into(hole: Hole, run: Run, relays: DistantRelays, service: Service) -> 
     service.read_on.clear()
     service.received.clear()
     over, began = threading.Event(), threading.Event()
-    with ThreadPoolExecutor(32) as pool:
+    with ThreadPoolExecutor(32) as pool, ExitStack() as stack:
+        stack.callback(over.set)  # whatever happens, or the pool would wait for ever
         busy = pool.submit(Talk(run, relays).go_on, over, began)
         stalled = carry(hole.before, run, relays, pool)
         assert began.wait(10.0)
