@@ -2626,10 +2626,6 @@ class Relay(abc.ABC):
         self._log.info("certificates and token are reloaded")
         return True
 
-    @property
-    def uses_tls(self) -> bool:
-        return self._credentials.links is not None or self._credentials.services is not None
-
     def invitation(self, with_secrets: bool) -> str:
         """What to say at the start for the other side; "" for nothing."""
         return ""
@@ -2701,8 +2697,6 @@ def run_command(
         if check:
             print(f"{prog}: the configuration is valid")
             return 0
-        if role.uses_tls:
-            limit_arenas()
         with _Signals() as signals:
             role.start()
             terminal = sys.stderr.isatty()
@@ -2801,20 +2795,6 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     except (ImportError, OSError, ValueError):
         pass
-
-
-def limit_arenas() -> None:
-    """Have glibc spread allocations over two arenas (mallopt(3), M_ARENA_MAX), not eight a processor.
-
-    OpenSSL's come from many threads, and each arena keeps what it needed once: a second 10,000 TLS connections added
-    2.6 MiB to a relay client, and with two arenas 0.2 (measured).
-    """
-    try:
-        import ctypes
-
-        ctypes.CDLL(None).mallopt(-8, 2)
-    except (ImportError, OSError, AttributeError):
-        pass  # another C library: it has ways of its own
 
 
 def notify_systemd(state: str) -> None:
