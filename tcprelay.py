@@ -20,6 +20,7 @@ This file, from top to bottom:
     options                  one table for the command line, the environment and the configuration file
     certificates             TLS contexts, PFX files, self-signed certificates, pins
     running                  what both roles are built on, signals, systemd, how a command starts and ends
+    workers                  several processes for one role: the parent that forks them and replaces those that die
 
 Threads and sockets, in both roles:
 
@@ -41,6 +42,7 @@ import abc
 import contextlib
 import dataclasses
 import errno
+import gc
 import importlib
 import io
 import ipaddress
@@ -49,6 +51,7 @@ import json
 import logging
 import os
 import select
+import selectors
 import signal
 import socket
 import struct
@@ -1537,6 +1540,8 @@ class Splices:
         self._condition = threading.Condition()  # over the two below
         self._admitted = 0
         self._all: set[Splice] = set()
+        self.show: Callable[[int], object] = lambda count: None
+        """Called with the number of those that are admitted, whenever it changes, under the lock."""
 
     def __len__(self) -> int:
         return len(self._all)
@@ -1550,11 +1555,13 @@ class Splices:
             if self._admitted >= self.most:
                 return False
             self._admitted += 1
+            self.show(self._admitted)
             return True
 
     def leave(self) -> None:
         with self._condition:
             self._admitted -= 1
+            self.show(self._admitted)
             self._condition.notify_all()
 
     def add(self, splice: Splice) -> None:
@@ -1781,6 +1788,8 @@ class Event:
     says = ""
     floods = False
     """Strangers can bring it about as often as they like: see `Events`."""
+    of_all = False
+    """It is about the role as a whole: of several workers the parent tells it, once for all of them."""
 
     def __str__(self) -> str:
         return self.says.format_map({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
@@ -1875,11 +1884,16 @@ class Events:
     def __init__(self, logger: logging.Logger, on_event: Callable[[Event], object] | None) -> None:
         self._logger = logger
         self._on_event = on_event
+        self.pass_on: Callable[[Event], object] | None = None
+        """In a worker: tells the parent what is `of_all`."""
         self._lock = threading.Lock()  # over the two below
         self.counts = {"connections": 0, "failed": 0, "broken": 0, "bytes_in": 0, "bytes_out": 0}
         self._floods: dict[type[Event], tuple[float, int]] = {}  # since when, how many
 
     def __call__(self, event: Event) -> None:
+        if event.of_all and self.pass_on is not None:
+            self.pass_on(event)
+            return
         with self._lock:
             if isinstance(event, ConnectionClosed):
                 self.counts["connections"] += 1
@@ -1999,6 +2013,12 @@ def parse_positive(text: str) -> int:
     return int(text)
 
 
+def parse_workers(text: str) -> int:
+    if parse_count(text) > 64:
+        raise ValueError("a whole number from 0 to 64")
+    return int(text)
+
+
 def parse_host(text: str) -> str:
     """A host name or address; brackets around an IPv6 one are taken off."""
     return text[1:-1] if text.startswith("[") and text.endswith("]") else text
@@ -2100,6 +2120,9 @@ class Options:
     drain_timeout: float = option(
         10.0, parse_seconds, "seconds that open connections have to finish at SIGTERM or SIGINT",
         group="Running", metavar="SECONDS")  # fmt: skip
+    workers: int | None = option(
+        None, parse_workers, "processes to spread over; 0 is this one alone, as always in programs that embed it",
+        group="Running", metavar="N", shown_default="one a processor, at most 4; 0 where there is one")  # fmt: skip
     log_level: str = option(
         "info", one_of("debug", "info", "warning", "error"), "least weight of what is logged to standard error",
         group="Running", metavar="debug|info|warning|error")  # fmt: skip
@@ -2535,6 +2558,8 @@ class Relay(abc.ABC):
         """Requested at the drain deadline: whatever still waits for something is cut short."""
         self._own_threads: list[threading.Thread] = []
         """The threads that live as long as the role."""
+        self._channel: socket.socket | None = None
+        """In a worker process, to its parent; see `Workers`."""
         self._lock = threading.Lock()  # over the three below
         self._started = False
         self._closed = False
@@ -2623,7 +2648,8 @@ class Relay(abc.ABC):
             name = f"{error.filename}: " if isinstance(error, OSError) and isinstance(error.filename, str) else ""
             self._log.error("cannot reload, the old certificates and token stay in force: %s%s", name, say_error(error))
             return False
-        self._log.info("certificates and token are reloaded")
+        if self._channel is None:  # else the parent has told it
+            self._log.info("certificates and token are reloaded")
         return True
 
     def invitation(self, with_secrets: bool) -> str:
@@ -2635,8 +2661,39 @@ class Relay(abc.ABC):
         """Read what `options` name.  Raises `OSError` and `ValueError`."""
 
     @abc.abstractmethod
+    def prepare(self) -> None:
+        """What comes before anything is served and needs no thread; with workers their parent does it for all.
+
+        Raises `OSError`.
+        """
+
+    @abc.abstractmethod
     def _open(self) -> None:
-        """Begin; `end` is called where this raises `OSError`."""
+        """Begin, with `prepare` first unless this is a worker; `end` is called where this raises `OSError`."""
+
+    @abc.abstractmethod
+    def make_workers(self, count: int) -> Workers | None:
+        """The parent of so many workers that do what this object would do alone; ``None`` where it should."""
+
+    def become_worker(self, channel: socket.socket) -> None:
+        """Be one of several from now on; called in the new process, before `start`."""
+        self._channel = channel
+        self._emit.pass_on = self.tell_parent
+
+    def adopt(self, message: bytes, descriptors: list[int]) -> None:
+        """Take what the parent has sent.  Roles that get connections from it override this."""
+        raise NotImplementedError
+
+    def tell_parent(self, event: Event) -> None:
+        """Have the parent hear of an event."""
+        fields = {f.name: getattr(event, f.name) for f in dataclasses.fields(event)}
+        self.send_to_parent({"event": type(event).__name__, "fields": fields})
+
+    def send_to_parent(self, message: dict[str, Any], payload: bytes = b"", descriptors: Sequence[int] = ()) -> None:
+        """Any thread.  Where the parent is gone, so is this process soon."""
+        assert self._channel is not None
+        with contextlib.suppress(OSError):
+            socket.send_fds(self._channel, [encode_message(message, payload)], list(descriptors))
 
     @abc.abstractmethod
     def _stop_intake(self) -> None:
@@ -2697,11 +2754,12 @@ def run_command(
         if check:
             print(f"{prog}: the configuration is valid")
             return 0
+        count = default_workers() if options.workers is None else options.workers
         with _Signals() as signals:
+            if count and can_fork_workers() and (workers := role.make_workers(count)) is not None:
+                return workers.run(signals)
             role.start()
-            terminal = sys.stderr.isatty()
-            if invitation := role.invitation(with_secrets=terminal):
-                print(invitation, file=sys.stderr, flush=True)
+            invite(role)
             return _run(role, signals)
     except OSError as error:
         name = f"{error.filename}: " if isinstance(error.filename, str) else ""
@@ -2710,6 +2768,12 @@ def run_command(
         fail(prog, 2, str(error))
     except KeyboardInterrupt:
         return 130
+
+
+def invite(role: Relay) -> None:
+    """Say what the other side is to do, with secrets on a terminal only."""
+    if invitation := role.invitation(with_secrets=sys.stderr.isatty()):
+        print(invitation, file=sys.stderr, flush=True)
 
 
 def unknown_variables() -> list[str]:
@@ -2724,7 +2788,8 @@ def unknown_variables() -> list[str]:
     return sorted(variable for variable in os.environ if variable.startswith("TCPRELAY_") and variable not in known)
 
 
-def _run(role: Relay, signals: _Signals) -> int:
+def _run(role: Relay, signals: _Signals | _Orders) -> int:
+    """The life of a role in this process, from its start to the exit status."""
     stragglers: list[str] = []
     ending = threading.Event()
 
@@ -2767,6 +2832,17 @@ class _Signals:
         self._fd_before = signal.set_wakeup_fd(self._writer.fileno())
         self._before = {number: signal.signal(number, lambda *_: None) for number in self.HANDLED}
         return self
+
+    def fileno(self) -> int:
+        return self._reader.fileno()
+
+    def leave_to_parent(self) -> None:
+        """In a worker: a Ctrl-C or a service manager may reach all processes; the parent passes on what counts."""
+        signal.set_wakeup_fd(-1)
+        for number in self.HANDLED:
+            signal.signal(number, signal.SIG_IGN)
+        self._reader.close()
+        self._writer.close()
 
     def wait(self) -> int:
         """Wait for a signal; 0 when `done` was called first."""
@@ -2840,6 +2916,276 @@ def set_up_logging(level: str, format: str) -> None:
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(level.upper())
+
+
+# --- Workers --------------------------------------------------------------------------------------------------
+#
+# Python's interpreter lock lets one thread of a process run at a time; several processes use several processors.
+# The parent has no threads, so that it may fork a worker at any time; the workers are roles as they would be alone,
+# except that they hear of signals, and a relay server's of new connections, from their parent.
+
+MOST_WORKERS = 4
+"""Workers by default, where there are as many processors: beyond that memory costs more than is gained."""
+MESSAGE_SIZE = 1 << 17
+"""Bytes of the longest message between a parent and a worker."""
+
+
+def default_workers() -> int:
+    """One for each processor that this process may use, up to `MOST_WORKERS`; none where there is only one, or
+    where Python has no interpreter lock (free-threaded builds)."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if count == 1 or not getattr(sys, "_is_gil_enabled", lambda: True)():
+        return 0
+    return min(count, MOST_WORKERS)
+
+
+def can_fork_workers() -> bool:
+    """Whether this system has processes that fork and can pass descriptors to each other in whole messages."""
+    return sys.platform != "darwin" and all(
+        hasattr(module, name) for module, name in ((os, "fork"), (socket, "send_fds"), (socket, "SOCK_SEQPACKET"))
+    )
+
+
+def encode_message(fields: dict[str, Any], payload: bytes = b"") -> bytes:
+    """A message between parent and worker: JSON, and bytes behind a line feed."""
+    return json.dumps(fields).encode() + b"\n" + payload
+
+
+def decode_message(message: bytes) -> tuple[dict[str, Any], bytes]:
+    head, _, payload = message.partition(b"\n")
+    return json.loads(head), payload
+
+
+class WorkerProcess:
+    """A worker as its parent sees it."""
+
+    REST = 1.0
+    """Seconds from one start to the next, where it dies at once each time."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        """From 0; its successors have the same."""
+        self.pid = 0
+        """0 while there is none."""
+        self.channel: socket.socket
+        self.up = False
+        self.born = 0.0
+
+    def send(self, message: bytes, descriptors: Sequence[int] = ()) -> bool:
+        """Send it a message, unless it has died or does not read fast enough: False."""
+        try:
+            socket.send_fds(self.channel, [message], list(descriptors), socket.MSG_DONTWAIT)
+            return True
+        except OSError:
+            return False
+
+
+class Workers:
+    """The parent of worker processes: starts them, replaces those that die, and passes on what signals ask for.
+
+    Roles derive from it what their parent does besides.  Everything here runs in one thread, in `run`.
+    """
+
+    def __init__(self, role: Relay, count: int) -> None:
+        self.role = role
+        self.log = role._log
+        self.emit = role._emit
+        self.workers = [WorkerProcess(number) for number in range(count)]
+        self.selector = selectors.DefaultSelector()
+        """Its keys' data are what to call when they turn readable."""
+        self._begun = False
+        self._status = 0
+        self._kill: Deadline | None = None
+        """When `run` ends: for workers that have not ended by themselves."""
+        self._signals: _Signals
+
+    def run(self, signals: _Signals) -> int:
+        """The life of the parent; returns the exit status.  Raises `OSError` where the role cannot begin."""
+        self._signals = signals
+        self.role.prepare()
+        self.selector.register(signals, selectors.EVENT_READ, lambda: self._obey(signals.wait()))
+        self.open()
+        gc.collect()
+        gc.freeze()  # what the collector does not touch stays shared memory
+        for worker in self.workers:
+            self._fork(worker)
+        while self._kill is None or any(worker.pid for worker in self.workers):
+            for key, _ in self.selector.select(self._look_at_time()):
+                key.data()
+        self.selector.close()
+        return self._status
+
+    def open(self) -> None:
+        """Begin, before the first worker is there."""
+
+    def stop_intake(self) -> None:
+        """Begin nothing new: the workers are about to be told to end."""
+
+    def lost(self, worker: WorkerProcess) -> None:
+        """A worker has died."""
+
+    def hear(self, worker: WorkerProcess, message: dict[str, Any], payload: bytes, descriptors: list[int]) -> None:
+        """A message from a worker."""
+
+    def become(self, worker: WorkerProcess) -> None:
+        """In the new process: be this worker."""
+
+    def look_at_time(self) -> float:
+        """Do what is due; returns the seconds until something else will be."""
+        return 60.0
+
+    def tell(self, event: str, fields: dict[str, Any], worker: WorkerProcess) -> None:
+        """An event that is about the role as a whole has happened in a worker."""
+
+    def _look_at_time(self) -> float:
+        now, wait = time.monotonic(), self.look_at_time()
+        if self._kill is not None:
+            if self._kill.remaining() == 0:
+                for worker in self.workers:
+                    if worker.pid:
+                        self.log.error("worker %d does not end, and is killed", worker.number)
+                        os.kill(worker.pid, signal.SIGKILL)
+                self._kill = Deadline(60.0)
+            return min(wait, self._kill.remaining() or 0.0)
+        for worker in self.workers:
+            if not worker.pid:
+                rest = worker.born + WorkerProcess.REST - now
+                if rest > 0:
+                    wait = min(wait, rest)
+                else:
+                    self._fork(worker)
+        return max(wait, 0.0)
+
+    def _obey(self, number: int) -> None:
+        if number == signal.SIGHUP:
+            notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            if self.role.reload():
+                self._order(signal.SIGHUP)
+            notify_systemd("READY=1")
+            return
+        if self._kill is None:
+            notify_systemd("STOPPING=1")
+            self._end()
+        self._order(signal.SIGTERM)
+
+    def _end(self) -> None:
+        self.stop_intake()
+        self._kill = Deadline(self.role.options.drain_timeout + 3 * JOIN_TIMEOUT)
+
+    def _order(self, number: int) -> None:
+        for worker in self.workers:
+            if worker.pid:
+                worker.send(bytes([number]))
+
+    def _fork(self, worker: WorkerProcess) -> None:
+        worker.born, worker.up = time.monotonic(), False
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _Signals.HANDLED)  # a signal is for one of the two processes
+        try:
+            pid = os.fork()
+            if not pid:
+                self._live(worker, ours, theirs)
+        except OSError as error:  # too many processes, say
+            ours.close()
+            self.log.error("cannot start worker %d: %s", worker.number, say_error(error))
+            return
+        finally:
+            theirs.close()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _Signals.HANDLED)
+        worker.pid, worker.channel = pid, ours
+        self.selector.register(ours, selectors.EVENT_READ, lambda: self._receive(worker))
+
+    def _live(self, worker: WorkerProcess, ours: socket.socket, theirs: socket.socket) -> NoReturn:
+        """The life of the new process."""
+        status = 1
+        try:
+            self._signals.leave_to_parent()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _Signals.HANDLED)
+            os.environ.pop("NOTIFY_SOCKET", None)
+            self.selector.close()
+            ours.close()
+            for other in self.workers:
+                if other.pid:
+                    other.channel.close()
+            self.role.become_worker(theirs)
+            self.become(worker)
+            self.role.start()
+            self.role.send_to_parent({"up": True})
+            status = _run(self.role, _Orders(self.role, theirs))
+        except (OSError, RuntimeError) as error:
+            self.log.error("worker %d: %s", worker.number, say_error(error))
+        except BaseException:
+            self.log.exception("worker %d: unexpected error", worker.number)
+        finally:
+            logging.shutdown()
+            os._exit(status)
+
+    def _receive(self, worker: WorkerProcess) -> None:
+        try:
+            message, descriptors, _, _ = socket.recv_fds(worker.channel, MESSAGE_SIZE, 1, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            message, descriptors = b"", []
+        if not message:
+            self._bury(worker)
+            return
+        fields, payload = decode_message(message)
+        if "up" in fields:
+            worker.up = True
+            if not self._begun and all(other.up for other in self.workers):
+                self._begun = True
+                invite(self.role)
+                notify_systemd("READY=1")
+        elif "event" in fields:
+            self.tell(fields["event"], fields["fields"], worker)
+        else:
+            self.hear(worker, fields, payload, descriptors)
+
+    def _bury(self, worker: WorkerProcess) -> None:
+        self.selector.unregister(worker.channel)
+        worker.channel.close()
+        _, status = os.waitpid(worker.pid, 0)
+        pid, worker.pid, was_up, worker.up = worker.pid, 0, worker.up, False
+        self.lost(worker)
+        if self._kill is not None:
+            return
+        code = os.waitstatus_to_exitcode(status)
+        how = f"by signal {-code}" if code < 0 else f"with status {code}"
+        if not (was_up or self._begun):
+            self._status = 1
+            self._obey(signal.SIGTERM)
+        else:
+            self.log.error("worker %d (process %d) has ended %s, with its connections; another takes its place",
+                           worker.number, pid, how)  # fmt: skip
+
+
+class _Orders:
+    """What a worker hears from its parent: signals that are passed on, and connections, which the role adopts."""
+
+    def __init__(self, role: Relay, channel: socket.socket) -> None:
+        self._role = role
+        self._channel = channel
+        self._over = False
+
+    def wait(self) -> int:
+        """Wait for a signal; 0 when `done` was called first."""
+        while True:
+            message, descriptors, _, _ = socket.recv_fds(self._channel, MESSAGE_SIZE, 1)
+            if self._over:
+                return 0
+            if not message:
+                os._exit(1)  # the parent was killed: what is open is reset, as if it had been this process
+            if len(message) == 1:
+                return message[0]
+            self._role.adopt(message, descriptors)
+
+    def done(self) -> None:
+        self._over = True
+        self._channel.shutdown(socket.SHUT_RD)
+
+
+# --- The command ----------------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -37,8 +37,9 @@ import tcprelay
 from tcprelay import (
     AUTH, BYE, CHALLENGE, CLIENT, FAIL, HELLO, IDLE, PING, PONG, READY, REFUSED, SERVER, START,
     ConnectionClosed, ConnectionFailed, ConnectionOpened, Credentials, Deadline, Endpoint, Event, Frame, Link,
-    LinkDown, LinkFault, LinkUp, Options, Relay, Splice, Stopping, Stream, TLSStream, option, parse_count,
-    parse_endpoint, parse_flag, parse_host, parse_name, parse_path, parse_port, parse_positive, say_error, shown,
+    LinkDown, LinkFault, LinkUp, Options, Relay, Splice, Stopping, Stream, TLSStream, WorkerProcess, Workers, option,
+    parse_count, parse_endpoint, parse_flag, parse_host, parse_name, parse_path, parse_port, parse_positive,
+    say_error, shown,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -182,6 +183,7 @@ class Published(Event):
     """The service can be reached through the relay, for the first time or again."""
 
     says = "service {service}: {target} is published at {address}"
+    of_all = True
     service: str
     target: str
     relay: str
@@ -194,6 +196,7 @@ class Unpublished(Event):
 
     level = logging.WARNING
     says = "service {service}: no link to the relay at {relay}, trying again: {reason}"
+    of_all = True
     service: str
     relay: str
     reason: str
@@ -296,7 +299,10 @@ class RelayClient(Relay):
         self._name = (checked.name or socket.gethostname())[:64]
         self._relay = Endpoint(relay_host, relay_port)
         self._dialer = tcprelay.Dialer(self._relay, RELAY_DIAL_TIMEOUT)
-        self._services = [Service(publication, checked.num_conn) for publication in checked.services]
+        self._worker = 0
+        """Which of several worker processes this is."""
+        self._num_conn = checked.num_conn
+        self._services = [Service(publication, self._num_conn) for publication in checked.services]
         self._condition = threading.Condition()  # over the links' states in _services, and _links
         self._links: set[Link | Stream] = set()
         self._keeper = threading.Thread(target=self._keep, name="tcprelay-client keeper", daemon=True)
@@ -327,8 +333,8 @@ class RelayClient(Relay):
                 tcprelay.trust(services, options.service_ca_file)
         return Credentials(token, links, services)
 
-    def _open(self) -> None:
-        """Begin.  Raises `OSError` where the relay server's name does not exist; anything else is tried again."""
+    def prepare(self) -> None:
+        """Raises `OSError` where the relay server's name does not exist; anything else is tried again."""
         try:
             self._dialer.look_up()
         except OSError as error:
@@ -339,7 +345,34 @@ class RelayClient(Relay):
             self._log.warning("--reject-unauthorized false: whoever is on the way can pose as the relay server")
         if options.tls in ("both", "service") and options.service_insecure:
             self._log.warning("--service-insecure: whoever is on the way can pose as the service")
+
+    def _open(self) -> None:
+        """Begin.  Raises `OSError`, as `prepare` does."""
+        if self._channel is None:
+            self.prepare()
         self._keeper.start()
+
+    def make_workers(self, count: int) -> Workers | None:
+        """As many as there are idle links to keep, at most.  With --max-conn there are none by default: one process
+        may need what another has left."""
+        options = self.options
+        if options.max_conn and options.workers is None:
+            return None
+        count = min(count, options.num_conn, options.max_conn or count)
+        return ClientWorkers(self, count) if count > 1 else None
+
+    def become_one_of(self, number: int, count: int) -> None:
+        """Keep one worker's share of the links."""
+        options = self.options
+
+        def share(whole: int) -> int:
+            return whole // count + (number < whole % count)
+
+        self._worker = number
+        self._num_conn = share(options.num_conn)
+        self._services = [Service(publication, self._num_conn) for publication in options.services]
+        if options.max_conn:
+            self._splices.most = share(options.max_conn)
 
     def _stop_intake(self) -> None:
         with self._condition:
@@ -531,7 +564,8 @@ class RelayClient(Relay):
         """HELLO, CHALLENGE, AUTH; returns WELCOME.  The server proves that it knows the token, too."""
         nonce, token = tcprelay.new_nonce(), self._credentials.token
         hello = {"version": tcprelay.PROTOCOL_VERSION, "service": service.name, "client": self._id,
-                 "name": self._name, "idle": self.options.num_conn, "nonce": nonce, "token": bool(token)}  # fmt: skip
+                 "worker": self._worker, "name": self._name, "idle": self._num_conn, "nonce": nonce,
+                 "token": bool(token)}  # fmt: skip
         link.send(HELLO, hello)
         # Once WELCOME may be on its way, so may START behind it: then nothing but BYE ends a link in peace.
         try:
@@ -737,6 +771,38 @@ class RelayClient(Relay):
         with self._condition:
             service.busy -= 1
             service.idle += 1
+
+
+class ClientWorkers(Workers):
+    """The parent of a relay client's workers.  Each keeps its share of the links; nothing else is between them."""
+
+    role: RelayClient
+
+    def __init__(self, role: RelayClient, count: int) -> None:
+        super().__init__(role, count)
+        self._published: dict[str, set[int]] = {service.name: set() for service in role.options.services}
+        self._told: dict[str, str | None] = dict.fromkeys(self._published)
+        """As `Service.told`."""
+
+    def become(self, worker: WorkerProcess) -> None:
+        self.role.become_one_of(worker.number, len(self.workers))
+
+    def lost(self, worker: WorkerProcess) -> None:
+        for numbers in self._published.values():
+            numbers.discard(worker.number)
+
+    def tell(self, event: str, fields: dict[str, Any], worker: WorkerProcess) -> None:
+        """A service is published while one of the workers has links for it."""
+        service, reason = fields["service"], fields.get("reason", "")
+        if event == "Published":
+            self._published[service].add(worker.number)
+        else:
+            self._published[service].discard(worker.number)
+            if self._published[service]:
+                return
+        if self._told[service] != reason:
+            self._told[service] = reason
+            self.emit(Unpublished(**fields) if reason else Published(**fields))
 
 
 # --- The command ----------------------------------------------------------------------------------------------

@@ -25,7 +25,11 @@ connections finish until the drain deadline, wake the rest, join everything.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
+import math
+import mmap
 import os
 import select
 import selectors
@@ -34,7 +38,7 @@ import socket
 import sys
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -43,9 +47,9 @@ import tcprelay
 from tcprelay import (
     ABORT, BYE, CHALLENGE, CLIENT, DATA, END, FAIL, HELLO, IDLE, PING, PONG, READY, SERVER, START, WELCOME,
     ConnectionClosed, ConnectionFailed, ConnectionOpened, Credentials, Deadline, Endpoint, Event, Link, LinkDown,
-    LinkFault, LinkUp, Options, Relay, Splice, Stopping, Stream, TLSStream, encode_frame, encode_header, option,
-    parse_count, parse_endpoint, parse_flag, parse_heartbeat, parse_host, parse_name, parse_path, parse_port,
-    parse_seconds, say_error, show_address, shown,
+    LinkFault, LinkUp, Options, Relay, Splice, Stopping, Stream, TLSStream, WorkerProcess, Workers, encode_frame,
+    encode_header, option, parse_count, parse_endpoint, parse_flag, parse_heartbeat, parse_host, parse_name,
+    parse_path, parse_port, parse_seconds, say_error, show_address, shown,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -200,6 +204,7 @@ class ClientUp(Event):
     """The first link of a relay client for a service is in the pool."""
 
     says = "service {service}: relay client {name} at {peer} is connected"
+    of_all = True
     service: str
     client: str
     name: str
@@ -211,6 +216,7 @@ class ClientDown(Event):
     """The last link of a relay client for a service is gone."""
 
     says = "service {service}: relay client {name} at {peer} is gone: {reason}"
+    of_all = True
     service: str
     client: str
     name: str
@@ -252,6 +258,10 @@ class Refusal(Exception):
         return Refusal(str(self), self.code, self.told)
 
 
+class NoLinkHere(Exception):
+    """In a worker: it has no link for a service client now, but its parent may find one elsewhere."""
+
+
 # --- The server -----------------------------------------------------------------------------------------------
 
 
@@ -283,10 +293,14 @@ class RelayServer(Relay):
         super().__init__("tcprelay.server", checked, checked.max_connections, on_event)
         self._pool: Pool
         self._handshakes = Handshakes(MAX_HANDSHAKES)
-        self._client_shares = Shares(checked.max_per_address)
-        self._link_shares = Shares(checked.max_links_per_address)
-        self._listeners: dict[socket.socket, str] = {}  # the service, "" for the relay port
+        self.shares = {"client": Shares(checked.max_per_address), "link": Shares(checked.max_links_per_address)}
+        self.listeners: dict[socket.socket, str] = {}
+        """Their services, "" for the relay port."""
         self._bound: dict[str, tuple[str, int]] = {}
+        self.hand_on = self._start_serving
+        """What is done with a connection that was accepted."""
+        self._gauges: WorkerGauges | None = None
+        """In a worker process; see `ServerWorkers`."""
         self._acceptor = threading.Thread(target=self._accept, name="tcprelay-server acceptor", daemon=True)
         self._keeper = threading.Thread(target=self._keep, name="tcprelay-server keeper", daemon=True)
         self._own_threads = [self._acceptor, self._keeper]
@@ -367,29 +381,35 @@ class RelayServer(Relay):
             "waiting": self._pool.count_waiting(),
         }
 
-    def _open(self) -> None:
-        """Bind all ports and begin to accept.  Raises `OSError` that names the address."""
+    def prepare(self) -> None:
+        """Bind all ports.  Raises `OSError` that names the address."""
         options = self.options
-        names = [service.name for service in options.services]
-        self._pool = Pool(names, options.max_pending, self._splices.most)
         wanted = [("", options.hostname, options.relay_port or 0)]
         wanted += [(service.name, service.host or options.hostname, service.port) for service in options.services]
         for name, host, port in wanted:
             try:
-                self._listeners[tcprelay.listen(host, port)] = name
+                self.listeners[tcprelay.listen(host, port)] = name
             except OSError as error:
                 raise OSError(
                     error.errno, f"cannot listen on {Endpoint(host or '*', port)}: {say_error(error)}"
                 ) from error
-        self._bound = {name: listener.getsockname()[:2] for listener, name in self._listeners.items()}
+        self._bound = {name: listener.getsockname()[:2] for listener, name in self.listeners.items()}
         for name, address in self._bound.items():
             self._emit(Listening(service=name, address=show_address(address)))
         if not self._credentials.token and not options.auth:
             self._warn_about_trust()
+
+    def _open(self) -> None:
+        """Begin to accept; in a worker, to take what the parent has accepted.  Raises `OSError`."""
+        names = [service.name for service in self.options.services]
+        self._pool = Pool(names, self.options.max_pending, self._splices.most, self._gauges)
+        if self._gauges is None:
+            self.prepare()
         if self._stop.requested:
-            return  # a listener of the events above has ended it
+            return  # a listener of the first events has ended it
         self._pool.selector.register(self._stop.fileno(), selectors.EVENT_READ)
-        self._acceptor.start()
+        if self.listeners:
+            self._acceptor.start()
         self._keeper.start()
 
     def _warn_about_trust(self) -> None:
@@ -406,14 +426,83 @@ class RelayServer(Relay):
 
     def _stop_intake(self) -> None:
         tcprelay.join(self._acceptor, tcprelay.JOIN_TIMEOUT)
-        for listener in self._listeners:
-            listener.close()
+        self.close_listeners()
         for pooled in self._pool.close():
             self._retire(pooled, "this relay server is ending")
+
+    def close_listeners(self) -> None:
+        for listener in self.listeners:
+            listener.close()
 
     def _close(self) -> None:
         super()._close()
         self._pool.selector.close()
+
+    # In a worker
+
+    def make_workers(self, count: int) -> Workers:
+        return ServerWorkers(self, count)
+
+    def become_one_of(self, count: int, gauges: WorkerGauges) -> None:
+        """Be one worker: what is accepted, bounded and counted over all of them is its parent's business."""
+        self.close_listeners()
+        self.listeners.clear()
+        self._gauges = gauges
+        self._handshakes = Handshakes(max(16, MAX_HANDSHAKES // count))
+        self.shares = {kind: RemoteShares(self, kind) for kind in self.shares}
+        self._splices.show = gauges.show_open
+
+    def adopt(self, message: bytes, descriptors: list[int]) -> None:
+        """A connection that the parent has accepted, or a service whose workers need one of the links here."""
+        fields, early = tcprelay.decode_message(message)
+        assert self._gauges is not None
+        if not descriptors:
+            self._give_up_one(fields["service"])
+            return
+        address = tuple(fields["address"]) if isinstance(fields["address"], list) else fields["address"]
+        family = socket.AF_INET6 if len(address) == 4 else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM, 0, descriptors[0])
+        service = fields["service"]
+        visitor = ServiceClient(service, sock, address, self._credentials.services) if service else None
+        try:
+            if visitor is None:
+                self._threads.start(self._serve_link, sock, address)
+            else:
+                visitor.resume(fields, early)
+                self._threads.start(self._serve_client, visitor)
+        except RuntimeError as error:
+            # It is reset.
+            self._log.warning("cannot take a connection: %s", say_error(error))
+            sock.close()
+            self.shares["client" if service else "link"].leave(address)
+            if visitor is not None:
+                self._settle(visitor)
+        if visitor is None:
+            self._gauges.links_arrived()
+        elif isinstance(visitor.stream, TLSStream):
+            self._settle(visitor)  # or silent handshakes would seem to take all the links
+
+    def _settle(self, client: ServiceClient) -> None:
+        """What becomes of a service client that the parent has sent is known to the gauges."""
+        if self._gauges is not None and not client.settled:
+            client.settled = True
+            self._gauges.settle(client.service)
+            self._tell_idle(client.service)
+
+    def _tell_idle(self, service: str) -> None:
+        """Where service clients wait elsewhere for a link, and one is idle here: have the parent look."""
+        if self._gauges is not None and self._gauges.are_links_wanted(service):
+            self.send_to_parent({"look": service})
+
+    def _send_back(self, client: ServiceClient, failed: set[str], reason: str) -> None:
+        """Have the parent find another worker that has a link for a service client."""
+        self.send_to_parent(client.state(failed, reason), bytes(client.early), [client.stream.fd])
+
+    def _give_up_one(self, service: str) -> None:
+        """Close an idle link in peace, because service clients that cannot be passed on wait in another worker."""
+        with contextlib.suppress(Refusal, NoLinkHere):
+            pooled, _ = self._pool.take(service, set(), Deadline(0), wait=False)
+            self._retire(pooled, "another worker needs it")
 
     # Accepting
 
@@ -422,14 +511,14 @@ class RelayServer(Relay):
         pause, told = 0.005, 0.0
         with selectors.DefaultSelector() as selector:
             selector.register(self._stop.fileno(), selectors.EVENT_READ)
-            for listener in self._listeners:
+            for listener in self.listeners:
                 selector.register(listener, selectors.EVENT_READ, listener)
             while not self._stop.requested:
                 for key, _ in selector.select():
                     if key.data is None:
                         continue
                     try:
-                        self._accept_from(key.data)
+                        self.accept_from(key.data)
                         pause = 0.005
                     except (OSError, RuntimeError, MemoryError) as error:
                         # Out of descriptors, memory or threads: the connection stays queued, or is reset.
@@ -439,8 +528,9 @@ class RelayServer(Relay):
                         self._stop.wait(pause)
                         pause = min(2 * pause, 1.0)
 
-    def _accept_from(self, listener: socket.socket) -> None:
-        service = self._listeners[listener]
+    def accept_from(self, listener: socket.socket) -> None:
+        """Take what has connected, and hand it on.  Raises `OSError` and `RuntimeError` where that cannot be done."""
+        service = self.listeners[listener]
         for _ in range(64):  # then look at the other listeners
             try:
                 sock, address = listener.accept()
@@ -448,19 +538,23 @@ class RelayServer(Relay):
                 return
             sock.setblocking(True)  # whatever default a program has set, or the listener handed down
             tcprelay.spread_keepalive(sock)
-            shares = self._client_shares if service else self._link_shares
+            shares = self.shares["client" if service else "link"]
             if not shares.enter(address):
                 self._turn_away(service, sock, address)
                 continue
             try:
-                if service:
-                    self._threads.start(self._serve_client, service, sock, address)
-                else:
-                    self._threads.start(self._serve_link, sock, address)
+                self.hand_on(service, sock, address)
             except RuntimeError:
                 shares.leave(address)
                 sock.close()
                 raise
+
+    def _start_serving(self, service: str, sock: socket.socket, address: Any) -> None:
+        if service:
+            client = ServiceClient(service, sock, address, self._credentials.services)
+            self._threads.start(self._serve_client, client)
+        else:
+            self._threads.start(self._serve_link, sock, address)
 
     def _turn_away(self, service: str, sock: socket.socket, address: Any) -> None:
         """Close what an address may not have any more; a plain relay client is told why."""
@@ -519,7 +613,7 @@ class RelayServer(Relay):
         except BaseException:
             self._handshakes.leave(stream)
             stream.close()
-            self._link_shares.leave(address)
+            self.shares["link"].leave(address)
             raise
         else:
             self._handshakes.leave(stream)
@@ -540,7 +634,7 @@ class RelayServer(Relay):
             stream.linger()
         self._handshakes.leave(stream)
         stream.close()
-        self._link_shares.leave(address)
+        self.shares["link"].leave(address)
 
     def _greet(self, link: Link, deadline: Deadline) -> PooledLink:
         """HELLO, CHALLENGE, AUTH, WELCOME.  Raises `Refusal`, `LinkFault`, `OSError`, `EOFError`."""
@@ -573,11 +667,14 @@ class RelayServer(Relay):
         name, proven = shown(hello.text("name"), 64), tcprelay.certificate_name(link.stream)
         name = f"{name} (certificate {proven})" if proven else name
         pooled = PooledLink(link, service, client, name, link.stream.peer)
+        pooled.worker = int(hello.number("worker", 0, 1e6))
         pooled.wanted = int(hello.number("idle", 1, 1e6))
+        if self._gauges is not None:
+            pooled.wanted = math.ceil(pooled.wanted / self._gauges.workers)
         welcome = {
             "heartbeat": self.options.heartbeat,
             "address": show_address(self._bound[service]),
-            "waiting": self._pool.count_waiting(service),
+            "waiting": self._count_waiting(service),
         }
         self._join_pool(pooled)
         try:
@@ -648,7 +745,9 @@ class RelayServer(Relay):
         except (OSError, EOFError) as error:
             self._drop_link(pooled, say_error(error))
         else:
-            if not self._pool.put(pooled):
+            if self._pool.put(pooled):
+                self._tell_idle(pooled.service)
+            else:
                 left = isinstance(link, Link) and link.machine.leaving
                 self._retire(pooled, "the relay client gave it up" if left else "this relay server is ending")
 
@@ -672,7 +771,7 @@ class RelayServer(Relay):
     def _drop_link(self, pooled: PooledLink, reason: str) -> None:
         """Close a link that is not in the pool; its owner calls this."""
         pooled.link.close()
-        self._link_shares.leave(pooled.address)
+        self.shares["link"].leave(pooled.address)
         self._forget(pooled, reason)
 
     def _forget(self, pooled: PooledLink, reason: str) -> None:
@@ -747,9 +846,8 @@ class RelayServer(Relay):
 
     # Service clients
 
-    def _serve_client(self, service: str, sock: socket.socket, address: Any) -> None:
+    def _serve_client(self, client: ServiceClient) -> None:
         """A service client's connection from accept to its closing record; the top of its thread."""
-        client = ServiceClient(service, sock, address, self._credentials.services)
         refusal = Refusal("too many connections at once (--max-connections)")
         admitted = self._splices.admit()
         try:
@@ -757,11 +855,16 @@ class RelayServer(Relay):
                 self._shake_hands(client)
                 self._splice(client, self._find_link(client))
                 return
+        except NoLinkHere:
+            client.stream.close()  # this process's descriptor; the parent has another
+            return
         except Refusal as error:
             refusal = error.apart()
         finally:
+            self._settle(client)
             client.stream.close()
-            self._client_shares.leave(address)
+            if not client.passed_on:
+                self.shares["client"].leave(client.address)
             if admitted:
                 self._splices.leave()
         self._emit(ConnectionFailed(reason=str(refusal), seconds=client.seconds, **client.record))
@@ -778,14 +881,23 @@ class RelayServer(Relay):
 
     def _find_link(self, client: ServiceClient) -> PooledLink:
         """Offer the service client to one idle link after another until a service answers.  Raises `Refusal`."""
-        deadline = Deadline(self.options.pair_timeout)
-        failed: set[str] = set()  # relay clients, not links: what one cannot dial on one link it cannot on others
-        reason = ""
+        deadline = Deadline(max(0.0, self.options.pair_timeout - client.waited))
+        failed = client.failed  # relay clients, not links: what one cannot dial on one link it cannot on others
+        reason = client.reason
         while True:
-            pooled, waited = self._pool.take(client.service, failed, deadline, reason)
+            try:
+                pooled, waited = self._pool.take(client.service, failed, deadline, reason, wait=self._gauges is None)
+            except NoLinkHere:
+                if not isinstance(client.stream, TLSStream):
+                    client.passed_on = True
+                    self._send_back(client, failed, reason)
+                    raise
+                self.send_to_parent({"look": client.service})
+                pooled, waited = self._pool.take(client.service, failed, deadline, reason)
+            self._settle(client)
             pooled.last_used = time.monotonic()
             try:
-                client.look(waited)
+                client.look(waited or client.queued)
             except Refusal:
                 self._give_back(pooled)
                 raise
@@ -819,7 +931,7 @@ class RelayServer(Relay):
         Returns why the service could not be reached, "" when it answered.  Nothing here can block beyond the
         deadline.  Raises `TimeoutError`, `Stopping`, `EOFError`, `LinkFault`, `OSError`: the link is lost.
         """
-        waiting = self._pool.count_waiting(client.service)
+        waiting = self._count_waiting(client.service)
         link.machine.send(START)
         fields = {"id": client.id, "client": client.peer, "port": show_address(self._bound[client.service]),
                   "waiting": waiting}  # fmt: skip
@@ -858,6 +970,12 @@ class RelayServer(Relay):
         while not link.stream.send_now(out):
             tcprelay.wait_for(link.fd, select.POLLOUT, deadline, self._cut)
         return "" if frame.kind == READY else shown(frame.text("reason")) or "no reason given"
+
+    def _count_waiting(self, service: str) -> int:
+        """How many service clients wait for a link, in all processes."""
+        if self._gauges is not None:
+            return self._gauges.count_waiting(service)
+        return self._pool.count_waiting(service)
 
     def _splice(self, client: ServiceClient, pooled: PooledLink) -> None:
         """Carry a connection whose service has answered, tell its record, and give the link back."""
@@ -926,6 +1044,7 @@ class ServiceClient:
     def __init__(self, service: str, sock: socket.socket, address: Any, context: ssl.SSLContext | None = None) -> None:
         self.id = tcprelay.random_id(4)
         self.service = service
+        self.address = address
         self.peer = show_address(address)
         self.stream = make_stream(sock, f"service client {self.peer}", address, context)
         self.early = bytearray()
@@ -933,12 +1052,33 @@ class ServiceClient:
         """It has ended its direction: all that it sends is in `early`."""
         self.gone = ""
         """Why it is no longer there."""
+        self.failed: set[str] = set()
+        """Ids of relay clients that could not reach their service."""
+        self.reason = ""
+        """Why the last of them could not."""
+        self.waited, self.queued = 0.0, False
+        """Seconds that it has been in the parent and in other workers, and whether the parent had no link for it."""
+        self.settled = self.passed_on = False
+        """The parent knows from the gauges what became of it; it has been sent back to the parent."""
         self._since = time.monotonic()
         self.record = {"id": self.id, "service": service, "peer": self.peer}
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._since
+
+    def state(self, failed: set[str], reason: str) -> dict[str, Any]:
+        """What another worker has to know of it, beside its early bytes."""
+        return {"service": self.service, "address": self.address, "id": self.id, "since": self._since,
+                "ended": self.ended, "failed": list(failed), "reason": reason}  # fmt: skip
+
+    def resume(self, fields: dict[str, Any], early: bytes) -> None:
+        """Go on from such a state."""
+        self._since, self.waited, self.queued = fields["since"], fields["waited"], fields["queued"]
+        if "id" in fields:
+            self.id = self.record["id"] = fields["id"]
+            self.ended, self.failed, self.reason = fields["ended"], set(fields["failed"]), fields["reason"]
+            self.early = bytearray(early)
 
     @property
     def may_send_more(self) -> bool:
@@ -980,24 +1120,29 @@ class ServiceClient:
 
 
 class Shares:
-    """How many connections each address has (see `tcprelay.address_group`), up to `most`; 0 is no limit."""
+    """How many connections each address has (see `tcprelay.address_group`), up to `most`; 0 is no limit, and nothing
+    is counted."""
 
     def __init__(self, most: int) -> None:
-        self._most = most
+        self.most = most
         self._lock = threading.Lock()  # over what follows
         self._counts: dict[str, int] = {}
 
     def enter(self, address: Any) -> bool:
         """Count one in; False where the address has as many as it may have.  Each one counted in calls `leave`."""
+        if not self.most:
+            return True
         group = tcprelay.address_group(address)
         with self._lock:
             count = self._counts.get(group, 0)
-            if 0 < self._most <= count:
+            if self.most <= count:
                 return False
             self._counts[group] = count + 1
             return True
 
     def leave(self, address: Any) -> None:
+        if not self.most:
+            return
         group = tcprelay.address_group(address)
         with self._lock:
             self._counts[group] -= 1
@@ -1061,6 +1206,8 @@ class PooledLink:
         self.service = service
         self.client = client
         """The relay client's id, random per process; of a raw link, its host."""
+        self.worker = 0
+        """Which of its relay client's processes it leads to."""
         self.name = name
         self.peer = show_address(address)
         self.host = self.peer.rpartition(":")[0]
@@ -1073,6 +1220,10 @@ class PooledLink:
         """Its connection is over here, but the relay client may still be passing bytes on to a service that reads
         slowly, and hears nothing else meanwhile: not to be used before the PONG, however long that takes."""
 
+    @property
+    def origin(self) -> Origin:
+        return self.client, self.worker
+
     def take_pong(self, kind: int) -> None:
         """Note a frame between connections.  Raises `LinkFault` for a PONG that nobody asked for: a flood of
         them would keep the keeper busy."""
@@ -1084,15 +1235,21 @@ class PooledLink:
             self.settling = self.settling and self.pongs_due > 0
 
 
+Origin = tuple[str, int]
+"""A relay client, and which of its processes: links are handed out from each in turn."""
+
+
 class Pool:
     """Idle links and waiting service clients of all services: the queue that pairs them.
 
     Service clients are served in the order in which they came, each waiting on a condition of its own, so that
-    a link goes to the first and nobody can overtake.  Links are handed out from each relay client in turn, and
-    of one relay client's the most recently proven alive.  Nothing here does I/O or calls back.
+    a link goes to the first and nobody can overtake.  Links are handed out from each relay client's processes in
+    turn, and of those of one the most recently proven alive.  Nothing here does I/O or calls back.
     """
 
-    def __init__(self, services: Sequence[str], max_pending: int, most: int) -> None:
+    def __init__(
+        self, services: Sequence[str], max_pending: int, most: int, gauges: WorkerGauges | None = None
+    ) -> None:
         self.selector = selectors.DefaultSelector()
         """Watches the idle links, for the keeper; links are entered and removed under the lock."""
         self._max_pending = max_pending
@@ -1100,7 +1257,9 @@ class Pool:
         """Links at once, idle or not."""
         self._lock = threading.Lock()  # over all that follows
         self._waiting: dict[str, deque[_Waiter]] = {name: deque() for name in services}
-        self._idle: dict[str, OrderedDict[str, OrderedDict[PooledLink, None]]] = {n: OrderedDict() for n in services}
+        self._idle: dict[str, OrderedDict[Origin, OrderedDict[PooledLink, None]]] = {n: OrderedDict() for n in services}
+        self._idle_counts = dict.fromkeys(services, 0)
+        self._gauges = gauges
         self._settling: set[PooledLink] = set()
         self._members: dict[tuple[str, str], int] = {}  # links of (service, client), idle or not
         self._closed = False
@@ -1140,32 +1299,42 @@ class Pool:
                     waiter.condition.notify()
                     return True
             self.selector.register(pooled.link.fd, selectors.EVENT_READ, pooled)
-            links = self._idle[pooled.service].setdefault(pooled.client, OrderedDict())
+            links = self._idle[pooled.service].setdefault(pooled.origin, OrderedDict())
             links[pooled] = None
             if pooled.pongs_due:  # the last one is taken first: let it be one that is known to be alive
                 links.move_to_end(pooled, last=False)
+            self._count(pooled.service, 1)
             return True
 
-    def take(self, service: str, failed: set[str], deadline: Deadline, reason: str = "") -> tuple[PooledLink, bool]:
+    def take(
+        self, service: str, failed: set[str], deadline: Deadline, reason: str = "", *, wait: bool = True
+    ) -> tuple[PooledLink, bool]:
         """An idle link of a relay client that is not in `failed`, waited for until the deadline; and whether it was.
 
-        Where one has failed already nobody waits: `reason` says why the last one did.  Raises `Refusal`.
+        Where one has failed already nobody waits: `reason` says why the last one did.  Raises `Refusal`, and
+        without `wait` `NoLinkHere`.
         """
         with self._lock:
             if self._closed:
                 raise Refusal("the relay server is ending")
             if (pooled := self._pick(service, failed)) is not None:
                 return pooled, False
+            if not wait:
+                raise NoLinkHere
             if failed:
                 raise Refusal(f"the service cannot be reached: {reason}")
             if len(self._waiting[service]) >= self._max_pending:
                 raise Refusal("too many service clients wait for a link (--max-pending)")
             waiter = _Waiter(threading.Condition(self._lock), failed)
             self._waiting[service].append(waiter)
-            waiter.condition.wait_for(lambda: waiter.pooled or self._closed, deadline.remaining())
-            if waiter.pooled is not None:
-                return waiter.pooled, True
-            self._waiting[service].remove(waiter)
+            self._count(service, 0)
+            try:
+                waiter.condition.wait_for(lambda: waiter.pooled or self._closed, deadline.remaining())
+                if waiter.pooled is not None:
+                    return waiter.pooled, True
+                self._waiting[service].remove(waiter)
+            finally:
+                self._count(service, 0)
             if self._closed:
                 raise Refusal("the relay server is ending")
             raise Refusal("no link was idle in time (--pair-timeout); is a relay client connected?")
@@ -1177,7 +1346,7 @@ class Pool:
                 self._settling.discard(pooled)
                 self.selector.unregister(pooled.link.fd)
                 return True
-            if pooled not in self._idle[pooled.service].get(pooled.client, ()):
+            if pooled not in self._idle[pooled.service].get(pooled.origin, ()):
                 return False
             self._remove(pooled)
             return True
@@ -1190,11 +1359,11 @@ class Pool:
     def has_surplus(self, pooled: PooledLink) -> bool:
         """Whether the relay client of this link has more idle ones than it wants."""
         with self._lock:
-            return len(self._idle[pooled.service].get(pooled.client, ())) > pooled.wanted
+            return len(self._idle[pooled.service].get(pooled.origin, ())) > pooled.wanted
 
     def count_idle(self) -> int:
         with self._lock:
-            return sum(len(links) for clients in self._idle.values() for links in clients.values())
+            return sum(self._idle_counts.values())
 
     def count_waiting(self, service: str | None = None) -> int:
         """How many service clients wait, for one service or for all."""
@@ -1220,23 +1389,30 @@ class Pool:
         return idle + list(self._settling)
 
     def _pick(self, service: str, failed: set[str]) -> PooledLink | None:
-        clients = self._idle[service]
-        for client, links in clients.items():
-            if client not in failed:
+        origins = self._idle[service]
+        for origin, links in origins.items():
+            if origin[0] not in failed:
                 pooled = next(reversed(links))
                 self._remove(pooled)
-                if client in clients:
-                    clients.move_to_end(client)
+                if origin in origins:
+                    origins.move_to_end(origin)
                 return pooled
         return None
 
     def _remove(self, pooled: PooledLink) -> None:
-        clients = self._idle[pooled.service]
-        links = clients[pooled.client]
+        origins = self._idle[pooled.service]
+        links = origins[pooled.origin]
         del links[pooled]
         if not links:
-            del clients[pooled.client]
+            del origins[pooled.origin]
+        self._count(pooled.service, -1)
         self.selector.unregister(pooled.link.fd)
+
+    def _count(self, service: str, more: int) -> None:
+        """So many more links of this service are idle; under the lock."""
+        self._idle_counts[service] += more
+        if self._gauges is not None:
+            self._gauges.show(service, self._idle_counts[service], len(self._waiting[service]))
 
 
 class _Waiter:
@@ -1248,6 +1424,381 @@ class _Waiter:
         self.condition = condition
         self.failed = failed
         self.pooled: PooledLink | None = None
+
+
+# --- Workers --------------------------------------------------------------------------------------------------
+#
+# With --workers the parent accepts and the workers serve.  A link goes to the worker with the fewest idle ones, before
+# its handshake, and stays there.  A service client goes to a worker that has an idle link for its service, and where
+# none has it waits in the parent, so that there is one queue.  How many links are idle where the parent reads from
+# memory that it shares with the workers: no message is needed for that, and two for a connection in all.
+#
+# What the parent has read may be over when a service client arrives: then it is sent back, and so is one whose relay
+# client cannot reach the service, with the bytes that it has sent: another worker may have a link of another relay
+# client.  Only where the service port speaks TLS, a service client stays where its handshake was: it waits in the
+# worker, new links go there first, and if idle links are elsewhere, one of them is closed to be opened anew.
+
+
+class WorkerGauges:
+    """What workers and their parent show each other in shared memory; each number has one writer.
+
+    A worker shows how many links are idle, how many service clients wait, how many of those that the parent has sent
+    are settled (they have a link, or are gone), for each service; how many links have arrived, and how many connections
+    there are.  The parent shows how many service clients wait with it.  The order counts: who takes a link shows
+    first that there is one less, and then that the service client is settled; so what the parent reads, in the
+    opposite order, is never more than there is.
+    """
+
+    IDLE, WAITING, SETTLED, OF_SERVICE = 0, 1, 2, 3
+
+    def __init__(self, workers: int, services: Sequence[str]) -> None:
+        self.workers = workers
+        self._services = {name: number for number, name in enumerate(services)}
+        self._row = len(services) * self.OF_SERVICE + 2
+        self._memory = mmap.mmap(-1, 8 * (workers * self._row + len(services)))
+        self._numbers = memoryview(self._memory).cast("q")
+        self._me = 0
+        self._lock = threading.Lock()  # over the numbers that `settle` and `links_arrived` count up
+
+    # In a worker
+
+    def become(self, number: int) -> None:
+        self._me = number
+        for index in range(number * self._row, (number + 1) * self._row):
+            self._numbers[index] = 0
+
+    def show(self, service: str, idle: int, waiting: int) -> None:
+        start = self._start(self._me, service)
+        self._numbers[start + self.IDLE] = idle
+        self._numbers[start + self.WAITING] = waiting
+
+    def settle(self, service: str) -> None:
+        with self._lock:
+            self._numbers[self._start(self._me, service) + self.SETTLED] += 1
+
+    def links_arrived(self) -> None:
+        with self._lock:
+            self._numbers[(self._me + 1) * self._row - 2] += 1
+
+    def show_open(self, count: int) -> None:
+        self._numbers[(self._me + 1) * self._row - 1] = count
+
+    def are_links_wanted(self, service: str) -> bool:
+        """Whether service clients wait elsewhere."""
+        return self.count_waiting(service) > self._numbers[self._start(self._me, service) + self.WAITING]
+
+    # Anywhere
+
+    def count_waiting(self, service: str) -> int:
+        own = self._numbers[self.workers * self._row + self._services[service]]
+        return own + sum(self.waiting(number, service) for number in range(self.workers))
+
+    # In the parent
+
+    def idle(self, number: int, service: str, sent: int) -> int:
+        """How many links are idle in a worker beyond those for the service clients that are on their way to it."""
+        under_way = self.under_way(number, service, sent)
+        return self._numbers[self._start(number, service) + self.IDLE] - under_way
+
+    def under_way(self, number: int, service: str, sent: int) -> int:
+        return sent - self._numbers[self._start(number, service) + self.SETTLED]
+
+    def waiting(self, number: int, service: str) -> int:
+        return self._numbers[self._start(number, service) + self.WAITING]
+
+    def links_under_way(self, number: int, sent: int) -> int:
+        return sent - self._numbers[(number + 1) * self._row - 2]
+
+    def open(self, number: int) -> int:
+        return self._numbers[(number + 1) * self._row - 1]
+
+    def show_queue(self, service: str, length: int) -> None:
+        self._numbers[self.workers * self._row + self._services[service]] = length
+
+    def _start(self, number: int, service: str) -> int:
+        return number * self._row + self._services[service] * self.OF_SERVICE
+
+
+class RemoteShares(Shares):
+    """In a worker: the parent counts what each address has, and hears who has left."""
+
+    def __init__(self, server: RelayServer, kind: str) -> None:
+        super().__init__(server.shares[kind].most)
+        self._server = server
+        self._kind = kind
+
+    def leave(self, address: Any) -> None:
+        if self.most:
+            self._server.send_to_parent({"left": self._kind, "address": address})
+
+
+class Visitor:
+    """A service client in the parent."""
+
+    __slots__ = ("address", "deadline", "early", "queued", "service", "since", "sock", "state", "visited")
+
+    def __init__(self, service: str, sock: socket.socket, address: Any, patience: float) -> None:
+        self.service = service
+        self.sock = sock
+        self.address = address
+        self.since = time.monotonic()
+        self.deadline = self.since + patience
+        self.queued = False
+        self.state: dict[str, Any] = {}
+        """What a worker that has sent it back knows of it."""
+        self.early = b""
+        self.visited: set[int] = set()
+        """The workers none of whose relay clients could reach the service."""
+
+
+class ServerWorkers(Workers):
+    """The parent of a relay server's workers: see above."""
+
+    role: RelayServer
+    LOOK_AGAIN = 0.25
+    """Seconds after which who waits is looked after even if no worker has said a word."""
+
+    def __init__(self, server: RelayServer, count: int) -> None:
+        super().__init__(server, count)
+        services = [service.name for service in server.options.services]
+        self._gauges = WorkerGauges(count, services)
+        self._queues: dict[str, deque[Visitor]] = {name: deque() for name in services}
+        self._sent = [dict.fromkeys([*services, ""], 0) for _ in range(count)]
+        """How many service clients, and under "" links, each worker has been sent."""
+        self._held: list[Counter[tuple[str, Any]]] = [Counter() for _ in range(count)]
+        """What of the addresses' shares is in each worker, by kind and address."""
+        self._present: dict[tuple[str, str], tuple[ClientUp, set[int]]] = {}
+        """The relay clients, and which workers have links of them."""
+        self._resume_at = 0.0
+        """When to accept again, after an error; 0 while nothing is wrong."""
+        self._pause, self._told = 0.005, 0.0
+        self._next_give_up = 0.0
+        server.hand_on = self._receive_connection
+
+    def open(self) -> None:
+        self._watch_listeners()
+
+    def become(self, worker: WorkerProcess) -> None:
+        for queue in self._queues.values():
+            for visitor in queue:
+                visitor.sock.close()
+        self._gauges.become(worker.number)
+        self.role.become_one_of(len(self.workers), self._gauges)
+
+    def stop_intake(self) -> None:
+        if not self._resume_at:
+            for listener in self.role.listeners:
+                self.selector.unregister(listener)
+        self._resume_at = math.inf
+        self.role.close_listeners()
+        for service in self._queues:
+            while visitor := self._next(service):
+                self._refuse(visitor, "the relay server is ending")
+
+    # Accepting
+
+    def _watch_listeners(self) -> None:
+        for listener in self.role.listeners:
+            self.selector.register(listener, selectors.EVENT_READ, functools.partial(self._accept, listener))
+
+    def _accept(self, listener: socket.socket) -> None:
+        if self._resume_at:
+            return
+        try:
+            self.role.accept_from(listener)
+            self._pause = 0.005
+        except (OSError, RuntimeError, MemoryError) as error:
+            if time.monotonic() - self._told >= 1.0:
+                self._told = time.monotonic()
+                self.emit(AcceptPaused(reason=say_error(error)))
+            for watched in self.role.listeners:
+                self.selector.unregister(watched)
+            self._resume_at = time.monotonic() + self._pause
+            self._pause = min(2 * self._pause, 1.0)
+
+    def _receive_connection(self, service: str, sock: socket.socket, address: Any) -> None:
+        """A connection was accepted.  Raises `RuntimeError` where it cannot be taken."""
+        if service:
+            self._receive_client(Visitor(service, sock, address, self.role.options.pair_timeout))
+            return
+
+        def load(worker: WorkerProcess) -> tuple[int, int]:
+            number, sent = worker.number, self._sent[worker.number]
+            balance = self._gauges.links_under_way(number, sent[""])
+            for name in self._queues:
+                balance += self._gauges.idle(number, name, sent[name]) - self._gauges.waiting(number, name)
+            return balance, self._gauges.open(number)
+
+        for worker in sorted(self._living(), key=load):
+            if worker.send(tcprelay.encode_message({"service": "", "address": address}), [sock.fileno()]):
+                self._sent[worker.number][""] += 1
+                self._hold(worker, "link", address, 1)
+                sock.close()
+                return
+        raise RuntimeError("no worker takes it")
+
+    def _living(self) -> list[WorkerProcess]:
+        return [worker for worker in self.workers if worker.pid]
+
+    # Service clients
+
+    def _receive_client(self, visitor: Visitor) -> None:
+        queue, options = self._queues[visitor.service], self.role.options
+        if options.max_connections and self._count_clients() >= options.max_connections:
+            self._refuse(visitor, "too many connections at once (--max-connections)")
+        elif queue or not self._send(visitor):
+            if len(queue) >= options.max_pending:
+                self._refuse(visitor, "too many service clients wait for a link (--max-pending)")
+                return
+            visitor.queued = True
+            queue.append(visitor)
+            self._serve_queue(visitor.service)
+
+    def _count_clients(self) -> int:
+        waiting = sum(map(len, self._queues.values()))
+        for number, sent in enumerate(self._sent):
+            waiting += self._gauges.open(number)
+            waiting += sum(self._gauges.under_way(number, service, sent[service]) for service in self._queues)
+        return waiting
+
+    def _send(self, visitor: Visitor) -> bool:
+        """Send a service client to a worker that has a link for it; False where there is none."""
+        service, best, most = visitor.service, None, (0, 0)
+        for worker in self.workers:
+            if worker.pid and worker.number not in visitor.visited:
+                idle = self._gauges.idle(worker.number, service, self._sent[worker.number][service])
+                rank = idle, -self._gauges.open(worker.number)
+                if idle > 0 and (best is None or rank > most):
+                    best, most = worker, rank
+        if best is None:
+            return False
+        fields = {**visitor.state, "service": service, "address": visitor.address, "since": visitor.since,
+                  "waited": time.monotonic() - visitor.since, "queued": visitor.queued}  # fmt: skip
+        if not best.send(tcprelay.encode_message(fields, visitor.early), [visitor.sock.fileno()]):
+            return False
+        self._sent[best.number][service] += 1
+        self._hold(best, "client", visitor.address, 1)
+        visitor.sock.close()
+        return True
+
+    def _serve_queue(self, service: str) -> None:
+        """Pair who waits with what is idle; the queue's length is shown before that is looked at."""
+        queue = self._queues[service]
+        self._gauges.show_queue(service, len(queue))
+        while queue and self._send(queue[0]):
+            queue.popleft()
+            self._gauges.show_queue(service, len(queue))
+
+    def _next(self, service: str) -> Visitor | None:
+        queue = self._queues[service]
+        visitor = queue.popleft() if queue else None
+        self._gauges.show_queue(service, len(queue))
+        return visitor
+
+    def _refuse(self, visitor: Visitor, reason: str) -> None:
+        visitor.sock.close()
+        self.role.shares["client"].leave(visitor.address)
+        record = {"service": visitor.service, "peer": show_address(visitor.address)}
+        id = visitor.state.get("id") or tcprelay.random_id(4)
+        self.emit(ConnectionFailed(id=id, seconds=time.monotonic() - visitor.since, reason=reason, **record))
+
+    def _balance(self, service: str) -> None:
+        """Where service clients wait in one worker, and links are idle in another: have one opened anew."""
+        now = time.monotonic()
+        if now < self._next_give_up:
+            return
+        spare = {worker.number: self._gauges.idle(worker.number, service, self._sent[worker.number][service])
+                 - self._gauges.waiting(worker.number, service) for worker in self._living()}  # fmt: skip
+        if spare and min(spare.values()) < 0 < max(spare.values()):
+            richest = max(spare, key=lambda number: spare[number])
+            self.workers[richest].send(tcprelay.encode_message({"service": service}))
+            self._next_give_up = now + self.LOOK_AGAIN
+
+    # Workers
+
+    def hear(self, worker: WorkerProcess, message: dict[str, Any], payload: bytes, descriptors: list[int]) -> None:
+        if "look" in message:
+            self._serve_queue(message["look"])
+            self._balance(message["look"])
+        elif "left" in message:
+            address = tuple(message["address"])
+            self._hold(worker, message["left"], address, -1)
+            self.role.shares[message["left"]].leave(address)
+        elif descriptors:
+            self._take_back(worker, message, payload, descriptors[0])
+
+    def _take_back(self, worker: WorkerProcess, state: dict[str, Any], early: bytes, descriptor: int) -> None:
+        address = tuple(state["address"])
+        family = socket.AF_INET6 if len(address) == 4 else socket.AF_INET
+        visitor = Visitor(state["service"], socket.socket(family, socket.SOCK_STREAM, 0, descriptor), address, 0.0)
+        visitor.since, visitor.state, visitor.early = state["since"], state, early
+        visitor.deadline = visitor.since + self.role.options.pair_timeout
+        self._hold(worker, "client", address, -1)
+        visitor.visited = set(state.get("visited", ()))
+        if state["failed"]:
+            visitor.visited.add(worker.number)
+            state["visited"] = list(visitor.visited)
+            if not self._send(visitor):
+                self._refuse(visitor, f"the service cannot be reached: {state['reason']}")
+            return
+        self._queues[visitor.service].appendleft(visitor)
+        self._serve_queue(visitor.service)
+
+    def _hold(self, worker: WorkerProcess, kind: str, address: Any, more: int) -> None:
+        """So much more of an address's share is in a worker."""
+        if self.role.shares[kind].most:
+            held = self._held[worker.number]
+            held[kind, address] += more
+            if not held[kind, address]:
+                del held[kind, address]
+
+    def tell(self, event: str, fields: dict[str, Any], worker: WorkerProcess) -> None:
+        """A relay client is connected while one of the workers has links of it."""
+        key = fields["service"], fields["client"]
+        if event == "ClientUp":
+            if key not in self._present:
+                self._present[key] = ClientUp(**fields), set()
+                self.emit(self._present[key][0])
+            self._present[key][1].add(worker.number)
+        elif key in self._present:
+            self._absent(key, worker, fields["reason"])
+
+    def _absent(self, key: tuple[str, str], worker: WorkerProcess, reason: str) -> None:
+        up, numbers = self._present[key]
+        numbers.discard(worker.number)
+        if not numbers:
+            del self._present[key]
+            self.emit(ClientDown(service=up.service, client=up.client, name=up.name, peer=up.peer, reason=reason))
+
+    def lost(self, worker: WorkerProcess) -> None:
+        for kind, address in self._held[worker.number].elements():
+            self.role.shares[kind].leave(address)
+        self._held[worker.number].clear()
+        self._sent[worker.number] = dict.fromkeys(self._sent[worker.number], 0)
+        self._gauges.become(worker.number)
+        for key in [key for key, (_, numbers) in self._present.items() if worker.number in numbers]:
+            self._absent(key, worker, "its worker has died")
+
+    def look_at_time(self) -> float:
+        now, wait = time.monotonic(), 1.0
+        if self._resume_at and now >= self._resume_at:
+            self._resume_at = 0.0
+            self._watch_listeners()
+        elif self._resume_at:
+            wait = min(wait, self._resume_at - now)
+        self.emit.tell_floods()
+        for service, queue in self._queues.items():
+            self._serve_queue(service)
+            self._balance(service)
+            while queue and queue[0].deadline <= now:
+                reason = "no link was idle in time (--pair-timeout); is a relay client connected?"
+                self._refuse(queue.popleft(), reason)
+            self._gauges.show_queue(service, len(queue))
+            if self._gauges.count_waiting(service):
+                wait = min(wait, self.LOOK_AGAIN)
+            if queue:
+                wait = min(wait, queue[0].deadline - now)
+        return wait
 
 
 # --- The command ----------------------------------------------------------------------------------------------

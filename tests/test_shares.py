@@ -74,7 +74,7 @@ def test_service_clients_of_one_address(bench: Bench) -> None:
     other.sendall(b"y")
     assert read_exactly(other, 1) == b"y"
     held[0].close()
-    wait_until(lambda: server._client_shares._counts["127.0.0.2"] == 1)
+    wait_until(lambda: server.shares["client"]._counts["127.0.0.2"] == 1)
     again = connect_from(bench, "127.0.0.2", port)
     again.sendall(b"z")
     assert read_exactly(again, 1) == b"z"
@@ -94,14 +94,14 @@ def test_links_of_one_address(bench: Bench) -> None:
     first.end(0)
     wait_until(lambda: second.counters["links_idle"] == 2)
     second.end(0)
-    wait_until(lambda: not server._link_shares._counts)
+    wait_until(lambda: not server.shares["link"]._counts)
 
 
 def test_a_relay_client_without_a_link_says_why(bench: Bench) -> None:
     """The limit of the server's side stands in the client's log."""
     server = bench.server(max_links_per_address=1)
     holder = Link(Stream(bench.enter(socket.create_connection(("127.0.0.1", server.relay_address[1]))), "x"), "client")
-    wait_until(lambda: server._link_shares._counts)
+    wait_until(lambda: server.shares["link"]._counts)
     bench.enter(RelayClient("127.0.0.1", 1, "127.0.0.1", server.relay_address[1], 2, on_event=bench.client_events))
     [event] = bench.client_events.wait(Unpublished)
     assert event.reason.startswith("refused by the relay: there are too many links from its address")
@@ -140,7 +140,7 @@ def test_the_greediest_address_gives_way(bench: Bench, monkeypatch: pytest.Monke
     server: RelayServer = bench.server()
     port = server.relay_address[1]
     slow = connect_from(bench, "127.0.0.3", port)
-    wait_until(lambda: server._link_shares._counts.get("127.0.0.3"))
+    wait_until(lambda: "127.0.0.3" in server._handshakes._streams)
     flood = [connect_from(bench, "127.0.0.2", port) for _ in range(30)]
     refused = bench.server_events.wait(LinkRefused, 27)
     assert {event.peer.partition(":")[0] for event in refused} == {"127.0.0.2"}
