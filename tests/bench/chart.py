@@ -1,0 +1,7 @@
+"""The chart."""
+
+from .report import Results
+
+
+def draw(results: Results) -> str:
+    return ""
