@@ -99,8 +99,16 @@ class Requests(Case):
 
     def __init__(self, kind: str, connections: int, *arguments: str) -> None:
         self.name, self.pool = f"{kind}-{connections}", Pool(stock=max(64, connections))
+        self._connections = connections
         self._arguments = (f"-t{min(2, connections)}", f"-c{connections}", *arguments)
         self.metrics = {"rate": f"{kind}/s", "p50": "ms", "p99": "ms", "errors": "count"}
+
+    def lasts(self, seconds: int) -> float:
+        return self.around + self._length(seconds)
+
+    def _length(self, seconds: int) -> int:
+        """Twice as long with so many that opening them takes a part of it."""
+        return 2 * seconds if self._connections > 100 else seconds
 
     def start_service(self, processes: Processes, port: int) -> None:
         here, nginx = processes.directory, find_program("nginx")
@@ -116,8 +124,9 @@ class Requests(Case):
         processes.start("http service", nginx, "-e", "stderr", "-c", here / "nginx.conf", far=True)
 
     def measure(self, processes: Processes, relay: Relay, seconds: int) -> dict[str, float]:
-        arguments = ("-d", seconds, "--timeout", 5, "--latency", f"http://{relay.host}:{relay.port}/")
-        return parse_wrk(processes.run(seconds + SPARE_TIME, "wrk", *self._arguments, *arguments))
+        length, url = self._length(seconds), f"http://{relay.host}:{relay.port}/"
+        arguments = (*self._arguments, "-d", length, "--timeout", 5, "--latency", url)
+        return parse_wrk(processes.run(length + SPARE_TIME, "wrk", *arguments))
 
 
 def parse_wrk(output: str) -> dict[str, float]:

@@ -28,12 +28,12 @@ def say(name: str, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def version_of(name: str, option: str = "--version") -> str:
-    """Its version, "" where it does not tell one."""
+def version_of(called: str, name: str, option: str = "--version") -> str:
+    """What a program is called, and its version, where it tells one."""
     found = re.search(r"\d+\.\d+[\w.]*", say(name, option))
     version = found[0] if found else ""
     if version.startswith("0.0.0") and find_program("go"):
         # A program in Go that was not built by its makers does not know it, but its modules are written in it.
         built = re.search(r"\smod\s+\S+\s+v([\w.-]+)", say("go", "version", "-m", find_program(name)))
         version = built[1] if built else version
-    return version
+    return f"{called} {version}".strip()

@@ -56,7 +56,7 @@ class Subject:
     name: str
     start: Callable[[Processes, Order], Relay]
     """Exposes a service; returns when that is so, or raises `Failure`."""
-    version: Callable[[], str] = str
+    version: Callable[[], str] = str  # with the program's name
     encrypted: bool = False  # what passes between relay client and relay server
     pooled: bool = False  # `Pool.size` can be chosen
     missing: str = ""  # what it needs and this machine does not have, in one line
@@ -254,26 +254,28 @@ def without_rathole(feature: str) -> str:
 
 def make_subjects() -> list[Subject]:
     """All of them; one whose programs are not here says so."""
-    version, node, both = tcprelay.__version__, "node-tcp-relay", {"encrypted": True, "pooled": True}
+    ours, old, new = f"tcprelay {tcprelay.__version__}", f"node-tcp-relay {OLD}", f"node-tcp-relay {NEW}"
     openssl, sshd = absent("openssl"), absent("sshd", "ssh", "ssh-keygen")
-    frp, rathole = absent("frps", "frpc"), absent("rathole")
+    chisel, bore, frp, rathole = absent("chisel"), absent("bore"), absent("frps", "frpc"), absent("rathole")
+    both, no_old, no_new = {"encrypted": True, "pooled": True}, without_node(OLD), without_node(NEW)
     found = [
         Subject("direct", start_direct),
-        Subject("tcprelay", partial(start_tcprelay, tls=False), lambda: version, pooled=True),
-        Subject("tcprelay-tls", partial(start_tcprelay, tls=True), lambda: version, missing=openssl, **both),
-        Subject(node, partial(start_node, release=OLD), lambda: OLD, pooled=True, missing=without_node(OLD)),
-        Subject("node-tls", partial(start_node, release=NEW), lambda: NEW, missing=without_node(NEW), **both),
-        Subject("ssh-R", start_ssh, partial(version_of, "ssh", "-V"), encrypted=True, missing=sshd),
-        Subject("chisel", start_chisel, partial(version_of, "chisel"), encrypted=True, missing=absent("chisel")),
-        Subject("bore", start_bore, partial(version_of, "bore"), missing=absent("bore")),
+        Subject("tcprelay", partial(start_tcprelay, tls=False), lambda: ours, pooled=True),
+        Subject("tcprelay-tls", partial(start_tcprelay, tls=True), lambda: ours, missing=openssl, **both),
+        Subject("node-tcp-relay", partial(start_node, release=OLD), lambda: old, pooled=True, missing=no_old),
+        Subject("node-tls", partial(start_node, release=NEW), lambda: new, missing=no_new, **both),
+        Subject("ssh-R", start_ssh, partial(version_of, "OpenSSH", "ssh", "-V"), encrypted=True, missing=sshd),
+        Subject("chisel", start_chisel, partial(version_of, "chisel", "chisel"), encrypted=True, missing=chisel),
+        Subject("bore", start_bore, partial(version_of, "bore", "bore"), missing=bore),
     ]
     for tls, mux in ((False, False), (False, True), (True, False), (True, True)):
         name, start = "frp" + "-tls" * tls + "-mux" * mux, partial(start_frp, tls=tls, mux=mux)
-        found.append(Subject(name, start, partial(version_of, "frps"), encrypted=tls, missing=frp))
+        found.append(Subject(name, start, partial(version_of, "frp", "frps"), encrypted=tls, missing=frp))
     for transport in ("tcp", "noise", "tls"):
         name, plain = f"rathole-{transport}".removesuffix("-tcp"), transport == "tcp"
         start, missing = partial(start_rathole, transport=transport), rathole if plain else without_rathole(transport)
-        found.append(Subject(name, start, partial(version_of, "rathole"), encrypted=not plain, missing=missing))
+        version = partial(version_of, "rathole", "rathole", "--help")  # --version says when it was built first
+        found.append(Subject(name, start, version, encrypted=not plain, missing=missing))
     return found
 
 
