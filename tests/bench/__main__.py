@@ -58,13 +58,16 @@ def run(options: argparse.Namespace) -> Results:
 
     turns = [(case, turn, subject) for case in cases
              for turn in range(options.repeat)  # all subjects, then all again: what disturbs hits each of them
-             for subject in subjects if case.suits(subject)]  # fmt: skip
+             for subject in subjects if turn < case.times(subject, options.repeat)]  # fmt: skip
     left = sum(case.lasts(options.seconds) for case, _, _ in turns)
-    for case, turn, subject in turns:
-        what = f"{case.name}, {subject.name}, {turn + 1} of {options.repeat}"
-        print(f"{what}; about {left / 60:.0f} minutes left", file=sys.stderr, flush=True)
-        measure(case, subject, options, results)
-        left -= case.lasts(options.seconds)
+    try:
+        for case, turn, subject in turns:
+            what = f"{case.name}, {subject.name}, {turn + 1} of {options.repeat}"
+            print(f"{what}; about {left / 60:.0f} minutes left", file=sys.stderr, flush=True)
+            measure(case, subject, options, results)
+            left -= case.lasts(options.seconds)
+    except KeyboardInterrupt:
+        results.remarks.append(f"interrupted: {what}, and what was to follow, was not measured")
     return results
 
 
@@ -79,9 +82,9 @@ def measure(case: Case, subject: Subject, options: argparse.Namespace, results: 
             relay = subject.start(processes, Order(service, case.pool, options.workers))
             for metric, value in case.measure(processes, relay, options.seconds).items():
                 results.values.setdefault((case.name, metric, subject.name), []).append(value)
-    except (Failure, OSError, subprocess.SubprocessError) as error:
+    except (Failure, OSError, subprocess.SubprocessError, LookupError, ValueError) as error:
         results.failed.add(subject.name)
-        results.remarks.append(f"failed: {where}: {error}")
+        results.remarks.append(f"failed: {where}: {str(error) or repr(error)}")
     results.remarks += [f"odd: {where}: {note}" for note in notes]
 
 

@@ -17,7 +17,7 @@ from .places import LongPath, Place, without_long_path
 from .processes import Failure, Processes, usage
 from .programs import absent, find_program
 from .services import BODY
-from .subjects import Pool, Relay, Subject
+from .subjects import OURS, Pool, Relay, Subject
 
 SPARE_TIME = 20.0  # seconds beyond its own duration that a load generator may take
 BURST_TIMEOUT = 30.0
@@ -36,11 +36,11 @@ class Case(ABC):
     missing = ""  # what it needs and this machine does not have, in one line
     pool = Pool()
     place: type[Place] = Place
-    around = 1.0  # seconds that starting and ending takes, about
+    around = 0.4  # seconds that starting and ending takes, about
 
-    def suits(self, subject: Subject) -> bool:
-        """Whether the question makes sense for a subject."""
-        return True
+    def times(self, subject: Subject, repeat: int) -> int:
+        """How often it is measured when all is to be repeated: never where the question makes no sense."""
+        return repeat
 
     def lasts(self, seconds: int) -> float:
         """How many seconds a measurement takes, about, with a load of so many."""
@@ -70,6 +70,7 @@ class Stream(Case):
 
     def __init__(self, name: str, streams: int, back: bool, place: type[Place] = Place) -> None:
         self.name, self.place, self.pool = name, place, Pool(stock=streams + 1)
+        self.around *= 2 if place is LongPath else 1
         self._arguments = ["-P", streams] + ["-R"] * back
         self.missing = absent("iperf3") or (without_long_path() if place is LongPath else "")
 
@@ -153,8 +154,8 @@ class Burst(Case):
     def __init__(self, count: int, links: int) -> None:
         self.name, self._count, self.pool = f"burst-{count}-pool-{links}", count, Pool(size=links)
 
-    def suits(self, subject: Subject) -> bool:
-        return subject.pooled or self.pool.size == 8
+    def times(self, subject: Subject, repeat: int) -> int:
+        return repeat if subject.pooled or self.pool.size == 8 else 0
 
     def lasts(self, seconds: int) -> float:
         return self.around + 0.5
@@ -206,7 +207,7 @@ class Path(Case):
     name = "far-path"
     metrics = {"round trip": "ms", "speed of 8 streams": "Gbit/s"}
     place = LongPath
-    around = 2.0
+    around = 1.0
 
     def __init__(self) -> None:
         self._stream = Stream(self.name, 8, False, LongPath)
@@ -215,8 +216,8 @@ class Path(Case):
     def start_service(self, processes: Processes, port: int) -> None:
         self._stream.start_service(processes, port)
 
-    def suits(self, subject: Subject) -> bool:
-        return subject.name == "direct"
+    def times(self, subject: Subject, repeat: int) -> int:
+        return repeat if subject.name == "direct" else 0
 
     def measure(self, processes: Processes, relay: Relay, seconds: int) -> dict[str, float]:
         speed = self._stream.measure(processes, relay, seconds)["speed"]
@@ -237,7 +238,7 @@ class FirstByte(Case):
     missing = without_long_path()
     pool = Pool(stock=8)
     place = LongPath
-    around = 2.0
+    around = 1.0
     TRIES, AT_ONCE = 5, 10
     PAUSE = 0.3
     """Seconds between them, for the pool to fill up again, which nothing shows from outside."""
@@ -266,8 +267,8 @@ class Start(Case):
     name = "start"
     metrics = {"server": "ms", "client": "ms"}
 
-    def suits(self, subject: Subject) -> bool:
-        return subject.name != "direct"
+    def times(self, subject: Subject, repeat: int) -> int:
+        return 0 if subject.name == "direct" else repeat
 
     def lasts(self, seconds: int) -> float:
         return self.around
@@ -296,13 +297,14 @@ class Held(Case):
 
     name = "held"
     pool = Pool(most=HELD[-1] + 1000)
-    around = 12.0
+    around = 10.0
     metrics = {"held": "count", "to open them": "s", "server memory each": "KiB", "client memory each": "KiB"}
     metrics |= {f"cost at {count:,}": "ms" for count in WINDOWS}
     metrics |= {metric: unit for count in HELD for metric, unit in units_at(count).items()}
 
-    def suits(self, subject: Subject) -> bool:
-        return subject.name != "direct"
+    def times(self, subject: Subject, repeat: int) -> int:
+        """Others once: it takes a while, and what is asked of us does not depend on them."""
+        return 0 if subject.name == "direct" else repeat if subject.name in OURS else 1
 
     def lasts(self, seconds: int) -> float:
         return self.around
@@ -347,11 +349,11 @@ class Idle(Case):
     def __init__(self, links: int) -> None:
         self.name, self.pool, self.metrics = f"idle-{links}", Pool(size=links, most=2 * links), units_at(links)
 
-    def suits(self, subject: Subject) -> bool:
-        return subject.pooled
+    def times(self, subject: Subject, repeat: int) -> int:
+        return repeat if subject.pooled else 0
 
     def lasts(self, seconds: int) -> float:
-        return 4 * self.around
+        return 6 * self.around
 
     def measure(self, processes: Processes, relay: Relay, seconds: int) -> dict[str, float]:
         assert self.pool.size
