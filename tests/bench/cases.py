@@ -24,8 +24,8 @@ BURST_TIMEOUT = 30.0
 HELD_TIMEOUT = 60.0
 HELD = (0, 100, 1000, 5000)
 """Connections at which memory and threads are looked at."""
-WINDOWS = {100: (100, 200), HELD[-1]: (HELD[-1] - 100, HELD[-1])}
-"""Between which connections their cost is taken, by the name that it has."""
+WINDOWS = {100: (100, 200), 1000: (1000, 1100), 2500: (2500, 2600), HELD[-1]: (HELD[-1] - 100, HELD[-1])}
+"""With how many held the cost of a connection is taken, and between which connections that is."""
 
 
 class Case(ABC):

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-COLUMNS = 6
+COLUMNS = 4
 """So many metrics stand beside each other."""
 
 
