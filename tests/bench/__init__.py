@@ -1,4 +1,5 @@
-"""A first look at speed and memory: ``python -m tests.bench``, on Linux, everything on loopback.
+"""Speed and memory, beside a direct connection and other relays: ``python -m tests.bench``, on Linux.
 
-Another relay beside tcprelay is one more `Subject` in `subjects`, another question one more `Case` in `cases`.
+Another relay is one more `Subject` in `subjects`, another question one more `Case` in `cases`, and what is asked of
+tcprelay stands in `bars`.
 """

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import selectors
 import socket
 import sys
 import time
 from abc import ABC, abstractmethod
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
+from statistics import median
 
-from .processes import Failure, Processes, absent, find_program, usage
-from .subjects import Pool, Relay
+from .places import LongPath, Place, without_long_path
+from .processes import Failure, Processes, usage
+from .programs import absent, find_program
+from .services import BODY
+from .subjects import OURS, Pool, Relay, Subject
 
 SPARE_TIME = 20.0  # seconds beyond its own duration that a load generator may take
 BURST_TIMEOUT = 30.0
-HELD = 1000
+HELD_TIMEOUT = 60.0
+HELD = (0, 100, 1000, 5000)
+"""Connections at which memory and threads are looked at."""
+WINDOWS = {100: (100, 200), 1000: (1000, 1100), 2500: (2500, 2600), HELD[-1]: (HELD[-1] - 100, HELD[-1])}
+"""With how many held the cost of a connection is taken, and between which connections that is."""
 
 
 class Case(ABC):
@@ -25,133 +35,343 @@ class Case(ABC):
     metrics: dict[str, str]  # and their units
     missing = ""  # what it needs and this machine does not have, in one line
     pool = Pool()
+    place: type[Place] = Place
+    around = 0.4  # seconds that starting and ending takes, about
+
+    def times(self, subject: Subject, repeat: int) -> int:
+        """How often it is measured when all is to be repeated: never where the question makes no sense."""
+        return repeat
+
+    def lasts(self, seconds: int) -> float:
+        """How many seconds a measurement takes, about, with a load of so many."""
+        return self.around + seconds
 
     def start_service(self, processes: Processes, port: int) -> None:
-        """Start the service, to listen on that loopback port: where no case says otherwise, an echo."""
-        processes.start("echo service", sys.executable, "-m", "tests.bench.services", "echo", port)
+        """Start the service at the far end, to listen on that port: where no case says otherwise, an echo."""
+        start_python_service(processes, "echo", port)
 
     @abstractmethod
     def measure(self, processes: Processes, relay: Relay, seconds: int) -> dict[str, float]:
         """The figures by metric; one may be left out where there is none.  Raises `Failure`."""
 
 
-class Stream(Case):
-    """One stream.  iperf3 has a control and a data connection; both go through the relay."""
+def start_python_service(processes: Processes, name: str, port: int) -> None:
+    here = sys.executable, "-m", "tests.bench.services"
+    processes.start(f"{name} service", *here, name, processes.place.far, port, far=True)
 
-    missing = absent("iperf3")
+
+# --- Load -----------------------------------------------------------------------------------------------------
+
+
+class Stream(Case):
+    """One stream or some.  iperf3 has a control connection besides; all go through the relay."""
+
     metrics = {"speed": "Gbit/s", "processor": "s/GiB"}
 
-    def __init__(self, name: str, *arguments: str) -> None:
-        self.name, self._arguments = name, arguments
+    def __init__(self, name: str, streams: int, back: bool, place: type[Place] = Place) -> None:
+        self.name, self.place, self.pool = name, place, Pool(stock=streams + 1)
+        self.around *= 2 if place is LongPath else 1
+        self._arguments = ["-P", streams] + ["-R"] * back
+        self.missing = absent("iperf3") or (without_long_path() if place is LongPath else "")
 
     def start_service(self, processes: Processes, port: int) -> None:
-        processes.start("iperf3 server", find_program("iperf3"), "-s", "-B", "127.0.0.1", "-p", port)
+        processes.start("iperf3 server", find_program("iperf3"), "-s", "-B", processes.place.far, "-p", port, far=True)
 
     def measure(self, processes: Processes, relay: Relay, seconds: int) -> dict[str, float]:
-        arguments = ("-c", "127.0.0.1", "-p", relay.port, "-t", seconds, "-J", *self._arguments)
+        arguments = ("-c", relay.host, "-p", relay.port, "-t", seconds, "-J", *self._arguments)
         before, *_ = usage(relay.server, relay.client)
-        received = json.loads(processes.run(seconds + SPARE_TIME, "iperf3", *arguments))["end"]["sum_received"]
+        speed, received = parse_iperf3(processes.run(seconds + SPARE_TIME, "iperf3", *arguments))
         after, *_ = usage(relay.server, relay.client)
-        speed = {"speed": received["bits_per_second"] / 1e9}
-        return speed | ({"processor": (after - before) / received["bytes"] * 2**30} if relay.server else {})
+        return {"speed": speed} | ({"processor": (after - before) / received * 2**30} if relay.server else {})
+
+
+def parse_iperf3(output: str) -> tuple[float, int]:
+    """Gbit/s and bytes that arrived, of all streams together."""
+    received = json.loads(output)["end"]["sum_received"]
+    if not received["bytes"]:
+        raise Failure("iperf3: nothing arrived")
+    return received["bits_per_second"] / 1e9, received["bytes"]
 
 
 class Requests(Case):
-    """Small HTTP requests, with wrk."""
+    """Small HTTP requests, with wrk: over connections that stay, or each over one of its own."""
 
     missing = absent("wrk")
-    pool = Pool(stock=64)
 
-    def __init__(self, name: str, *arguments: str) -> None:
-        self.name, self._arguments = name, arguments
-        self.metrics = {"rate": f"{name.partition('-')[0]}/s", "p50": "ms", "p99": "ms", "errors": "count"}
+    def __init__(self, kind: str, connections: int, *arguments: str) -> None:
+        self.name, self.pool = f"{kind}-{connections}", Pool(stock=max(64, connections))
+        self._connections = connections
+        self._arguments = (f"-t{min(2, connections)}", f"-c{connections}", *arguments)
+        self.metrics = {"rate": f"{kind}/s", "p50": "ms", "p99": "ms", "errors": "count"}
+
+    def lasts(self, seconds: int) -> float:
+        return self.around + self._length(seconds)
+
+    def _length(self, seconds: int) -> int:
+        """Twice as long with so many that opening them takes a part of it."""
+        return 2 * seconds if self._connections > 100 else seconds
 
     def start_service(self, processes: Processes, port: int) -> None:
         here, nginx = processes.directory, find_program("nginx")
+        if not nginx:
+            start_python_service(processes, "http", port)
+            return
         paths = "".join(f"{kind}_temp_path {here};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
         (here / "nginx.conf").write_text(
             f"daemon off; worker_processes 1; pid {here}/nginx.pid; events {{ worker_connections 8192; }}\n"
             f"http {{ access_log off; keepalive_requests 1000000000; {paths}\n"
-            f'server {{ listen 127.0.0.1:{port} backlog=4096; return 200 "ok"; }} }}\n'
+            f"server {{ listen {processes.place.far}:{port} backlog=4096; return 200 '{BODY}'; }} }}\n"
         )
-        command = (nginx, "-e", "stderr", "-c", here / "nginx.conf")
-        fallback = (sys.executable, "-m", "tests.bench.services", "http", port)
-        processes.start("http service", *(command if nginx else fallback))
+        processes.start("http service", nginx, "-e", "stderr", "-c", here / "nginx.conf", far=True)
 
     def measure(self, processes: Processes, relay: Relay, seconds: int) -> dict[str, float]:
-        arguments = (*self._arguments, "-d", seconds, "--timeout", 5, "--latency", f"http://127.0.0.1:{relay.port}/")
-        output = processes.run(seconds + SPARE_TIME, "wrk", *arguments)
-        rate = float((re.findall(r"Requests/sec:\s*([\d.]+)", output) or [0])[0])
-        latencies = re.findall(r"\s(50|99)%\s+([\d.]+)(us|ms|s|m)\b", output)
-        if not rate or len(latencies) != 2:
-            raise Failure("wrk: no request was answered")
-        scale = {"us": 0.001, "ms": 1, "s": 1000, "m": 60000}
-        figures = {f"p{percent}": float(number) * scale[unit] for percent, number, unit in latencies}
-        errors = re.findall(r"(?:connect|read|write|timeout|responses:) (\d+)", output)
-        return figures | {"rate": rate, "errors": sum(map(int, errors))}
+        length, url = self._length(seconds), f"http://{relay.host}:{relay.port}/"
+        arguments = (*self._arguments, "-d", length, "--timeout", 5, "--latency", url)
+        return parse_wrk(processes.run(length + SPARE_TIME, "wrk", *arguments))
 
 
-class Held(Case):
-    """Memory and threads, with no connection and with many that are open and idle; each was proven by an echo."""
-
-    name = "held"
-    metrics = {f"{role} {what} at {n}": unit for role in ("server", "client")
-               for what, unit in (("memory", "MiB"), ("threads", "count")) for n in (0, HELD)}  # fmt: skip
-    metrics["to open them"] = "s"
-
-    def measure(self, processes: Processes, relay: Relay, seconds: int) -> dict[str, float]:
-        def look(count: int) -> dict[str, float]:
-            used = {"server": usage(relay.server), "client": usage(relay.client)}
-            memory = {f"{role} memory at {count}": resident / 2**20 for role, (_, resident, _) in used.items()}
-            return memory | {f"{role} threads at {count}": threads for role, (_, _, threads) in used.items()}
-
-        if not relay.server:
-            return {}
-        figures, began = look(0), time.monotonic()
-        with ExitStack() as connections:
-            for number in range(1, HELD + 1):
-                try:
-                    sock = connections.enter_context(socket.create_connection(("127.0.0.1", relay.port), timeout=10))
-                    sock.sendall(b"x")
-                    if sock.recv(1) != b"x" or time.monotonic() - began > 60:
-                        raise OSError("it ended without an echo, or a minute is over")
-                except OSError as error:
-                    raise Failure(f"connection {number}: {error}") from error
-            return figures | {"to open them": time.monotonic() - began} | look(HELD)
+def parse_wrk(output: str) -> dict[str, float]:
+    """The figures of `Requests`.  Raises `Failure` where there are none."""
+    rate = float((re.findall(r"Requests/sec:\s*([\d.]+)", output) or [0])[0])
+    latencies = re.findall(r"\s(50|99)%\s+([\d.]+)(us|ms|s|m)\b", output)
+    if not rate or len(latencies) != 2:
+        raise Failure("wrk: no request was answered")
+    scale = {"us": 0.001, "ms": 1, "s": 1000, "m": 60000}
+    figures = {f"p{percent}": float(number) * scale[unit] for percent, number, unit in latencies}
+    errors = re.findall(r"(?:connect|read|write|timeout|responses:) (\d+)", output)
+    return figures | {"rate": rate, "errors": sum(map(int, errors))}
 
 
 class Burst(Case):
-    """So many service clients at once, on a pool of one link; each gets one byte echoed."""
+    """So many service clients at once; each gets one byte echoed.
 
-    pool = Pool(size=1)
-    metrics = {"served": "count", "to the last": "ms"}
+    On a pool of one link, where its size can be chosen, and on eight, which is tcprelay's default; relays that leave no
+    choice have what they have.
+    """
 
-    def __init__(self, count: int) -> None:
-        self.name, self._count = f"burst-{count}", count
+    metrics = {"served": "count", "p50": "ms", "p99": "ms", "to the last": "ms"}
+
+    def __init__(self, count: int, links: int) -> None:
+        self.name, self._count, self.pool = f"burst-{count}-pool-{links}", count, Pool(size=links)
+
+    def times(self, subject: Subject, repeat: int) -> int:
+        return repeat if subject.pooled or self.pool.size == 8 else 0
+
+    def lasts(self, seconds: int) -> float:
+        return self.around + 0.5
 
     def measure(self, processes: Processes, relay: Relay, seconds: int) -> dict[str, float]:
-        began, served = time.monotonic(), 0
-        with ExitStack() as stack:
-            clients = [stack.enter_context(socket.socket()) for _ in range(self._count)]
-            for sock in clients:
-                sock.setblocking(False)
-                sock.connect_ex(("127.0.0.1", relay.port))
-            for sending in (True, False):  # the order among them does not matter for the last one's time
-                for sock in clients:
-                    sock.settimeout(max(0.001, began + BURST_TIMEOUT - time.monotonic()))
-                    with suppress(OSError):  # refused, reset or late: not served
-                        if sending:
-                            sock.send(b"x")
-                        else:
-                            served += sock.recv(1) == b"x"
-            milliseconds = 1000 * (time.monotonic() - began)
-        return {"served": served} | ({"to the last": milliseconds} if served == self._count else {})
+        times = [1000 * time for time in first_bytes(relay, self._count, BURST_TIMEOUT)]
+        figures: dict[str, float] = {"served": len(times)}
+        if len(times) == self._count:
+            figures |= {"p50": median(times), "p99": times[math.ceil(0.99 * len(times)) - 1], "to the last": times[-1]}
+        return figures
+
+
+def first_bytes(relay: Relay, count: int, timeout: float) -> list[float]:
+    """Connect so many times at once and send a byte each.
+
+    Returns after how many seconds from the beginning each byte was back, the first one first; those that had none in
+    time, or an error, are left out.
+    """
+    served: list[float] = []
+    with selectors.DefaultSelector() as selector, ExitStack() as stack:
+        began = time.monotonic()
+        for _ in range(count):
+            sock = stack.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex((relay.host, relay.port))
+            selector.register(sock, selectors.EVENT_WRITE)
+        while selector.get_map() and (left := began + timeout - time.monotonic()) > 0:
+            for key, _ in selector.select(left):
+                sock = key.fileobj  # type: ignore[assignment]
+                try:
+                    if key.events == selectors.EVENT_WRITE:
+                        sock.send(b"x")
+                        selector.modify(sock, selectors.EVENT_READ)
+                        continue
+                    if sock.recv(1) == b"x":
+                        served.append(time.monotonic() - began)
+                except OSError:
+                    pass  # refused or reset: not served
+                selector.unregister(sock)
+    return served
+
+
+# --- The long path --------------------------------------------------------------------------------------------
+
+
+class Path(Case):
+    """The long path itself: what it takes to connect over it, which is a round trip, and how much it carries."""
+
+    name = "far-path"
+    metrics = {"round trip": "ms", "speed of 8 streams": "Gbit/s"}
+    place = LongPath
+    around = 1.0
+
+    def __init__(self) -> None:
+        self._stream = Stream(self.name, 8, False, LongPath)
+        self.missing = self._stream.missing
+
+    def start_service(self, processes: Processes, port: int) -> None:
+        self._stream.start_service(processes, port)
+
+    def times(self, subject: Subject, repeat: int) -> int:
+        return repeat if subject.name == "direct" else 0
+
+    def measure(self, processes: Processes, relay: Relay, seconds: int) -> dict[str, float]:
+        speed = self._stream.measure(processes, relay, seconds)["speed"]
+        began = time.monotonic()
+        with socket.create_connection((relay.host, relay.port), SPARE_TIME):
+            return {"round trip": 1000 * (time.monotonic() - began), "speed of 8 streams": speed}
+
+
+class FirstByte(Case):
+    """Time from a service client's connect until its byte has come back, over the long path.
+
+    Warm: it is alone, and the pool is full.  Cold: the last one of ten at once, which are more than any relay has links
+    by default.  Eight links for those whose default is less.
+    """
+
+    name = "far-first-byte"
+    metrics = {"warm": "ms", "cold": "ms"}
+    missing = without_long_path()
+    pool = Pool(stock=8)
+    place = LongPath
+    around = 1.0
+    TRIES, AT_ONCE = 5, 10
+    PAUSE = 0.3
+    """Seconds between them, for the pool to fill up again, which nothing shows from outside."""
+
+    def lasts(self, seconds: int) -> float:
+        return self.around + (self.TRIES + 1) * (self.PAUSE + 0.1)
+
+    def measure(self, processes: Processes, relay: Relay, seconds: int) -> dict[str, float]:
+        times = []
+        for count in (*[1] * self.TRIES, self.AT_ONCE):
+            time.sleep(self.PAUSE)
+            served = first_bytes(relay, count, BURST_TIMEOUT)
+            if len(served) != count:
+                raise Failure(f"{len(served)} of {count} service clients were served")
+            times.append(1000 * served[-1])
+        return {"warm": median(times[:-1]), "cold": times[-1]}
+
+
+# --- What it takes --------------------------------------------------------------------------------------------
+
+
+class Start(Case):
+    """From exec until the server listens (where it does so before a client has come: on the service port, too), and
+    until the client's links are established, as the kernel sees them, or its service is published."""
+
+    name = "start"
+    metrics = {"server": "ms", "client": "ms"}
+
+    def times(self, subject: Subject, repeat: int) -> int:
+        return 0 if subject.name == "direct" else repeat
+
+    def lasts(self, seconds: int) -> float:
+        return self.around
+
+    def measure(self, processes: Processes, relay: Relay, seconds: int) -> dict[str, float]:
+        return {"server": 1000 * relay.server_start, "client": 1000 * relay.client_start}
+
+
+def look(relay: Relay, count: int) -> dict[str, float]:
+    """Memory and threads of both roles, as figures "at" so many."""
+    used = {"server": usage(relay.server), "client": usage(relay.client)}
+    memory = {f"{role} memory at {count:,}": resident / 2**20 for role, (_, resident, _) in used.items()}
+    return memory | {f"{role} threads at {count:,}": threads for role, (_, _, threads) in used.items()}
+
+
+def units_at(count: int) -> dict[str, str]:
+    return {f"{role} {what} at {count:,}": unit for what, unit in (("memory", "MiB"), ("threads", "count"))
+            for role in ("server", "client")}  # fmt: skip
+
+
+class Held(Case):
+    """Memory and threads, with no connection and with many that are open and idle; each was proven by an echo.
+
+    "each" is what one of them takes, over all of them; a connection's cost is processor time of both roles together.
+    """
+
+    name = "held"
+    pool = Pool(most=HELD[-1] + 1000)
+    around = 10.0
+    metrics = {"held": "count", "to open them": "s", "server memory each": "KiB", "client memory each": "KiB"}
+    metrics |= {f"cost at {count:,}": "ms" for count in WINDOWS}
+    metrics |= {metric: unit for count in HELD for metric, unit in units_at(count).items()}
+
+    def times(self, subject: Subject, repeat: int) -> int:
+        """Others once: it takes a while, and what is asked of us does not depend on them."""
+        return 0 if subject.name == "direct" else repeat if subject.name in OURS else 1
+
+    def lasts(self, seconds: int) -> float:
+        return self.around
+
+    def measure(self, processes: Processes, relay: Relay, seconds: int) -> dict[str, float]:
+        figures, used, held = look(relay, 0), {}, 0
+        began = time.monotonic()
+        with ExitStack() as connections:
+            while held < HELD[-1] and time.monotonic() - began < HELD_TIMEOUT and hold_one(connections, relay):
+                held += 1
+                if any(held in window for window in WINDOWS.values()):
+                    used[held] = usage(relay.server, relay.client)[0]
+                if held in HELD:
+                    figures |= look(relay, held)
+        figures |= {"held": held, "to open them": time.monotonic() - began}
+        for count, (first, last) in WINDOWS.items():
+            if last in used:
+                figures[f"cost at {count:,}"] = 1000 * (used[last] - used[first]) / (last - first)
+        if held == HELD[-1]:
+            for role in ("server", "client"):
+                grown = figures[f"{role} memory at {held:,}"] - figures[f"{role} memory at 0"]
+                figures[f"{role} memory each"] = 1024 * grown / held
+        return figures
+
+
+def hold_one(connections: ExitStack, relay: Relay) -> bool:
+    """Open another connection and prove it by an echo; whether it could be done."""
+    try:
+        sock = connections.enter_context(socket.create_connection((relay.host, relay.port), timeout=10))
+        sock.sendall(b"x")
+        return sock.recv(1) == b"x"
+    except OSError:
+        return False
+
+
+class Idle(Case):
+    """Memory and threads with many idle links."""
+
+    SETTLED = 0.2
+    """Seconds in which both processes have done as good as nothing, so that what follows an accepted link is over."""
+
+    def __init__(self, links: int) -> None:
+        self.name, self.pool, self.metrics = f"idle-{links}", Pool(size=links, most=2 * links), units_at(links)
+
+    def times(self, subject: Subject, repeat: int) -> int:
+        return repeat if subject.pooled else 0
+
+    def lasts(self, seconds: int) -> float:
+        return 6 * self.around
+
+    def measure(self, processes: Processes, relay: Relay, seconds: int) -> dict[str, float]:
+        assert self.pool.size
+        deadline, used, before = time.monotonic() + SPARE_TIME, math.inf, 0.0
+        while used - before > 0.05 * self.SETTLED and time.monotonic() < deadline:
+            before, *_ = usage(relay.server, relay.client)
+            time.sleep(self.SETTLED)
+            used, *_ = usage(relay.server, relay.client)
+        return look(relay, self.pool.size)
 
 
 CASES: tuple[Case, ...] = (
-    Stream("stream-in"), Stream("stream-out", "-R"),
-    Requests("requests-1", "-t1", "-c1"), Requests("requests-64", "-t2", "-c64"),
-    Requests("requests-512", "-t2", "-c512"),
-    Requests("connections", "-t2", "-c8", "-H", "Connection: close"),
-    Held(), Burst(1), Burst(10), Burst(100),
+    Start(),
+    Stream("stream-in", 1, False), Stream("stream-out", 1, True),
+    Stream("stream-8-in", 8, False), Stream("stream-8-out", 8, True),
+    *(Requests("requests", count) for count in (1, 8, 64, 512)),
+    *(Requests("connections", count, "-H", "Connection: close") for count in (1, 8, 64)),
+    Burst(200, 1), Burst(200, 8),
+    Path(), FirstByte(), Stream("far-in", 1, False, LongPath), Stream("far-out", 1, True, LongPath),
+    Held(), Idle(1000),
 )  # fmt: skip

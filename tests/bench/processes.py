@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import socket
 import subprocess
 import tempfile
@@ -12,24 +11,17 @@ import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from .places import Place
+from .programs import find_program
+from .sockets import LISTEN
+
 READY_TIMEOUT = END_TIMEOUT = 15.0  # longer than tcprelay's drain time-out: what is killed after it really hangs
 SLOW_END = 3.0
-ESTABLISHED, LISTEN = "01", "0A"
 _ports = iter(random.sample(range(20000, 32000), 12000))  # below the usual range of outgoing connections
 
 
 class Failure(Exception):
     """A measurement cannot be made; the message says why in one line."""
-
-
-def find_program(name: str) -> str:
-    """The path of a program, "" where there is none; daemons are often outside a user's PATH."""
-    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])) or ""
-
-
-def absent(*names: str) -> str:
-    """Which of these programs are not installed, in one line; "" where all are."""
-    return ", ".join(f"{name} is not installed" for name in names if not find_program(name))
 
 
 def free_port() -> int:
@@ -43,10 +35,19 @@ def free_port() -> int:
 
 def usage(*pids: int) -> tuple[float, int, int]:
     """Processor seconds, resident bytes and threads of processes and their descendants; 0 is no process."""
-    stats = [stat for pid in pids for stat in find_family(pid).values()]
-    ticks = sum(int(value) for stat in stats for value in stat[11:15])  # own, and of children that were reaped
+    families = [find_family(pid) for pid in pids]
+    stats = [stat for family in families for stat in family.values()]
+    reaped = sum(int(value) for stat in stats for value in stat[13:15]) / os.sysconf("SC_CLK_TCK")
+    seconds = reaped + sum(processor_clock(pid) for family in families for pid in family)
     pages, threads = (sum(int(stat[index]) for stat in stats) for index in (21, 17))
-    return ticks / os.sysconf("SC_CLK_TCK"), pages * os.sysconf("SC_PAGE_SIZE"), threads
+    return seconds, pages * os.sysconf("SC_PAGE_SIZE"), threads
+
+
+def processor_clock(pid: int) -> float:
+    """Processor seconds of a process alone: its clock is finer than the ticks in /proc."""
+    with suppress(OSError):
+        return time.clock_gettime(~pid << 3 | 2)  # as clock_getcpuclockid(3) makes it
+    return 0.0
 
 
 def find_family(pid: int) -> dict[int, list[str]]:
@@ -69,20 +70,23 @@ def read_stat(pid: object) -> list[str]:
 class Processes(ExitStack):
     """The processes of one measurement, and a temporary directory for their files; a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, place: Place) -> None:
         super().__init__()
+        self.place = place
         self.directory = Path(self.enter_context(tempfile.TemporaryDirectory(prefix="tcprelay-bench-")))
         self.notes: list[str] = []  # what was odd about their ends
         self._running: list[tuple[str, Path, subprocess.Popen[bytes]]] = []
 
-    def start(self, name: str, *argv: object) -> int:
-        """Start a process in the background; returns its number."""
-        # No option of tcprelay comes from the environment or the configuration of whoever runs this.
-        env = {variable: value for variable, value in os.environ.items() if not variable.startswith("TCPRELAY_")}
+    def start(self, name: str, *argv: object, far: bool = False) -> int:
+        """Start a process in the background, at the near or the far end; returns its number."""
+        # No option of tcprelay comes from the environment or the configuration of whoever runs this; nor does a proxy.
+        env = {variable: value for variable, value in os.environ.items()
+               if not variable.startswith("TCPRELAY_") and not variable.lower().endswith("_proxy")}  # fmt: skip
+        command = [*self.place.entrance, *argv] if far else argv
         log = self.directory / f"{len(self._running)}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                list(map(str, argv)), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                list(map(str, command)), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                 env={**env, "TCPRELAY_CONFIG": os.devnull}, cwd=Path(__file__).parents[2],
             )  # fmt: skip
         self.callback(self._end, name, log, process)
@@ -90,7 +94,7 @@ class Processes(ExitStack):
         return process.pid
 
     def run(self, timeout: float, name: str, *argv: object) -> str:
-        """Run a program to its end and return its output.  Raises `Failure`."""
+        """Run a program to its end, at the near end, and return its output.  Raises `Failure`."""
         command = [find_program(name), *map(str, argv)]
         try:
             done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
@@ -100,19 +104,17 @@ class Processes(ExitStack):
             raise Failure(f"{name}: status {done.returncode}: {(done.stdout + done.stderr).strip()[-200:]}")
         return done.stdout
 
-    def wait_sockets(self, port: int, state: str = LISTEN, count: int = 1) -> None:
+    def wait_sockets(self, port: int, state: int = LISTEN, count: int = 1, far: bool = False) -> None:
         """Wait for so many listeners or connections.  Raises `Failure` at the deadline or if a process ends."""
         deadline = time.monotonic() + READY_TIMEOUT
-        while True:
-            sockets = (line.split()[1:4] for line in Path("/proc/net/tcp").read_text().splitlines())
-            if sum(st == state and local.endswith(f":{port:04X}") for local, _, st in sockets) >= count:
-                return
+        sockets = self.place.far_sockets if far else self.place.near_sockets
+        while sockets.count(port, state) < count:
             for name, log, process in self._running:
                 if process.poll() is not None:
                     raise Failure(f"{name} ended: {log.read_text(errors='replace').strip()[-200:]}")
             if time.monotonic() > deadline:
                 raise Failure(f"not within {READY_TIMEOUT:g} s: {count} sockets on port {port}")
-            time.sleep(0.01)  # no descriptor announces it
+            time.sleep(0.001)  # no descriptor announces it
 
     def _end(self, name: str, log: Path, process: subprocess.Popen[bytes]) -> None:
         began, family, left = time.monotonic(), find_family(process.pid), [process.pid]

@@ -1,15 +1,16 @@
-"""Small services for the bench, all connections in one thread: ``python -m tests.bench.services echo|http PORT``."""
+"""Small services, all connections in one thread: ``python -m tests.bench.services echo|http HOST PORT``."""
 
 import selectors
 import socket
 import sys
 
-OK = b"HTTP/1.1 200 OK\r\nConnection: %s\r\nContent-Length: 2\r\n\r\nok"
+BODY = "100 bytes, which is about what small messages have: a reading, a move in a game, a line of a chat.\r\n"
+OK = b"HTTP/1.1 200 OK\r\nConnection: %s\r\nContent-Length: 100\r\n\r\n" + BODY.encode()
 
 
-def serve(name: str, port: int) -> None:
+def serve(name: str, host: str, port: int) -> None:
     """Serve for ever.  Answers are small, so that sending does not block."""
-    listener = socket.create_server(("127.0.0.1", port), backlog=4096)
+    listener = socket.create_server((host, port), backlog=4096)
     selector = selectors.DefaultSelector()
     selector.register(listener, selectors.EVENT_READ)
     while True:
@@ -33,4 +34,4 @@ def serve(name: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]))
+    serve(sys.argv[1], sys.argv[2], int(sys.argv[3]))
