@@ -110,10 +110,11 @@ JOIN_TIMEOUT = 5.0
 BACKLOG = 4096
 """Connections that the kernel holds until they are accepted: a flood that fills it up costs others a second, until
 their SYN is sent again.  Linux caps it at net.core.somaxconn, which is as much."""
-SWITCH_INTERVAL = 0.1
+SWITCH_INTERVAL = 1.0
 """Seconds for which a thread may keep the interpreter lock (`sys.setswitchinterval`).  Ours give it up at every system
 call; but each of those that wait for it wakes so often to ask for it, and of 3,000 nobody gets anything else done
-(measured: an echo on 3,000 connections at once took 3.0 s at Python's 5 ms, and takes 0.42 s)."""
+(measured: an echo on 3,000 connections at once took 3.0 s at Python's 5 ms, and 0.42 s at 100 ms; the end of 5,000
+sometimes took minutes even so, and seconds at 1 s)."""
 
 
 # --- Addresses and deadlines ----------------------------------------------------------------------------------
