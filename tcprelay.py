@@ -14,7 +14,8 @@ This file, from top to bottom:
     the link protocol        frames, and the machine that says which frame may come when; no I/O
     streams and links        the legs of a connection: a byte stream, plain or TLS, or a link that carries one
                              in frames
-    splicing                 two pumps, one a direction; the watch that ends what is idle or dead
+    splicing                 the opening exchange, then two pumps, one a direction; the watch that ends what is
+                             idle or dead
     threads                  a cache of parked threads
     events                   what happens, told once: the log, the counters and ``on_event`` listen
     options                  one table for the command line, the environment and the configuration file
@@ -23,8 +24,10 @@ This file, from top to bottom:
 
 Threads and sockets, in both roles:
 
-    - Every connection is served by a thread of its own from `Threads`; a spliced one by two, one a direction.
-      A pump blocks in a plain ``recv``, ``send`` or ``splice`` and in nothing else.
+    - Every connection is served by a thread of its own from `Threads`.  That thread alone carries the opening
+      exchange of a spliced one, both ways (`Splice._converse`: it waits in one ``poll`` and nowhere else), which
+      is all that most short connections are.  What goes on longer is carried by two, one a direction: a pump
+      blocks in a plain ``recv``, ``send`` or ``splice`` and in nothing else.
     - The thread that serves a connection owns its socket: it closes it, after the other pump has left.
       Everybody else only *wakes* it (see `Stream.wake`).  ``close`` would not wake a blocked ``recv``, and
       the number of a closed descriptor may already belong to another connection.
@@ -666,6 +669,9 @@ class Leg(Protocol):
     def recv_into(self, view: memoryview) -> int:
         """Receive at least a byte; 0 is the end, and one that can be believed.  Raises `OSError`."""
 
+    def recv_now(self, view: memoryview) -> int | None:
+        """Like `recv_into`, but ``None`` where it would have to wait."""
+
     def send_buffer(self, view: memoryview, count: int) -> None:
         """Send the `count` bytes behind the header space of `view`, all of them.  Raises `OSError`."""
 
@@ -683,6 +689,15 @@ class Leg(Protocol):
 
     def end(self) -> None:
         """End the sending direction: the other side has got everything.  Raises `OSError`."""
+
+    def pack(self, data: memoryview) -> bytes | memoryview:
+        """These bytes as they cross the leg's socket, to be sent by `carrier`.  They have to be sent now."""
+
+    def pack_end(self) -> bytes:
+        """What says there that nothing more will come; maybe nothing."""
+
+    def end_now(self) -> bool:
+        """When that has been sent: `end`, as far as it goes without waiting; False where `end` has to be called."""
 
 
 class Stream:
@@ -748,11 +763,14 @@ class Stream:
         if self.given_up:
             raise ConnectionAbortedError("given up")
 
-    def send_now(self, data: bytearray) -> bool:
-        """Send what can go without waiting, and remove it from `data`; True when all has gone.  Raises `OSError`."""
+    def send_now(self, data: bytearray, end_follows: bool = False) -> bool:
+        """Send what can go without waiting, and remove it from `data`; True when all has gone.  Raises `OSError`.
+
+        Where the end follows at once (not otherwise: a part is held back), both leave in one segment.
+        """
         if data:
             try:
-                del data[: self.sock.send(data, socket.MSG_DONTWAIT)]
+                del data[: self.sock.send(data, _NOW_WITH_END if end_follows else socket.MSG_DONTWAIT)]
             except BlockingIOError:
                 pass
         return not data
@@ -772,6 +790,16 @@ class Stream:
     def end(self) -> None:
         self._fin_sent = True
         self.sock.shutdown(socket.SHUT_WR)
+
+    def pack(self, data: memoryview) -> bytes | memoryview:
+        return data
+
+    def pack_end(self) -> bytes:
+        return b""
+
+    def end_now(self) -> bool:
+        self.end()
+        return True
 
     def reset_on_close(self) -> None:
         """Have `close`, or the death of this process, reset the connection."""
@@ -832,6 +860,17 @@ class Stream:
                     break
         except OSError:
             pass
+
+
+_NOW_WITH_END = getattr(socket, "MSG_DONTWAIT", 0) | getattr(socket, "MSG_MORE", 0)
+
+
+def carrier(leg: Leg) -> Stream:
+    """The stream whose socket a leg's bytes go through."""
+    if isinstance(leg, Link):
+        return leg.stream
+    assert isinstance(leg, Stream)
+    return leg
 
 
 def unsent_bytes(sock: socket.socket) -> int:
@@ -922,11 +961,12 @@ class TLSStream(Stream):
         return count
 
     def send(self, data: bytes | bytearray | memoryview) -> None:
-        with self._tls_lock:
-            self.tls.write(data)
+        if data:
+            with self._tls_lock:
+                self.tls.write(data)
         self._flush_records()
 
-    def send_now(self, data: bytearray) -> bool:
+    def send_now(self, data: bytearray, end_follows: bool = False) -> bool:
         if data:
             with self._tls_lock:
                 self.tls.write(data)
@@ -937,7 +977,16 @@ class TLSStream(Stream):
         self.send(view[HEADER : HEADER + count])
 
     def end(self) -> None:
-        """Send close_notify and FIN.  What the peer has sent before is kept: `unwrap` would drop it."""
+        self._end(0)
+
+    def end_now(self) -> bool:
+        return self._end(socket.MSG_DONTWAIT)
+
+    def _end(self, flags: int) -> bool:
+        """Send close_notify and FIN; False where it would have to wait, and is to be called again.
+
+        What the peer has sent before is kept: `unwrap` would drop it.
+        """
         with self._tls_lock:
             piece = memoryview(bytearray(LARGE_BUFFER))
             try:
@@ -956,12 +1005,14 @@ class TLSStream(Stream):
                 pass  # the peer's own close_notify comes when it comes
             peer_ended = self._peer_ended
         try:
-            self._flush_records()
+            if not self._flush_records(flags):
+                return False
             super().end()
         except OSError as error:
             # Who has sent close_notify may close without waiting for ours, which its system answers with an RST.
             if not peer_ended or error.errno not in (errno.ENOTCONN, errno.EPIPE, errno.ECONNRESET):
                 raise
+        return True
 
     def _decrypt(self, view: memoryview) -> int | None:
         """Decrypted bytes that are here already: as many records as fit; 0 at close_notify, ``None`` for none."""
@@ -1114,9 +1165,20 @@ class Link:
     # The leg
 
     def recv_into(self, view: memoryview) -> int:
+        count = self._recv(view, self.stream.recv_into)
+        assert count is not None
+        return count
+
+    def recv_now(self, view: memoryview) -> int | None:
+        return self._recv(view, self.stream.recv_now)
+
+    def _recv(self, view: memoryview, receive: Callable[[memoryview], int | None]) -> int | None:
+        """Bytes out of DATA frames; ``None`` where `receive` gives that."""
         while self._left == 0:
             if (frame := self._decode()) is None:
-                count = self.stream.recv_into(self._space())
+                count = receive(self._space())
+                if count is None:
+                    return None
                 if count == 0:
                     raise ConnectionResetError("the link was lost")
                 self._end += count
@@ -1130,7 +1192,9 @@ class Link:
             view[:count] = memoryview(self._buffer)[self._start : self._start + count]
             self._start += count
         else:
-            count = self.stream.recv_into(view[: self._left])
+            count = receive(view[: self._left])
+            if count is None:
+                return None
             if count == 0:
                 raise ConnectionResetError("the link was lost")
         self._left -= count
@@ -1167,7 +1231,19 @@ class Link:
         self.stream.keep_trying()
 
     def end(self) -> None:
-        self.send(END)
+        if not self.machine.has_ended(self.machine.role):  # otherwise `pack_end` was before this
+            self.send(END)
+
+    def pack(self, data: memoryview) -> bytes | memoryview:
+        self.machine.send(DATA)
+        return encode_header(DATA, len(data)) + data
+
+    def pack_end(self) -> bytes:
+        self.machine.send(END)
+        return encode_frame(END)
+
+    def end_now(self) -> bool:
+        return True
 
     def abort(self, reason: str) -> None:
         if not self.machine.has_ended(self.machine.role):
@@ -1182,7 +1258,10 @@ class Link:
         scrap = memoryview(bytearray(LARGE_BUFFER))
         try:
             while not self.machine.has_ended(self.machine.peer):
-                count = self.recv_into(scrap) if deadline is None else self._recv_by(deadline, stop, scrap)
+                count = self.recv_into(scrap) if deadline is None else self.recv_now(scrap)
+                if count is None and deadline is not None:
+                    wait_for(self.fd, select.POLLIN, deadline, stop)
+                    continue
                 if not count:
                     return
                 most -= count if self.machine.has_ended(self.machine.role) else 0
@@ -1190,23 +1269,6 @@ class Link:
                     raise ConnectionResetError("the other side did not stop sending")
         except ConnectionAbortedError:
             pass  # the end that was waited for
-
-    def _recv_by(self, deadline: Deadline, stop: Stop | None, view: memoryview) -> int:
-        """Like `recv_into`, with a deadline.  What is here is taken first: it may be in a buffer of TLS."""
-        while self._left == 0:
-            frame = self.receive(deadline, stop)
-            if frame.kind == END:
-                return 0
-            if frame.kind == ABORT:
-                raise ConnectionAbortedError("broken off by the other relay")
-        while self._start == self._end:
-            count = self.stream.recv_now(self._space())
-            if count == 0:
-                raise ConnectionResetError("the link was lost")
-            if count is None:
-                wait_for(self.fd, select.POLLIN, deadline, stop)
-            self._end += count or 0
-        return self.recv_into(view)
 
     def wake(self) -> None:
         """Make blocked calls of other threads return.  A FIN here deceives nobody: only END is an end."""
@@ -1248,6 +1310,10 @@ class Link:
 
 # --- Splicing -------------------------------------------------------------------------------------------------
 
+OPENING_TIME = 0.25
+"""Seconds for which one thread carries both directions of a connection, and"""
+OPENING_BYTES = 16384
+"""how many bytes each way: most connections are over by then, and no second thread was needed."""
 SMALL_BUFFER = 1024
 """A pump's first buffer: what an idle connection costs is mostly its two buffers and two stacks."""
 LARGE_BUFFER = 65536
@@ -1280,8 +1346,25 @@ class LegError(ConnectionError):
         self.cause = error
 
 
+class Flow:
+    """One direction of a connection in its opening exchange, and what that leaves for the pump."""
+
+    __slots__ = ("count", "ended", "error", "out", "sink", "source")
+
+    def __init__(self, source: Leg, sink: Leg) -> None:
+        self.source = source
+        self.sink = sink
+        self.out = bytearray()
+        """For the sink, and not taken by its socket yet; so far `count` bytes of the connection."""
+        self.count = 0
+        self.ended = False
+        """The source has come to its end."""
+        self.error: OSError | None = None
+        """What is to be raised when `out` has been sent."""
+
+
 class Splice:
-    """A stream and a link that carry one connection: two pumps, and the record that they share.
+    """A stream and a link that carry one connection: the opening exchange, two pumps, and the record they share.
 
     Each direction ends by itself.  Where one breaks, the other is woken, what was read before is still sent,
     and nobody sees a clean end: the stream gets an RST, the link an ABORT or its own end.
@@ -1303,7 +1386,7 @@ class Splice:
         self.said_end = False
         """The link was told that the stream has ended, and is complete."""
         self.from_link_ended = False
-        self._pumps: int = 0
+        self._flow_to_link, self._flow_from_link = Flow(stream, link), Flow(link, stream)
         self._lock = threading.Lock()  # reason, said_end, _broken_at, _over, _halted
         self._broken_at = 0.0
         self._over = False
@@ -1317,18 +1400,22 @@ class Splice:
 
         The caller owns both legs.  Afterwards a `Link` whose machine is not idle is of no further use.
         """
+        self._converse()
         left = threading.Lock()
         left.acquire()
-        if not self.to_link_ended:
+        if self.to_link_ended:
+            left.release()
+        elif self.from_link_ended:
+            self._carry_to_link(left)
+        else:
             try:
                 threads.start(self._carry_to_link, left)
             except RuntimeError as error:
                 self.break_off(str(error), close_link=True)
                 return
-        else:
-            left.release()
         try:
-            self._carry_from_link()
+            if not self.from_link_ended:
+                self._carry_from_link()
         finally:
             left.acquire()
             with self._lock:
@@ -1390,12 +1477,97 @@ class Splice:
         elif quiet >= DEAD_PATH and (path_is_dead(self.stream.sock) or path_is_dead(self.link.sock)):
             self.break_off("sent bytes are no longer acknowledged", force=True, close_link=True)
 
+    def _converse(self) -> None:
+        """The opening exchange: carry both directions in this thread, while the connection is young and small.
+
+        Nothing here waits, except for the one ``poll``.  A direction that has come to its plain end is over; what
+        is left of the others, an error or what a socket did not take, their pumps find in the `Flow`.
+        """
+        flows = {
+            flow.source.fd: flow
+            for flow, ended in ((self._flow_from_link, self.from_link_ended), (self._flow_to_link, self.to_link_ended))
+            if not ended
+        }
+        poller = select.poll()
+        for fd in flows:
+            poller.register(fd, select.POLLIN)
+        view, until = memoryview(bytearray(OPENING_BYTES)), time.monotonic() + OPENING_TIME
+        # What a link or TLS has taken from its socket already, poll does not tell.
+        ready = [fd for fd, flow in flows.items() if flow.source is self.link or not flow.source.spliceable]
+        try:
+            while flows:
+                for fd in ready:
+                    if not self._pass_on(flows[fd], view):
+                        return
+                    if flows[fd].ended:
+                        del flows[fd]
+                        poller.unregister(fd)
+                left = until - time.monotonic()
+                if not flows or left <= 0 or self._halted:
+                    return
+                ready = [fd for fd, _ in poller.poll(left * 1000)]
+        except BaseException:
+            self.break_off("unexpected error", force=True, close_link=True)
+            raise
+
+    def _pass_on(self, flow: Flow, view: memoryview) -> bool:
+        """Pass on what is here in one direction, and its end; False where the rest is for a pump."""
+        try:
+            while flow.count < OPENING_BYTES and (count := flow.source.recv_now(view)) is not None:
+                if self._halted:
+                    return False
+                if count == 0:
+                    flow.ended = True
+                    break
+                flow.out += flow.sink.pack(view[:count])
+                flow.count += count
+        except OSError as error:
+            flow.error = LegError(flow.source, error)
+        if flow.ended:
+            with self._lock:
+                if self.reason:
+                    return False
+                self.said_end = self.said_end or flow is self._flow_to_link
+            flow.out += flow.sink.pack_end()
+        stream = carrier(flow.sink)
+        try:
+            if not stream.send_now(flow.out, end_follows=flow.ended and stream is flow.sink):
+                return False
+        except OSError as error:
+            flow.out.clear()
+            flow.error = LegError(flow.sink, error)
+        if flow.error is not None:
+            return False
+        little = self._count(flow, flow.count) < OPENING_BYTES
+        flow.count = 0
+        if not flow.ended:
+            return little
+        try:
+            if not flow.sink.end_now():
+                return False
+        except OSError as error:
+            flow.error = error
+            return False
+        if flow is self._flow_to_link:
+            self.to_link_ended = True
+        else:
+            self.from_link_ended = True
+        return True
+
+    def _count(self, flow: Flow, count: int) -> int:
+        """Count bytes that were carried; returns how many it has been in this direction."""
+        if flow is self._flow_to_link:
+            self.to_link += count
+            return self.to_link
+        self.from_link += count
+        return self.from_link
+
     def _carry_to_link(self, left: threading.Lock) -> None:
         try:
             try:
-                self._pump(self.stream, self.link, inbound=True)
+                self._pump(self._flow_to_link)
                 with self._lock:
-                    self.said_end = not self.reason
+                    self.said_end = self.said_end or not self.reason
                 if self.said_end:
                     self.link.end()
             except OSError as error:
@@ -1417,7 +1589,7 @@ class Splice:
 
     def _carry_from_link(self) -> None:
         try:
-            self._pump(self.link, self.stream, inbound=False)
+            self._pump(self._flow_from_link)
             if not self.reason:
                 self.stream.end()
         except LegError as error:
@@ -1445,8 +1617,12 @@ class Splice:
         except OSError:
             self.link.wake()
 
-    def _pump(self, source: Leg, sink: Leg, *, inbound: bool) -> None:
+    def _pump(self, flow: Flow) -> None:
         """Pass bytes on until the source ends or the connection is broken off.  Raises `LegError`."""
+        source, sink = flow.source, flow.sink
+        self._finish_opening(flow)
+        if flow.ended:
+            return
         size = SMALL_BUFFER
         most = LARGE_BUFFER if source.spliceable and sink.spliceable else LARGE_TLS_BUFFER
         view = memoryview(bytearray(HEADER + size))
@@ -1461,22 +1637,34 @@ class Splice:
                 sink.send_buffer(view, count)
             except OSError as error:
                 raise LegError(sink, error) from error
-            if inbound:
-                self.to_link += count
-            else:
-                self.from_link += count
+            self._count(flow, count)
             if count == size < most:
                 size = min(8 * size, most)
             elif count >= BULK and source.spliceable and sink.spliceable:
-                if self._pump_bulk(source, sink, inbound):
+                if self._pump_bulk(flow):
                     return
                 size = SMALL_BUFFER
             else:
                 continue
             view = memoryview(bytearray(HEADER + size))
 
-    def _pump_bulk(self, source: Leg, sink: Leg, inbound: bool) -> bool:
+    def _finish_opening(self, flow: Flow) -> None:
+        """Send what the opening exchange could not, and raise the error that ended it."""
+        try:
+            try:
+                carrier(flow.sink).send(flow.out)
+            except OSError as error:
+                raise LegError(flow.sink, error) from error
+            self._count(flow, flow.count)
+            flow.out.clear()
+            if flow.error is not None:
+                raise flow.error
+        finally:
+            flow.error = None  # kept, its traceback would make a ring
+
+    def _pump_bulk(self, flow: Flow) -> bool:
         """Pass bytes on inside the kernel, through a pipe, while reads are large; True at the source's end."""
+        source, sink = flow.source, flow.sink
         try:
             reader, writer = os.pipe()
         except OSError:
@@ -1508,10 +1696,7 @@ class Splice:
                             sink.keep_trying()
                 except OSError as error:
                     raise LegError(sink, error) from error
-                if inbound:
-                    self.to_link += count
-                else:
-                    self.from_link += count
+                self._count(flow, count)
                 small = small + 1 if count < BULK else 0
             return False
         finally:

@@ -2,7 +2,7 @@
 
     tcprelayc --host localhost --port 22 --relay-host relay.example.net --relay-port 10080
 
-Threads, beside the second one of each connection:
+Threads, beside the second one of each connection that lasts:
 
     keeper     waits on a condition; opens links where some are missing, sweeps over the connections; joined by
                `RelayClient.end`

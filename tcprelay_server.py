@@ -15,7 +15,8 @@ An idle link needs no thread: the keeper watches all of them.  A link's life:
                                                  │   ▲
     _accept ─▶ _serve_client: Pool.take ◀────────┘   │      the service client's thread now owns the link:
                  _start: START, first bytes … READY   │      it sends and receives alone until READY,
-                 Splice.run: two pumps               │      then is one of the two pumps
+                 Splice.run: the opening exchange,   │      then carries the opening exchange, and
+                 then two pumps                      │      is one of the two pumps of what lasts
                  └── idle again ─────────────────────┘
 
 Who holds a link out of the pool owns it: the service client's thread, or the keeper while it looks at it.
