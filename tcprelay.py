@@ -672,6 +672,9 @@ class Leg(Protocol):
     def recv_now(self, view: memoryview) -> int | None:
         """Like `recv_into`, but ``None`` where it would have to wait."""
 
+    def holds_bytes(self) -> bool:
+        """Whether there may be bytes, or the end, that the socket has given already, so that poll does not tell."""
+
     def send_buffer(self, view: memoryview, count: int) -> None:
         """Send the `count` bytes behind the header space of `view`, all of them.  Raises `OSError`."""
 
@@ -730,6 +733,9 @@ class Stream:
             return self.sock.recv_into(view, 0, socket.MSG_DONTWAIT) or self._believe_end()
         except BlockingIOError:
             return None
+
+    def holds_bytes(self) -> bool:
+        return False
 
     def _believe_end(self) -> int:
         """0, where a receive that gave 0 means the end.  Raises `ConnectionResetError` where it does not.
@@ -960,6 +966,9 @@ class TLSStream(Stream):
             return None
         return count
 
+    def holds_bytes(self) -> bool:
+        return True
+
     def send(self, data: bytes | bytearray | memoryview) -> None:
         if data:
             with self._tls_lock:
@@ -1132,9 +1141,15 @@ class Link:
 
     def receive(self, deadline: Deadline, stop: Stop | None = None) -> Frame:
         """The next frame, waited for.  Raises `EOFError` at the end of the link, `LinkFault`, `OSError`."""
-        while (frame := self.receive_now()) is None:
+        frame = self.receive_held()
+        while frame is None:
             wait_for(self.fd, select.POLLIN, deadline, stop)
+            frame = self.receive_now()
         return frame
+
+    def receive_held(self) -> Frame | None:
+        """The next frame if the socket need not be asked for it; what is in the socket, poll tells."""
+        return self.receive_now() if self.stream.holds_bytes() else self._decode()
 
     def receive_now(self) -> Frame | None:
         """The next frame if it is here, as a whole.  Raises as `receive` does."""
@@ -1171,6 +1186,9 @@ class Link:
 
     def recv_now(self, view: memoryview) -> int | None:
         return self._recv(view, self.stream.recv_now)
+
+    def holds_bytes(self) -> bool:
+        return self._start < self._end or self.stream.holds_bytes()
 
     def _recv(self, view: memoryview, receive: Callable[[memoryview], int | None]) -> int | None:
         """Bytes out of DATA frames; ``None`` where `receive` gives that."""
@@ -1492,8 +1510,7 @@ class Splice:
         for fd in flows:
             poller.register(fd, select.POLLIN)
         view, until = memoryview(bytearray(OPENING_BYTES)), time.monotonic() + OPENING_TIME
-        # What a link or TLS has taken from its socket already, poll does not tell.
-        ready = [fd for fd, flow in flows.items() if flow.source is self.link or not flow.source.spliceable]
+        ready = [fd for fd, flow in flows.items() if flow.source.holds_bytes()]
         try:
             while flows:
                 for fd in ready:
@@ -1521,6 +1538,9 @@ class Splice:
                     break
                 flow.out += flow.sink.pack(view[:count])
                 flow.count += count
+                # A service's end often is right behind its bytes; END, sent with them, has come with them.
+                if isinstance(flow.source, Link) and not flow.source.holds_bytes():
+                    break
         except OSError as error:
             flow.error = LegError(flow.source, error)
         if flow.ended:

@@ -627,18 +627,20 @@ class RelayServer(Relay):
             self._emit(ClientUp(name=pooled.name, **{**where, "peer": pooled.host}))
         self._emit(LinkUp(**where))
 
-    def _give_back(self, pooled: PooledLink) -> None:
+    def _give_back(self, pooled: PooledLink, readable: bool = False) -> None:
         """Hear what has come in on an idle link, and put it into the pool; or close it, where it has ended.
 
         The caller owns the link.  A frame can be in the link's own buffer already, where the keeper's selector
-        does not see it: BYE right behind END.
+        does not see it: BYE right behind END.  What is in its socket the keeper is told, unless somebody waits
+        for a link and gets it at once.
         """
         link = pooled.link
         try:
             if isinstance(link, Stream):
                 self._hear_raw(link)
             else:
-                while (frame := link.receive_now()) is not None:
+                ask = readable or self._pool.has_waiting(pooled.service)
+                while (frame := link.receive_now() if ask else link.receive_held()) is not None:
                     if frame.kind == tcprelay.REFUSED:
                         raise EOFError(f"the relay client gave it up: {shown(frame.text('reason'))}")
                     pooled.take_pong(frame.kind)
@@ -703,7 +705,7 @@ class RelayServer(Relay):
         while not self._stop.requested:
             for key, _ in selector.select(max(0.0, next_look - time.monotonic())):
                 if key.data is not None and self._pool.hold(key.data):
-                    self._give_back(key.data)
+                    self._give_back(key.data, readable=True)
             if time.monotonic() >= next_look:
                 self._splices.sweep()
                 self._emit.tell_floods()
@@ -826,9 +828,10 @@ class RelayServer(Relay):
                   "waiting": waiting}  # fmt: skip
         out = bytearray(encode_frame(START, fields))
         client.pass_early(link, out, 0)
+        ready: dict[int, int] = {}
         while True:
             sent = link.stream.send_now(out)
-            frame = link.receive_now()
+            frame = link.receive_now() if link.fd in ready else link.receive_held()
             if frame is not None and frame.kind in (READY, FAIL):
                 break
             if frame is not None and frame.kind == tcprelay.REFUSED:
@@ -836,7 +839,7 @@ class RelayServer(Relay):
             if frame is not None:
                 pooled.take_pong(frame.kind)
                 continue
-            if sent and client.may_send_more:
+            if sent and client.may_send_more and (client.stream.fd in ready or client.may_hold_more):
                 before = len(client.early)
                 client.read_early()
                 client.pass_early(link, out, before)
@@ -934,6 +937,8 @@ class ServiceClient:
         """It has ended its direction: all that it sends is in `early`."""
         self.gone = ""
         """Why it is no longer there."""
+        self.may_hold_more = True
+        """To be asked again without poll: TLS may hold more, or there was more than fitted."""
         self._since = time.monotonic()
         self.record = {"id": self.id, "service": service, "peer": self.peer}
 
@@ -955,6 +960,7 @@ class ServiceClient:
             return
         if count == 0:
             self.ended = True
+        self.may_hold_more = count == len(piece) or (count is not None and self.stream.holds_bytes())
         self.early += piece[: count or 0]
 
     def look(self, waited: bool) -> None:
@@ -1196,6 +1202,10 @@ class Pool:
     def count_idle(self) -> int:
         with self._lock:
             return sum(len(links) for clients in self._idle.values() for links in clients.values())
+
+    def has_waiting(self, service: str) -> bool:
+        """Whether a service client waits for a link of this service."""
+        return bool(self._waiting[service])
 
     def count_waiting(self, service: str | None = None) -> int:
         """How many service clients wait, for one service or for all."""
