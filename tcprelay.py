@@ -378,25 +378,47 @@ def _connect(family: int, address: Any, deadline: Deadline, stop: Stop | None) -
 
 
 def _finish_connecting(sock: socket.socket, address: Any, deadline: Deadline, stop: Stop | None) -> None:
-    sock.setblocking(False)
+    # Linux limits a blocking connect like a send, and then it goes on by itself: most are over with this one call.
+    limit_sends(sock)
+    if sock.gettimeout() is not None or not LINUX:
+        sock.setblocking(LINUX)
     code = sock.connect_ex(address)
     if code == errno.EINPROGRESS:
         wait_for(sock.fileno(), select.POLLOUT, deadline, stop)
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if code:
         raise OSError(code, os.strerror(code))
-    sock.setblocking(True)
+    if not LINUX:
+        sock.setblocking(True)
     if sock.family == socket.AF_UNIX:
-        limit_sends(sock)
         return
-    try:
-        peer = sock.getpeername()
-    except OSError:  # reset already
-        raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)) from None
-    if peer == sock.getsockname():
-        # A port of the ephemeral range on this host where nobody listens can connect to itself.
+    # A port of the ephemeral range on this host where nobody listens can connect to itself.
+    if address[1] in EPHEMERAL_PORTS and connected_to_itself(sock):
         raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
     set_tcp_options(sock)
+
+
+LINUX = sys.platform == "linux"
+
+
+def ephemeral_ports() -> range:
+    """The ports that this system gives to those that connect."""
+    try:
+        with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
+            first, last = file.read().split()
+        return range(int(first), int(last) + 1)
+    except (OSError, ValueError):
+        return range(65536)
+
+
+EPHEMERAL_PORTS = ephemeral_ports()
+
+
+def connected_to_itself(sock: socket.socket) -> bool:
+    try:
+        return bool(sock.getpeername() == sock.getsockname())
+    except OSError:  # reset already: whoever uses it will see
+        return False
 
 
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
@@ -607,6 +629,22 @@ def decode_fields(kind: int, body: bytes) -> dict[str, Any]:
 def random_id(count: int) -> str:
     """So many random bytes in hexadecimal."""
     return os.urandom(count).hex()
+
+
+def connection_id() -> str:
+    """A name for a connection in the log: eight hexadecimal digits, from a random one on."""
+    return f"{next(_connection_ids) & 0xFFFFFFFF:08x}"
+
+
+def _begin_ids() -> None:
+    global _connection_ids
+    _connection_ids = itertools.count(int.from_bytes(os.urandom(4), "big"))
+
+
+_connection_ids = itertools.count()
+_begin_ids()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_ids)  # each process from another one on
 
 
 def random_fraction() -> float:
@@ -1498,29 +1536,22 @@ class Splice:
     def _converse(self) -> None:
         """The opening exchange: carry both directions in this thread, while the connection is young and small.
 
-        Nothing here waits, except for the one ``poll``.  A direction that has come to its plain end is over; what
-        is left of the others, an error or what a socket did not take, their pumps find in the `Flow`.
+        Nothing here waits, except for the one ``poll``.  It is over when one direction has come to its plain end.
+        What it leaves of the others, an error or what a socket did not take, their pumps find in the `Flow`.
         """
-        flows = {
-            flow.source.fd: flow
-            for flow, ended in ((self._flow_from_link, self.from_link_ended), (self._flow_to_link, self.to_link_ended))
-            if not ended
-        }
+        flows = {flow.source.fd: flow for flow in (self._flow_from_link, self._flow_to_link)}
         poller = select.poll()
         for fd in flows:
             poller.register(fd, select.POLLIN)
         view, until = memoryview(bytearray(OPENING_BYTES)), time.monotonic() + OPENING_TIME
         ready = [fd for fd, flow in flows.items() if flow.source.holds_bytes()]
         try:
-            while flows:
+            while not (self.to_link_ended or self.from_link_ended):
                 for fd in ready:
                     if not self._pass_on(flows[fd], view):
                         return
-                    if flows[fd].ended:
-                        del flows[fd]
-                        poller.unregister(fd)
                 left = until - time.monotonic()
-                if not flows or left <= 0 or self._halted:
+                if left <= 0 or self._halted:
                     return
                 ready = [fd for fd, _ in poller.poll(left * 1000)]
         except BaseException:
@@ -2018,11 +2049,13 @@ class LinkDown(Event):
 class ConnectionOpened(Event):
     """A service client and its service are connected; `via` is the relay client, or the service that was dialled."""
 
-    says = "[{id}] service {service}: connection from {peer} opened via {via}"
     id: str
     service: str
     peer: str
     via: str
+
+    def __str__(self) -> str:
+        return f"[{self.id}] service {self.service}: connection from {self.peer} opened via {self.via}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -2093,7 +2126,7 @@ class Events:
                 self.counts["bytes_out"] += event.bytes_out
             elif isinstance(event, ConnectionFailed):
                 self.counts["failed"] += 1
-        if not event.floods or self._may_log(type(event)):
+        if self._logger.isEnabledFor(event.level) and (not event.floods or self._may_log(type(event))):
             self._logger.log(event.level, "%s", event, extra={"event": event})
         if self._on_event is not None:
             try:
@@ -3014,6 +3047,40 @@ def notify_systemd(state: str) -> None:
         logging.getLogger("tcprelay").warning("cannot notify systemd: %s", say_error(error))
 
 
+class LineHandler(logging.StreamHandler[IO[str]]):
+    """Writes each record with one call, and no lock around it, for which many connections would have to wait."""
+
+    def handle(self, record: logging.LogRecord) -> Any:
+        try:
+            fd = self.stream.fileno()
+        except (AttributeError, OSError, ValueError):
+            return super().handle(record)  # it is no file
+        try:
+            line = (self.format(record) + "\n").encode(errors="backslashreplace")
+            while line:
+                line = line[os.write(fd, line) :]
+        except Exception:
+            self.handleError(record)
+        return True
+
+
+class TextFormatter(logging.Formatter):
+    """A log record as a line of text."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        self._second = 0, ""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        """Makes the text of a second once: that takes longer than all the rest of the line."""
+        second, text = self._second
+        if second != int(record.created):
+            second = int(record.created)
+            text = time.strftime(self.default_time_format, time.localtime(second))
+            self._second = second, text
+        return f"{text},{int(record.msecs):03d}"
+
+
 class JsonFormatter(logging.Formatter):
     """A log record as a JSON object in one line; of an event, with its fields."""
 
@@ -3035,9 +3102,8 @@ class JsonFormatter(logging.Formatter):
 
 def set_up_logging(level: str, format: str) -> None:
     """Log to standard error; only the commands do this, a program that embeds the relay has its own way."""
-    handler = logging.StreamHandler()
-    text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    handler.setFormatter(JsonFormatter() if format == "json" else text)
+    handler = LineHandler()
+    handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
     # Nothing that the formats do not show: a record costs half as much without (logging HOWTO, "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None

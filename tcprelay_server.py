@@ -469,7 +469,7 @@ class RelayServer(Relay):
         if service:
             sock.close()
             reason = "too many connections from its address at once (--max-per-address)"
-            record = {"id": tcprelay.random_id(4), "service": service, "peer": peer}
+            record = {"id": tcprelay.connection_id(), "service": service, "peer": peer}
             self._emit(ConnectionFailed(reason=reason, seconds=0.0, **record))
             return
         refusal = Refusal("there are too many links from its address (--max-links-per-address)", "limit")
@@ -928,7 +928,7 @@ class ServiceClient:
     """A service client until its service has answered: its stream, and the bytes that it sent early."""
 
     def __init__(self, service: str, sock: socket.socket, address: Any, context: ssl.SSLContext | None = None) -> None:
-        self.id = tcprelay.random_id(4)
+        self.id = tcprelay.connection_id()
         self.service = service
         self.peer = show_address(address)
         self.stream = make_stream(sock, f"service client {self.peer}", address, context)
