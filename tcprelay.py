@@ -14,7 +14,8 @@ This file, from top to bottom:
     the link protocol        frames, and the machine that says which frame may come when; no I/O
     streams and links        the legs of a connection: a byte stream, plain or TLS, or a link that carries one
                              in frames
-    splicing                 two pumps, one a direction; the watch that ends what is idle or dead
+    splicing                 the opening exchange, then two pumps, one a direction; the watch that ends what is
+                             idle or dead
     threads                  a cache of parked threads
     events                   what happens, told once: the log, the counters and ``on_event`` listen
     options                  one table for the command line, the environment and the configuration file
@@ -24,8 +25,10 @@ This file, from top to bottom:
 
 Threads and sockets, in both roles:
 
-    - Every connection is served by a thread of its own from `Threads`; a spliced one by two, one a direction.
-      A pump blocks in a plain ``recv``, ``send`` or ``splice`` and in nothing else.
+    - Every connection is served by a thread of its own from `Threads`.  That thread alone carries the opening
+      exchange of a spliced one, both ways (`Splice._converse`: it waits in one ``poll`` and nowhere else), which
+      is all that most short connections are.  What goes on longer is carried by two, one a direction: a pump
+      blocks in a plain ``recv``, ``send`` or ``splice`` and in nothing else.
     - The thread that serves a connection owns its socket: it closes it, after the other pump has left.
       Everybody else only *wakes* it (see `Stream.wake`).  ``close`` would not wake a blocked ``recv``, and
       the number of a closed descriptor may already belong to another connection.
@@ -379,25 +382,47 @@ def _connect(family: int, address: Any, deadline: Deadline, stop: Stop | None) -
 
 
 def _finish_connecting(sock: socket.socket, address: Any, deadline: Deadline, stop: Stop | None) -> None:
-    sock.setblocking(False)
+    # Linux limits a blocking connect like a send, and then it goes on by itself: most are over with this one call.
+    limit_sends(sock)
+    if sock.gettimeout() is not None or not LINUX:
+        sock.setblocking(LINUX)
     code = sock.connect_ex(address)
     if code == errno.EINPROGRESS:
         wait_for(sock.fileno(), select.POLLOUT, deadline, stop)
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if code:
         raise OSError(code, os.strerror(code))
-    sock.setblocking(True)
+    if not LINUX:
+        sock.setblocking(True)
     if sock.family == socket.AF_UNIX:
-        limit_sends(sock)
         return
-    try:
-        peer = sock.getpeername()
-    except OSError:  # reset already
-        raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)) from None
-    if peer == sock.getsockname():
-        # A port of the ephemeral range on this host where nobody listens can connect to itself.
+    # A port of the ephemeral range on this host where nobody listens can connect to itself.
+    if address[1] in EPHEMERAL_PORTS and connected_to_itself(sock):
         raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
     set_tcp_options(sock)
+
+
+LINUX = sys.platform == "linux"
+
+
+def ephemeral_ports() -> range:
+    """The ports that this system gives to those that connect."""
+    try:
+        with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
+            first, last = file.read().split()
+        return range(int(first), int(last) + 1)
+    except (OSError, ValueError):
+        return range(65536)
+
+
+EPHEMERAL_PORTS = ephemeral_ports()
+
+
+def connected_to_itself(sock: socket.socket) -> bool:
+    try:
+        return bool(sock.getpeername() == sock.getsockname())
+    except OSError:  # reset already: whoever uses it will see
+        return False
 
 
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
@@ -610,6 +635,22 @@ def random_id(count: int) -> str:
     return os.urandom(count).hex()
 
 
+def connection_id() -> str:
+    """A name for a connection in the log: eight hexadecimal digits, from a random one on."""
+    return f"{next(_connection_ids) & 0xFFFFFFFF:08x}"
+
+
+def _begin_ids() -> None:
+    global _connection_ids
+    _connection_ids = itertools.count(int.from_bytes(os.urandom(4), "big"))
+
+
+_connection_ids = itertools.count()
+_begin_ids()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_ids)  # each process from another one on
+
+
 def random_fraction() -> float:
     """A random number from 0 to 1.  (The module random would cost 1 MiB.)"""
     return int.from_bytes(os.urandom(4), "big") / 0xFFFFFFFF
@@ -670,6 +711,12 @@ class Leg(Protocol):
     def recv_into(self, view: memoryview) -> int:
         """Receive at least a byte; 0 is the end, and one that can be believed.  Raises `OSError`."""
 
+    def recv_now(self, view: memoryview) -> int | None:
+        """Like `recv_into`, but ``None`` where it would have to wait."""
+
+    def holds_bytes(self) -> bool:
+        """Whether there may be bytes, or the end, that the socket has given already, so that poll does not tell."""
+
     def send_buffer(self, view: memoryview, count: int) -> None:
         """Send the `count` bytes behind the header space of `view`, all of them.  Raises `OSError`."""
 
@@ -687,6 +734,15 @@ class Leg(Protocol):
 
     def end(self) -> None:
         """End the sending direction: the other side has got everything.  Raises `OSError`."""
+
+    def pack(self, data: memoryview) -> bytes | memoryview:
+        """These bytes as they cross the leg's socket, to be sent by `carrier`.  They have to be sent now."""
+
+    def pack_end(self) -> bytes:
+        """What says there that nothing more will come; maybe nothing."""
+
+    def end_now(self) -> bool:
+        """When that has been sent: `end`, as far as it goes without waiting; False where `end` has to be called."""
 
 
 class Stream:
@@ -720,6 +776,9 @@ class Stream:
         except BlockingIOError:
             return None
 
+    def holds_bytes(self) -> bool:
+        return False
+
     def _believe_end(self) -> int:
         """0, where a receive that gave 0 means the end.  Raises `ConnectionResetError` where it does not.
 
@@ -752,11 +811,14 @@ class Stream:
         if self.given_up:
             raise ConnectionAbortedError("given up")
 
-    def send_now(self, data: bytearray) -> bool:
-        """Send what can go without waiting, and remove it from `data`; True when all has gone.  Raises `OSError`."""
+    def send_now(self, data: bytearray, end_follows: bool = False) -> bool:
+        """Send what can go without waiting, and remove it from `data`; True when all has gone.  Raises `OSError`.
+
+        Where the end follows at once (not otherwise: a part is held back), both leave in one segment.
+        """
         if data:
             try:
-                del data[: self.sock.send(data, socket.MSG_DONTWAIT)]
+                del data[: self.sock.send(data, _NOW_WITH_END if end_follows else socket.MSG_DONTWAIT)]
             except BlockingIOError:
                 pass
         return not data
@@ -776,6 +838,16 @@ class Stream:
     def end(self) -> None:
         self._fin_sent = True
         self.sock.shutdown(socket.SHUT_WR)
+
+    def pack(self, data: memoryview) -> bytes | memoryview:
+        return data
+
+    def pack_end(self) -> bytes:
+        return b""
+
+    def end_now(self) -> bool:
+        self.end()
+        return True
 
     def reset_on_close(self) -> None:
         """Have `close`, or the death of this process, reset the connection."""
@@ -836,6 +908,17 @@ class Stream:
                     break
         except OSError:
             pass
+
+
+_NOW_WITH_END = getattr(socket, "MSG_DONTWAIT", 0) | getattr(socket, "MSG_MORE", 0)
+
+
+def carrier(leg: Leg) -> Stream:
+    """The stream whose socket a leg's bytes go through."""
+    if isinstance(leg, Link):
+        return leg.stream
+    assert isinstance(leg, Stream)
+    return leg
 
 
 def unsent_bytes(sock: socket.socket) -> int:
@@ -925,12 +1008,16 @@ class TLSStream(Stream):
             return None
         return count
 
+    def holds_bytes(self) -> bool:
+        return True
+
     def send(self, data: bytes | bytearray | memoryview) -> None:
-        with self._tls_lock:
-            self.tls.write(data)
+        if data:
+            with self._tls_lock:
+                self.tls.write(data)
         self._flush_records()
 
-    def send_now(self, data: bytearray) -> bool:
+    def send_now(self, data: bytearray, end_follows: bool = False) -> bool:
         if data:
             with self._tls_lock:
                 self.tls.write(data)
@@ -941,7 +1028,16 @@ class TLSStream(Stream):
         self.send(view[HEADER : HEADER + count])
 
     def end(self) -> None:
-        """Send close_notify and FIN.  What the peer has sent before is kept: `unwrap` would drop it."""
+        self._end(0)
+
+    def end_now(self) -> bool:
+        return self._end(socket.MSG_DONTWAIT)
+
+    def _end(self, flags: int) -> bool:
+        """Send close_notify and FIN; False where it would have to wait, and is to be called again.
+
+        What the peer has sent before is kept: `unwrap` would drop it.
+        """
         with self._tls_lock:
             piece = memoryview(bytearray(LARGE_BUFFER))
             try:
@@ -960,12 +1056,14 @@ class TLSStream(Stream):
                 pass  # the peer's own close_notify comes when it comes
             peer_ended = self._peer_ended
         try:
-            self._flush_records()
+            if not self._flush_records(flags):
+                return False
             super().end()
         except OSError as error:
             # Who has sent close_notify may close without waiting for ours, which its system answers with an RST.
             if not peer_ended or error.errno not in (errno.ENOTCONN, errno.EPIPE, errno.ECONNRESET):
                 raise
+        return True
 
     def _decrypt(self, view: memoryview) -> int | None:
         """Decrypted bytes that are here already: as many records as fit; 0 at close_notify, ``None`` for none."""
@@ -1085,9 +1183,15 @@ class Link:
 
     def receive(self, deadline: Deadline, stop: Stop | None = None) -> Frame:
         """The next frame, waited for.  Raises `EOFError` at the end of the link, `LinkFault`, `OSError`."""
-        while (frame := self.receive_now()) is None:
+        frame = self.receive_held()
+        while frame is None:
             wait_for(self.fd, select.POLLIN, deadline, stop)
+            frame = self.receive_now()
         return frame
+
+    def receive_held(self) -> Frame | None:
+        """The next frame if the socket need not be asked for it; what is in the socket, poll tells."""
+        return self.receive_now() if self.stream.holds_bytes() else self._decode()
 
     def receive_now(self) -> Frame | None:
         """The next frame if it is here, as a whole.  Raises as `receive` does."""
@@ -1118,9 +1222,23 @@ class Link:
     # The leg
 
     def recv_into(self, view: memoryview) -> int:
+        count = self._recv(view, self.stream.recv_into)
+        assert count is not None
+        return count
+
+    def recv_now(self, view: memoryview) -> int | None:
+        return self._recv(view, self.stream.recv_now)
+
+    def holds_bytes(self) -> bool:
+        return self._start < self._end or self.stream.holds_bytes()
+
+    def _recv(self, view: memoryview, receive: Callable[[memoryview], int | None]) -> int | None:
+        """Bytes out of DATA frames; ``None`` where `receive` gives that."""
         while self._left == 0:
             if (frame := self._decode()) is None:
-                count = self.stream.recv_into(self._space())
+                count = receive(self._space())
+                if count is None:
+                    return None
                 if count == 0:
                     raise ConnectionResetError("the link was lost")
                 self._end += count
@@ -1134,7 +1252,9 @@ class Link:
             view[:count] = memoryview(self._buffer)[self._start : self._start + count]
             self._start += count
         else:
-            count = self.stream.recv_into(view[: self._left])
+            count = receive(view[: self._left])
+            if count is None:
+                return None
             if count == 0:
                 raise ConnectionResetError("the link was lost")
         self._left -= count
@@ -1171,7 +1291,19 @@ class Link:
         self.stream.keep_trying()
 
     def end(self) -> None:
-        self.send(END)
+        if not self.machine.has_ended(self.machine.role):  # otherwise `pack_end` was before this
+            self.send(END)
+
+    def pack(self, data: memoryview) -> bytes | memoryview:
+        self.machine.send(DATA)
+        return encode_header(DATA, len(data)) + data
+
+    def pack_end(self) -> bytes:
+        self.machine.send(END)
+        return encode_frame(END)
+
+    def end_now(self) -> bool:
+        return True
 
     def abort(self, reason: str) -> None:
         if not self.machine.has_ended(self.machine.role):
@@ -1186,7 +1318,10 @@ class Link:
         scrap = memoryview(bytearray(LARGE_BUFFER))
         try:
             while not self.machine.has_ended(self.machine.peer):
-                count = self.recv_into(scrap) if deadline is None else self._recv_by(deadline, stop, scrap)
+                count = self.recv_into(scrap) if deadline is None else self.recv_now(scrap)
+                if count is None and deadline is not None:
+                    wait_for(self.fd, select.POLLIN, deadline, stop)
+                    continue
                 if not count:
                     return
                 most -= count if self.machine.has_ended(self.machine.role) else 0
@@ -1194,23 +1329,6 @@ class Link:
                     raise ConnectionResetError("the other side did not stop sending")
         except ConnectionAbortedError:
             pass  # the end that was waited for
-
-    def _recv_by(self, deadline: Deadline, stop: Stop | None, view: memoryview) -> int:
-        """Like `recv_into`, with a deadline.  What is here is taken first: it may be in a buffer of TLS."""
-        while self._left == 0:
-            frame = self.receive(deadline, stop)
-            if frame.kind == END:
-                return 0
-            if frame.kind == ABORT:
-                raise ConnectionAbortedError("broken off by the other relay")
-        while self._start == self._end:
-            count = self.stream.recv_now(self._space())
-            if count == 0:
-                raise ConnectionResetError("the link was lost")
-            if count is None:
-                wait_for(self.fd, select.POLLIN, deadline, stop)
-            self._end += count or 0
-        return self.recv_into(view)
 
     def wake(self) -> None:
         """Make blocked calls of other threads return.  A FIN here deceives nobody: only END is an end."""
@@ -1252,6 +1370,10 @@ class Link:
 
 # --- Splicing -------------------------------------------------------------------------------------------------
 
+OPENING_TIME = 0.25
+"""Seconds for which one thread carries both directions of a connection, and"""
+OPENING_BYTES = 16384
+"""how many bytes each way: most connections are over by then, and no second thread was needed."""
 SMALL_BUFFER = 1024
 """A pump's first buffer: what an idle connection costs is mostly its two buffers and two stacks."""
 LARGE_BUFFER = 65536
@@ -1284,8 +1406,25 @@ class LegError(ConnectionError):
         self.cause = error
 
 
+class Flow:
+    """One direction of a connection in its opening exchange, and what that leaves for the pump."""
+
+    __slots__ = ("count", "ended", "error", "out", "sink", "source")
+
+    def __init__(self, source: Leg, sink: Leg) -> None:
+        self.source = source
+        self.sink = sink
+        self.out = bytearray()
+        """For the sink, and not taken by its socket yet; so far `count` bytes of the connection."""
+        self.count = 0
+        self.ended = False
+        """The source has come to its end."""
+        self.error: OSError | None = None
+        """What is to be raised when `out` has been sent."""
+
+
 class Splice:
-    """A stream and a link that carry one connection: two pumps, and the record that they share.
+    """A stream and a link that carry one connection: the opening exchange, two pumps, and the record they share.
 
     Each direction ends by itself.  Where one breaks, the other is woken, what was read before is still sent,
     and nobody sees a clean end: the stream gets an RST, the link an ABORT or its own end.
@@ -1307,7 +1446,7 @@ class Splice:
         self.said_end = False
         """The link was told that the stream has ended, and is complete."""
         self.from_link_ended = False
-        self._pumps: int = 0
+        self._flow_to_link, self._flow_from_link = Flow(stream, link), Flow(link, stream)
         self._lock = threading.Lock()  # reason, said_end, _broken_at, _over, _halted
         self._broken_at = 0.0
         self._over = False
@@ -1321,18 +1460,22 @@ class Splice:
 
         The caller owns both legs.  Afterwards a `Link` whose machine is not idle is of no further use.
         """
+        self._converse()
         left = threading.Lock()
         left.acquire()
-        if not self.to_link_ended:
+        if self.to_link_ended:
+            left.release()
+        elif self.from_link_ended:
+            self._carry_to_link(left)
+        else:
             try:
                 threads.start(self._carry_to_link, left)
             except RuntimeError as error:
                 self.break_off(str(error), close_link=True)
                 return
-        else:
-            left.release()
         try:
-            self._carry_from_link()
+            if not self.from_link_ended:
+                self._carry_from_link()
         finally:
             left.acquire()
             with self._lock:
@@ -1394,12 +1537,92 @@ class Splice:
         elif quiet >= DEAD_PATH and (path_is_dead(self.stream.sock) or path_is_dead(self.link.sock)):
             self.break_off("sent bytes are no longer acknowledged", force=True, close_link=True)
 
+    def _converse(self) -> None:
+        """The opening exchange: carry both directions in this thread, while the connection is young and small.
+
+        Nothing here waits, except for the one ``poll``.  It is over when one direction has come to its plain end.
+        What it leaves of the others, an error or what a socket did not take, their pumps find in the `Flow`.
+        """
+        flows = {flow.source.fd: flow for flow in (self._flow_from_link, self._flow_to_link)}
+        poller = select.poll()
+        for fd in flows:
+            poller.register(fd, select.POLLIN)
+        view, until = memoryview(bytearray(OPENING_BYTES)), time.monotonic() + OPENING_TIME
+        ready = [fd for fd, flow in flows.items() if flow.source.holds_bytes()]
+        try:
+            while not (self.to_link_ended or self.from_link_ended):
+                for fd in ready:
+                    if not self._pass_on(flows[fd], view):
+                        return
+                left = until - time.monotonic()
+                if left <= 0 or self._halted:
+                    return
+                ready = [fd for fd, _ in poller.poll(left * 1000)]
+        except BaseException:
+            self.break_off("unexpected error", force=True, close_link=True)
+            raise
+
+    def _pass_on(self, flow: Flow, view: memoryview) -> bool:
+        """Pass on what is here in one direction, and its end; False where the rest is for a pump."""
+        try:
+            while flow.count < OPENING_BYTES and (count := flow.source.recv_now(view)) is not None:
+                if self._halted:
+                    return False
+                if count == 0:
+                    flow.ended = True
+                    break
+                flow.out += flow.sink.pack(view[:count])
+                flow.count += count
+                # A service's end often is right behind its bytes; END, sent with them, has come with them.
+                if isinstance(flow.source, Link) and not flow.source.holds_bytes():
+                    break
+        except OSError as error:
+            flow.error = LegError(flow.source, error)
+        if flow.ended:
+            with self._lock:
+                if self.reason:
+                    return False
+                self.said_end = self.said_end or flow is self._flow_to_link
+            flow.out += flow.sink.pack_end()
+        stream = carrier(flow.sink)
+        try:
+            if not stream.send_now(flow.out, end_follows=flow.ended and stream is flow.sink):
+                return False
+        except OSError as error:
+            flow.out.clear()
+            flow.error = LegError(flow.sink, error)
+        if flow.error is not None:
+            return False
+        little = self._count(flow, flow.count) < OPENING_BYTES
+        flow.count = 0
+        if not flow.ended:
+            return little
+        try:
+            if not flow.sink.end_now():
+                return False
+        except OSError as error:
+            flow.error = error
+            return False
+        if flow is self._flow_to_link:
+            self.to_link_ended = True
+        else:
+            self.from_link_ended = True
+        return True
+
+    def _count(self, flow: Flow, count: int) -> int:
+        """Count bytes that were carried; returns how many it has been in this direction."""
+        if flow is self._flow_to_link:
+            self.to_link += count
+            return self.to_link
+        self.from_link += count
+        return self.from_link
+
     def _carry_to_link(self, left: threading.Lock) -> None:
         try:
             try:
-                self._pump(self.stream, self.link, inbound=True)
+                self._pump(self._flow_to_link)
                 with self._lock:
-                    self.said_end = not self.reason
+                    self.said_end = self.said_end or not self.reason
                 if self.said_end:
                     self.link.end()
             except OSError as error:
@@ -1421,7 +1644,7 @@ class Splice:
 
     def _carry_from_link(self) -> None:
         try:
-            self._pump(self.link, self.stream, inbound=False)
+            self._pump(self._flow_from_link)
             if not self.reason:
                 self.stream.end()
         except LegError as error:
@@ -1449,8 +1672,12 @@ class Splice:
         except OSError:
             self.link.wake()
 
-    def _pump(self, source: Leg, sink: Leg, *, inbound: bool) -> None:
+    def _pump(self, flow: Flow) -> None:
         """Pass bytes on until the source ends or the connection is broken off.  Raises `LegError`."""
+        source, sink = flow.source, flow.sink
+        self._finish_opening(flow)
+        if flow.ended:
+            return
         size = SMALL_BUFFER
         most = LARGE_BUFFER if source.spliceable and sink.spliceable else LARGE_TLS_BUFFER
         view = memoryview(bytearray(HEADER + size))
@@ -1465,22 +1692,34 @@ class Splice:
                 sink.send_buffer(view, count)
             except OSError as error:
                 raise LegError(sink, error) from error
-            if inbound:
-                self.to_link += count
-            else:
-                self.from_link += count
+            self._count(flow, count)
             if count == size < most:
                 size = min(8 * size, most)
             elif count >= BULK and source.spliceable and sink.spliceable:
-                if self._pump_bulk(source, sink, inbound):
+                if self._pump_bulk(flow):
                     return
                 size = SMALL_BUFFER
             else:
                 continue
             view = memoryview(bytearray(HEADER + size))
 
-    def _pump_bulk(self, source: Leg, sink: Leg, inbound: bool) -> bool:
+    def _finish_opening(self, flow: Flow) -> None:
+        """Send what the opening exchange could not, and raise the error that ended it."""
+        try:
+            try:
+                carrier(flow.sink).send(flow.out)
+            except OSError as error:
+                raise LegError(flow.sink, error) from error
+            self._count(flow, flow.count)
+            flow.out.clear()
+            if flow.error is not None:
+                raise flow.error
+        finally:
+            flow.error = None  # kept, its traceback would make a ring
+
+    def _pump_bulk(self, flow: Flow) -> bool:
         """Pass bytes on inside the kernel, through a pipe, while reads are large; True at the source's end."""
+        source, sink = flow.source, flow.sink
         try:
             reader, writer = os.pipe()
         except OSError:
@@ -1512,10 +1751,7 @@ class Splice:
                             sink.keep_trying()
                 except OSError as error:
                     raise LegError(sink, error) from error
-                if inbound:
-                    self.to_link += count
-                else:
-                    self.from_link += count
+                self._count(flow, count)
                 small = small + 1 if count < BULK else 0
             return False
         finally:
@@ -1823,11 +2059,13 @@ class LinkDown(Event):
 class ConnectionOpened(Event):
     """A service client and its service are connected; `via` is the relay client, or the service that was dialled."""
 
-    says = "[{id}] service {service}: connection from {peer} opened via {via}"
     id: str
     service: str
     peer: str
     via: str
+
+    def __str__(self) -> str:
+        return f"[{self.id}] service {self.service}: connection from {self.peer} opened via {self.via}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1903,7 +2141,7 @@ class Events:
                 self.counts["bytes_out"] += event.bytes_out
             elif isinstance(event, ConnectionFailed):
                 self.counts["failed"] += 1
-        if not event.floods or self._may_log(type(event)):
+        if self._logger.isEnabledFor(event.level) and (not event.floods or self._may_log(type(event))):
             self._logger.log(event.level, "%s", event, extra={"event": event})
         if self._on_event is not None:
             try:
@@ -2886,6 +3124,40 @@ def notify_systemd(state: str) -> None:
         logging.getLogger("tcprelay").warning("cannot notify systemd: %s", say_error(error))
 
 
+class LineHandler(logging.StreamHandler[IO[str]]):
+    """Writes each record with one call, and no lock around it, for which many connections would have to wait."""
+
+    def handle(self, record: logging.LogRecord) -> Any:
+        try:
+            fd = self.stream.fileno()
+        except (AttributeError, OSError, ValueError):
+            return super().handle(record)  # it is no file
+        try:
+            line = (self.format(record) + "\n").encode(errors="backslashreplace")
+            while line:
+                line = line[os.write(fd, line) :]
+        except Exception:
+            self.handleError(record)
+        return True
+
+
+class TextFormatter(logging.Formatter):
+    """A log record as a line of text."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        self._second = 0, ""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        """Makes the text of a second once: that takes longer than all the rest of the line."""
+        second, text = self._second
+        if second != int(record.created):
+            second = int(record.created)
+            text = time.strftime(self.default_time_format, time.localtime(second))
+            self._second = second, text
+        return f"{text},{int(record.msecs):03d}"
+
+
 class JsonFormatter(logging.Formatter):
     """A log record as a JSON object in one line; of an event, with its fields."""
 
@@ -2907,9 +3179,8 @@ class JsonFormatter(logging.Formatter):
 
 def set_up_logging(level: str, format: str) -> None:
     """Log to standard error; only the commands do this, a program that embeds the relay has its own way."""
-    handler = logging.StreamHandler()
-    text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    handler.setFormatter(JsonFormatter() if format == "json" else text)
+    handler = LineHandler()
+    handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
     # Nothing that the formats do not show: a record costs half as much without (logging HOWTO, "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None

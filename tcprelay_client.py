@@ -2,7 +2,7 @@
 
     tcprelayc --host localhost --port 22 --relay-host relay.example.net --relay-port 10080
 
-Threads, beside the second one of each connection:
+Threads, beside the second one of each connection that lasts:
 
     keeper     waits on a condition; opens links where some are missing, sweeps over the connections; joined by
                `RelayClient.end`
@@ -698,7 +698,7 @@ class RelayClient(Relay):
                 return "ending"
         if count == 0:
             raise EOFError("the relay closed it")
-        record = {"id": tcprelay.random_id(4), "service": service.name, "peer": f"relay {self._relay}"}
+        record = {"id": tcprelay.connection_id(), "service": service.name, "peer": f"relay {self._relay}"}
         self._set_busy(service, waiting=0)
         link.reset_on_close()
         try:
@@ -765,7 +765,8 @@ class RelayClient(Relay):
             service.busy += 1
             service.carried += 1
             service.asked = waiting
-            self._condition.notify_all()
+            if service.idle + service.connecting < self.options.num_conn + waiting:
+                self._condition.notify_all()  # the keeper opens more
 
     def _set_idle(self, service: Service) -> None:
         with self._condition:

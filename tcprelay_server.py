@@ -15,7 +15,8 @@ An idle link needs no thread: the keeper watches all of them.  A link's life:
                                                  │   ▲
     _accept ─▶ _serve_client: Pool.take ◀────────┘   │      the service client's thread now owns the link:
                  _start: START, first bytes … READY   │      it sends and receives alone until READY,
-                 Splice.run: two pumps               │      then is one of the two pumps
+                 Splice.run: the opening exchange,   │      then carries the opening exchange, and
+                 then two pumps                      │      is one of the two pumps of what lasts
                  └── idle again ─────────────────────┘
 
 Who holds a link out of the pool owns it: the service client's thread, or the keeper while it looks at it.
@@ -562,7 +563,7 @@ class RelayServer(Relay):
         if service:
             sock.close()
             reason = "too many connections from its address at once (--max-per-address)"
-            record = {"id": tcprelay.random_id(4), "service": service, "peer": peer}
+            record = {"id": tcprelay.connection_id(), "service": service, "peer": peer}
             self._emit(ConnectionFailed(reason=reason, seconds=0.0, **record))
             return
         refusal = Refusal("there are too many links from its address (--max-links-per-address)", "limit")
@@ -723,18 +724,20 @@ class RelayServer(Relay):
             self._emit(ClientUp(name=pooled.name, **{**where, "peer": pooled.host}))
         self._emit(LinkUp(**where))
 
-    def _give_back(self, pooled: PooledLink) -> None:
+    def _give_back(self, pooled: PooledLink, readable: bool = False) -> None:
         """Hear what has come in on an idle link, and put it into the pool; or close it, where it has ended.
 
         The caller owns the link.  A frame can be in the link's own buffer already, where the keeper's selector
-        does not see it: BYE right behind END.
+        does not see it: BYE right behind END.  What is in its socket the keeper is told, unless somebody waits
+        for a link and gets it at once.
         """
         link = pooled.link
         try:
             if isinstance(link, Stream):
                 self._hear_raw(link)
             else:
-                while (frame := link.receive_now()) is not None:
+                ask = readable or self._pool.has_waiting(pooled.service)
+                while (frame := link.receive_now() if ask else link.receive_held()) is not None:
                     if frame.kind == tcprelay.REFUSED:
                         raise EOFError(f"the relay client gave it up: {shown(frame.text('reason'))}")
                     pooled.take_pong(frame.kind)
@@ -801,7 +804,7 @@ class RelayServer(Relay):
         while not self._stop.requested:
             for key, _ in selector.select(max(0.0, next_look - time.monotonic())):
                 if key.data is not None and self._pool.hold(key.data):
-                    self._give_back(key.data)
+                    self._give_back(key.data, readable=True)
             if time.monotonic() >= next_look:
                 self._splices.sweep()
                 self._emit.tell_floods()
@@ -937,9 +940,10 @@ class RelayServer(Relay):
                   "waiting": waiting}  # fmt: skip
         out = bytearray(encode_frame(START, fields))
         client.pass_early(link, out, 0)
+        ready: dict[int, int] = {}
         while True:
             sent = link.stream.send_now(out)
-            frame = link.receive_now()
+            frame = link.receive_now() if link.fd in ready else link.receive_held()
             if frame is not None and frame.kind in (READY, FAIL):
                 break
             if frame is not None and frame.kind == tcprelay.REFUSED:
@@ -947,7 +951,7 @@ class RelayServer(Relay):
             if frame is not None:
                 pooled.take_pong(frame.kind)
                 continue
-            if sent and client.may_send_more:
+            if sent and client.may_send_more and (client.stream.fd in ready or client.may_hold_more):
                 before = len(client.early)
                 client.read_early()
                 client.pass_early(link, out, before)
@@ -1042,7 +1046,7 @@ class ServiceClient:
     """A service client until its service has answered: its stream, and the bytes that it sent early."""
 
     def __init__(self, service: str, sock: socket.socket, address: Any, context: ssl.SSLContext | None = None) -> None:
-        self.id = tcprelay.random_id(4)
+        self.id = tcprelay.connection_id()
         self.service = service
         self.address = address
         self.peer = show_address(address)
@@ -1060,6 +1064,8 @@ class ServiceClient:
         """Seconds that it has been in the parent and in other workers, and whether the parent had no link for it."""
         self.settled = self.passed_on = False
         """The parent knows from the gauges what became of it; it has been sent back to the parent."""
+        self.may_hold_more = True
+        """To be asked again without poll: TLS may hold more, or there was more than fitted."""
         self._since = time.monotonic()
         self.record = {"id": self.id, "service": service, "peer": self.peer}
 
@@ -1094,6 +1100,7 @@ class ServiceClient:
             return
         if count == 0:
             self.ended = True
+        self.may_hold_more = count == len(piece) or (count is not None and self.stream.holds_bytes())
         self.early += piece[: count or 0]
 
     def look(self, waited: bool) -> None:
@@ -1364,6 +1371,10 @@ class Pool:
     def count_idle(self) -> int:
         with self._lock:
             return sum(self._idle_counts.values())
+
+    def has_waiting(self, service: str) -> bool:
+        """Whether a service client waits for a link of this service."""
+        return bool(self._waiting[service])
 
     def count_waiting(self, service: str | None = None) -> int:
         """How many service clients wait, for one service or for all."""
@@ -1699,7 +1710,7 @@ class ServerWorkers(Workers):
         visitor.sock.close()
         self.role.shares["client"].leave(visitor.address)
         record = {"service": visitor.service, "peer": show_address(visitor.address)}
-        id = visitor.state.get("id") or tcprelay.random_id(4)
+        id = visitor.state.get("id") or tcprelay.connection_id()
         self.emit(ConnectionFailed(id=id, seconds=time.monotonic() - visitor.since, reason=reason, **record))
 
     def _balance(self, service: str) -> None:

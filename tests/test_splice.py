@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import random
+import select
 import socket
 import threading
 import time
@@ -35,7 +36,7 @@ from tcprelay import (
     encode_header,
 )
 
-from .conftest import PATIENCE, read_all, wait_until
+from .conftest import PATIENCE, read_all, read_exactly, wait_until
 
 
 def tcp_pair() -> tuple[socket.socket, socket.socket]:
@@ -50,7 +51,7 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
 class Rig:
     """A splice between a stream and a link, and the far ends of both."""
 
-    def __init__(self, stack: ExitStack) -> None:
+    def __init__(self, stack: ExitStack, start: bool = True) -> None:
         stream, self.far_stream = tcp_pair()
         link, far_link = tcp_pair()
         far_link.settimeout(None)
@@ -65,6 +66,10 @@ class Rig:
         self.stream = Stream(stream, "stream")
         self.splice = Splice("1", "test", self.stream, self.link)
         self.done = threading.Event()
+        if start:
+            self.start()
+
+    def start(self) -> None:
         self.threads.start(self._run)
 
     def _run(self) -> None:
@@ -86,6 +91,282 @@ def rig() -> Iterator[Rig]:
         made = Rig(stack)
         stack.callback(made.close)
         yield made
+
+
+@pytest.fixture
+def later_rig() -> Iterator[Rig]:
+    """One that the test starts."""
+    with ExitStack() as stack:
+        made = Rig(stack, start=False)
+        stack.callback(made.close)
+        yield made
+
+
+@pytest.fixture
+def long_opening(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The opening exchange does not end because of the time."""
+    monkeypatch.setattr(tcprelay, "OPENING_TIME", 6 * PATIENCE)
+
+
+def receive(link: Link) -> bytes:
+    """What comes in on a link, to the end of its connection."""
+    data = bytearray()
+    view = memoryview(bytearray(100_000))
+    while count := link.recv_into(view):
+        data += view[:count]
+    return bytes(data)
+
+
+def send(link: Link, data: bytes) -> None:
+    link.send_buffer(memoryview(bytearray(4) + data), len(data))
+
+
+def reset(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, tcprelay.RESET_ON_CLOSE)
+    sock.close()
+
+
+@pytest.mark.parametrize("first", ["stream", "link"])
+def test_a_short_connection_needs_one_thread(rig: Rig, first: str, long_opening: None) -> None:
+    """A question, an answer and both ends, whoever speaks first: nothing is started, and all is as it should be."""
+    view = memoryview(bytearray(100))
+    if first == "stream":
+        rig.far_stream.sendall(b"question")
+        assert rig.far.recv_into(view) == 8
+        send(rig.far, b"answer")
+        assert read_exactly(rig.far_stream, 6) == b"answer"
+        rig.far_stream.shutdown(socket.SHUT_WR)
+        assert rig.far.recv_into(view) == 0
+        rig.far.end()
+        assert read_all(rig.far_stream) == b""
+    else:
+        send(rig.far, b"question")
+        rig.far.end()
+        assert read_all(rig.far_stream) == b"question"
+        rig.far_stream.sendall(b"answer")
+        rig.far_stream.shutdown(socket.SHUT_WR)
+        assert receive(rig.far) == b"answer"
+    assert rig.done.wait(PATIENCE)
+    assert len(rig.threads) == 1
+    assert sorted([rig.splice.to_link, rig.splice.from_link]) == [6, 8]
+    assert rig.splice.reason == ""
+    assert rig.link.machine.state == rig.far.machine.state == tcprelay.IDLE
+
+
+def test_bytes_and_end_leave_together(later_rig: Rig, long_opening: None) -> None:
+    """What ends with its first bytes wakes the other side once, on the link and on the stream."""
+    rig = later_rig
+    rig.far_stream.sendall(b"answer")
+    rig.far_stream.shutdown(socket.SHUT_WR)
+    rig.far.stream.send(encode_header(DATA, 8) + b"question" + encode_frame(END))
+    rig.far.machine.send(END)
+    poller = select.poll()
+    poller.register(rig.far_stream, select.POLLIN | select.POLLRDHUP)
+    rig.start()
+    [(_, events)] = poller.poll(PATIENCE * 1000)
+    assert events == select.POLLIN | select.POLLRDHUP | select.POLLHUP
+    assert rig.done.wait(PATIENCE)
+    assert read_all(rig.far_stream) == b"question"
+    assert rig.far.sock.recv(1000) == encode_header(DATA, 6) + b"answer" + encode_frame(END)
+    rig.far.machine.receive(END)
+
+
+@pytest.mark.parametrize("ended", ["stream", "link"])
+def test_one_direction_goes_on_in_the_same_thread(rig: Rig, ended: str) -> None:
+    """Where the opening exchange has seen one end, the rest is carried without a second thread."""
+    data = random.Random(5).randbytes(3_000_000)
+    if ended == "stream":
+        rig.far_stream.shutdown(socket.SHUT_WR)
+        assert receive(rig.far) == b""
+        send(rig.far, data)
+        rig.far.end()
+        assert read_all(rig.far_stream) == data
+    else:
+        rig.far.end()
+        assert read_all(rig.far_stream) == b""
+
+        def write() -> None:
+            rig.far_stream.sendall(data)
+            rig.far_stream.shutdown(socket.SHUT_WR)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        assert receive(rig.far) == data
+        writer.join(PATIENCE)
+    assert rig.done.wait(PATIENCE)
+    assert (len(rig.threads), rig.splice.reason) == (1, "")
+
+
+def test_what_goes_on_is_carried_by_two_threads(rig: Rig) -> None:
+    """A connection that is no longer young gets its second thread without having to send anything."""
+    send(rig.far, b"greeting")
+    assert read_exactly(rig.far_stream, 8) == b"greeting"
+    wait_until(lambda: len(rig.threads) == 2)
+    rig.far_stream.sendall(b"answer")
+    rig.far_stream.shutdown(socket.SHUT_WR)
+    assert receive(rig.far) == b"answer"
+    rig.far.end()
+    assert read_all(rig.far_stream) == b""
+
+
+def test_what_the_opening_exchange_could_not_send(later_rig: Rig, long_opening: None) -> None:
+    """Both sides send before either reads: the second thread comes at once, and not a byte is lost or sent twice."""
+    rig = later_rig
+    for sock in (rig.stream.sock, rig.link.sock):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    one, other = random.Random(1).randbytes(40_000), random.Random(2).randbytes(40_000)
+
+    def write_stream() -> None:
+        rig.far_stream.sendall(one)
+        rig.far_stream.shutdown(socket.SHUT_WR)
+
+    def write_link() -> None:
+        for start in range(0, len(other), 1000):
+            send(rig.far, other[start : start + 1000])
+        rig.far.end()
+
+    for sock in (rig.far_stream, rig.far.sock):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    writers = [threading.Thread(target=f) for f in (write_stream, write_link)]
+    for writer in writers:
+        writer.start()
+    rig.start()
+    wait_until(lambda: len(rig.threads) == 2)
+    assert read_all(rig.far_stream) == other
+    assert receive(rig.far) == one
+    for writer in writers:
+        writer.join(PATIENCE)
+    assert rig.done.wait(PATIENCE)
+    assert (rig.splice.to_link, rig.splice.from_link, rig.splice.reason) == (len(one), len(other), "")
+
+
+@pytest.mark.parametrize("end", [True, False])
+def test_bytes_and_end_that_did_not_fit_are_sent_later(later_rig: Rig, end: bool, long_opening: None) -> None:
+    """The socket takes a part of the last bytes: the rest, and END, go out when the other side reads."""
+    rig = later_rig
+    rig.link.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
+    data = random.Random(3).randbytes(16_000)
+    rig.far_stream.sendall(data)
+    if end:
+        rig.far_stream.shutdown(socket.SHUT_WR)
+    sent, real = [], rig.link.stream.send_now
+
+    def send_a_part(data: bytearray, end_follows: bool = False) -> bool:
+        piece = data[:100]
+        del data[:100]
+        sent.append(real(piece))
+        return False
+
+    rig.link.stream.send_now = send_a_part  # type: ignore[method-assign]
+    rig.start()
+    wait_until(lambda: sent)
+    got = bytearray()
+    view = memoryview(bytearray(100_000))
+    while len(got) < len(data):
+        got += view[: rig.far.recv_into(view)]
+    assert got == data
+    if not end:
+        rig.far_stream.shutdown(socket.SHUT_WR)
+    assert receive(rig.far) == b""
+    rig.far.end()
+    assert rig.done.wait(PATIENCE)
+    assert (rig.splice.to_link, rig.splice.said_end, rig.splice.reason) == (len(data), True, "")
+    assert rig.link.machine.state == tcprelay.IDLE
+
+
+def test_breaking_off_ends_the_opening_exchange(rig: Rig, long_opening: None) -> None:
+    """Its poll returns, the stream is reset, and the other relay is told why."""
+    send(rig.far, b"greeting")
+    assert read_exactly(rig.far_stream, 8) == b"greeting"
+    splices = Splices(10, 0.2, 0)
+    splices.add(rig.splice)
+
+    def broken() -> str:
+        splices.sweep()
+        return rig.splice.reason
+
+    wait_until(broken)
+    with pytest.raises(ConnectionAbortedError, match=r"idle for 0\.2 s"):
+        receive(rig.far)
+    rig.far.abort("so be it")
+    assert rig.done.wait(PATIENCE)
+    with pytest.raises(ConnectionResetError):
+        rig.far_stream.recv(1)
+    assert rig.link.machine.state == tcprelay.IDLE
+
+
+def test_a_link_that_is_to_be_closed_ends_the_opening_exchange(rig: Rig, long_opening: None) -> None:
+    """At the end of the relay nobody answers ABORT any more."""
+    send(rig.far, b"greeting")
+    assert read_exactly(rig.far_stream, 8) == b"greeting"
+    rig.splice.break_off("ending", force=True, close_link=True)
+    assert rig.done.wait(PATIENCE)
+    with pytest.raises(ConnectionResetError):
+        rig.far_stream.recv(1)
+
+
+def test_bytes_before_a_reset_in_the_opening_exchange(later_rig: Rig, long_opening: None) -> None:
+    """They arrive, and then ABORT; the link is used again."""
+    rig = later_rig
+    rig.far_stream.sendall(b"last words")
+    wait_until(lambda: tcprelay.unsent_bytes(rig.far_stream) == 0)
+    reset(rig.far_stream)
+    rig.start()
+    view = memoryview(bytearray(100))
+    assert rig.far.recv_into(view) == 10
+    with pytest.raises(ConnectionAbortedError, match="stream: connection reset by peer"):
+        rig.far.recv_into(view)
+    rig.far.end()
+    assert rig.done.wait(PATIENCE)
+    assert (rig.splice.to_link, rig.splice.said_end) == (10, False)
+    assert rig.link.machine.state == tcprelay.IDLE
+
+
+def test_a_link_lost_in_the_opening_exchange(later_rig: Rig, long_opening: None) -> None:
+    """What came before arrives, and then an RST, never an end."""
+    rig = later_rig
+    send(rig.far, b"last words")
+    rig.far.stream.complete()
+    rig.far.close()
+    rig.start()
+    assert read_exactly(rig.far_stream, 10) == b"last words"
+    with pytest.raises(ConnectionResetError):
+        rig.far_stream.recv(1)
+    assert rig.done.wait(PATIENCE)
+    assert rig.splice.reason == "link: the link was lost"
+
+
+@pytest.mark.parametrize("broken", [None, "stream", "link"])
+def test_the_opening_exchange_on_the_raw_wire(broken: str | None, long_opening: None) -> None:
+    """Bytes, ends and errors pass without frames, too, in one thread."""
+    near, far = tcp_pair()
+    near_link, far_link = tcp_pair()
+    stream, link = Stream(near, "stream"), Stream(near_link, "link")
+    splice, threads = Splice("1", "test", stream, link), Threads()
+
+    def run() -> None:
+        splice.run(threads)
+        stream.close()
+        link.close()
+
+    with far, far_link:
+        threads.start(run)
+        far.sendall(b"question")
+        assert read_exactly(far_link, 8) == b"question"
+        if broken:
+            one, other = (far, far_link) if broken == "stream" else (far_link, far)
+            reset(one)
+            with pytest.raises(ConnectionResetError):
+                other.recv(1)
+        else:
+            far.shutdown(socket.SHUT_WR)
+            assert read_all(far_link) == b""
+            far_link.sendall(b"answer")
+            far_link.shutdown(socket.SHUT_WR)
+            assert read_all(far) == b"answer"
+            assert len(threads) == 1
+        threads.end(Deadline(PATIENCE))
+    assert splice.reason == (f"{broken}: connection reset by peer" if broken else "")
 
 
 def test_bulk_and_small_mixed_arrive_in_order(rig: Rig) -> None:
@@ -330,13 +611,13 @@ def test_an_unstarted_pump_is_an_error(rig: Rig, monkeypatch: pytest.MonkeyPatch
     with far:
         stream = Stream(near, "near")
         link, far_link = socket.socketpair()
-        far_link.close()
         splice = Splice("2", "test", stream, Stream(link, "link"))
         monkeypatch.setattr(rig.threads, "start", no_thread)
         splice.run(rig.threads)
         assert splice.reason == "cannot start a thread"
         stream.close()
         splice.link.close()
+        far_link.close()
         with pytest.raises(ConnectionResetError):
             far.recv(1)
 

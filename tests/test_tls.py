@@ -583,6 +583,48 @@ def test_ending_with_data_in_flight_loses_nothing(certificates: Certificates, ve
 
 
 @pytest.mark.parametrize("version", ["1.2", "1.3"])
+@pytest.mark.parametrize("cut", [False, True])
+def test_the_opening_exchange_over_tls(
+    certificates: Certificates, version: str, cut: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records that are here before it begins, both ends, and a cut that is none; TLS on both legs, one thread."""
+    monkeypatch.setattr(tcprelay, "OPENING_TIME", 6 * PATIENCE)
+    with ExitStack() as stack:
+        stream, far = tls_pair(stack, certificates, version)
+        link, far_link = tls_pair(stack, certificates, version)
+        splice, threads = tcprelay.Splice("1", "test", stream, link), tcprelay.Threads()
+        view = memoryview(bytearray(100))
+        for piece in (b"go", b"question"):
+            far.send(piece)
+        assert stream.recv_into(view[:2]) == 2  # and has taken the next record from the socket
+        far_link.send(b"greeting")
+
+        def run() -> None:
+            splice.run(threads)
+            stream.close()
+            link.close()
+
+        threads.start(run)
+        assert far.recv_into(view) == 8
+        assert far_link.recv_into(view) == 8
+        far.send(b"question")
+        if cut:
+            far.sock.shutdown(socket.SHUT_WR)
+            assert far_link.recv_into(view) == 8
+            with pytest.raises(ConnectionResetError):
+                drain(far_link)
+        else:
+            far.end()
+            assert drain(far_link) == b"question"
+            far_link.send(b"answer")
+            far_link.end()
+            assert drain(far) == b"answer"
+            assert len(threads) == 1
+        threads.end(tcprelay.Deadline(PATIENCE))
+        assert splice.reason == ("server: cut off without TLS close_notify" if cut else "")
+
+
+@pytest.mark.parametrize("version", ["1.2", "1.3"])
 def test_a_cut_at_a_record_boundary_is_no_end(certificates: Certificates, version: str) -> None:
     """FIN without close_notify, with whole records before it: what came is delivered, then an error, each time."""
     with ExitStack() as stack:
