@@ -2799,6 +2799,8 @@ class Relay(abc.ABC):
         """The threads that live as long as the role."""
         self._channel: socket.socket | None = None
         """In a worker process, to its parent; see `Workers`."""
+        self._intake: socket.socket
+        """There, what the connections that the parent has accepted come from."""
         self._lock = threading.Lock()  # over the three below
         self._started = False
         self._closed = False
@@ -2914,14 +2916,13 @@ class Relay(abc.ABC):
     def make_workers(self, count: int) -> Workers | None:
         """The parent of so many workers that do what this object would do alone; ``None`` where it should."""
 
-    def become_worker(self, channel: socket.socket) -> None:
+    def become_worker(self, channel: socket.socket, intake: socket.socket) -> None:
         """Be one of several from now on; called in the new process, before `start`."""
-        self._channel = channel
+        self._channel, self._intake = channel, intake
         self._emit.pass_on = self.tell_parent
 
-    def adopt(self, message: bytes, descriptors: list[int]) -> None:
-        """Take what the parent has sent.  Roles that get connections from it override this."""
-        raise NotImplementedError
+    def obey(self, order: dict[str, Any]) -> None:  # noqa: B027 (not every role has orders of its own)
+        """In a worker: the parent asks for something."""
 
     def tell_parent(self, event: Event) -> None:
         """Have the parent hear of an event."""
@@ -3240,13 +3241,19 @@ class WorkerProcess:
         self.pid = 0
         """0 while there is none."""
         self.channel: socket.socket
+        self.intake: socket.socket
+        """Where connections are sent to it."""
         self.up = False
         self.born = 0.0
 
-    def send(self, message: bytes, descriptors: Sequence[int] = ()) -> bool:
-        """Send it a message, unless it has died or does not read fast enough: False."""
+    def order(self, message: bytes) -> None:
+        """Send it a signal's number or a message, unless it has died."""
+        ignore_oserror(self.channel.send, message, socket.MSG_DONTWAIT)
+
+    def hand(self, message: bytes, descriptor: int) -> bool:
+        """Send it a connection, unless it has died or does not take them fast enough: False."""
         try:
-            socket.send_fds(self.channel, [message], list(descriptors), socket.MSG_DONTWAIT)
+            socket.send_fds(self.intake, [message], [descriptor], socket.MSG_DONTWAIT)
             return True
         except OSError:
             return False
@@ -3347,27 +3354,32 @@ class Workers:
     def _order(self, number: int) -> None:
         for worker in self.workers:
             if worker.pid:
-                worker.send(bytes([number]))
+                worker.order(bytes([number]))
 
     def _fork(self, worker: WorkerProcess) -> None:
         worker.born, worker.up = time.monotonic(), False
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        our_end, intake = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         signal.pthread_sigmask(signal.SIG_BLOCK, _Signals.HANDLED)  # a signal is for one of the two processes
         try:
             pid = os.fork()
             if not pid:
-                self._live(worker, ours, theirs)
+                ours.close()
+                our_end.close()
+                self._live(worker, theirs, intake)
         except OSError as error:  # too many processes, say
             ours.close()
+            our_end.close()
             self.log.error("cannot start worker %d: %s", worker.number, say_error(error))
             return
         finally:
             theirs.close()
+            intake.close()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _Signals.HANDLED)
-        worker.pid, worker.channel = pid, ours
+        worker.pid, worker.channel, worker.intake = pid, ours, our_end
         self.selector.register(ours, selectors.EVENT_READ, lambda: self._receive(worker))
 
-    def _live(self, worker: WorkerProcess, ours: socket.socket, theirs: socket.socket) -> NoReturn:
+    def _live(self, worker: WorkerProcess, channel: socket.socket, intake: socket.socket) -> NoReturn:
         """The life of the new process."""
         status = 1
         try:
@@ -3375,15 +3387,15 @@ class Workers:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _Signals.HANDLED)
             os.environ.pop("NOTIFY_SOCKET", None)
             self.selector.close()
-            ours.close()
             for other in self.workers:
                 if other.pid:
                     other.channel.close()
-            self.role.become_worker(theirs)
+                    other.intake.close()
+            self.role.become_worker(channel, intake)
             self.become(worker)
             self.role.start()
             self.role.send_to_parent({"up": True})
-            status = _run(self.role, _Orders(self.role, theirs))
+            status = _run(self.role, _Orders(self.role, channel))
         except (OSError, RuntimeError) as error:
             self.log.error("worker %d: %s", worker.number, say_error(error))
         except BaseException:
@@ -3417,6 +3429,7 @@ class Workers:
     def _bury(self, worker: WorkerProcess) -> None:
         self.selector.unregister(worker.channel)
         worker.channel.close()
+        worker.intake.close()
         _, status = os.waitpid(worker.pid, 0)
         pid, worker.pid, was_up, worker.up = worker.pid, 0, worker.up, False
         self.lost(worker)
@@ -3433,7 +3446,7 @@ class Workers:
 
 
 class _Orders:
-    """What a worker hears from its parent: signals that are passed on, and connections, which the role adopts."""
+    """What a worker hears from its parent: signals that are passed on, and orders for the role."""
 
     def __init__(self, role: Relay, channel: socket.socket) -> None:
         self._role = role
@@ -3443,14 +3456,14 @@ class _Orders:
     def wait(self) -> int:
         """Wait for a signal; 0 when `done` was called first."""
         while True:
-            message, descriptors, _, _ = socket.recv_fds(self._channel, MESSAGE_SIZE, 1)
+            message = self._channel.recv(MESSAGE_SIZE)
             if self._over:
                 return 0
             if not message:
                 os._exit(1)  # the parent was killed: what is open is reset, as if it had been this process
             if len(message) == 1:
                 return message[0]
-            self._role.adopt(message, descriptors)
+            self._role.obey(decode_message(message)[0])
 
     def done(self) -> None:
         self._over = True

@@ -66,6 +66,8 @@ MAX_HANDSHAKES = 256
 """Link handshakes under way at once; beyond it the oldest of the address that has the most of them gives way."""
 SETTLED_BYTES = 65536
 """So much a relay client can pass on without waiting for the service: see `PooledLink.settling`."""
+SPARE_TAKERS = 8
+"""Threads of a worker that wait for connections, at most: what a burst has left behind goes."""
 SURPLUS_TIME = 60.0
 """Seconds after which an idle link beyond what its client asked for is retired."""
 
@@ -302,6 +304,9 @@ class RelayServer(Relay):
         """What is done with a connection that was accepted."""
         self._gauges: WorkerGauges | None = None
         """In a worker process; see `ServerWorkers`."""
+        self._intake_lock = threading.Lock()  # over the next
+        self._takers = 0
+        """There, the threads that wait for a connection."""
         self._acceptor = threading.Thread(target=self._accept, name="tcprelay-server acceptor", daemon=True)
         self._keeper = threading.Thread(target=self._keep, name="tcprelay-server keeper", daemon=True)
         self._own_threads = [self._acceptor, self._keeper]
@@ -409,8 +414,11 @@ class RelayServer(Relay):
         if self._stop.requested:
             return  # a listener of the first events has ended it
         self._pool.selector.register(self._stop.fileno(), selectors.EVENT_READ)
-        if self.listeners:
+        if self._gauges is None:
             self._acceptor.start()
+        else:
+            self._takers = 1
+            self._threads.start(self._take_connections)
         self._keeper.start()
 
     def _warn_about_trust(self) -> None:
@@ -428,6 +436,8 @@ class RelayServer(Relay):
     def _stop_intake(self) -> None:
         tcprelay.join(self._acceptor, tcprelay.JOIN_TIMEOUT)
         self.close_listeners()
+        if self._gauges is not None:
+            tcprelay.ignore_oserror(self._intake.shutdown, socket.SHUT_RD)  # wakes who waits there
         for pooled in self._pool.close():
             self._retire(pooled, "this relay server is ending")
 
@@ -453,35 +463,56 @@ class RelayServer(Relay):
         self.shares = {kind: RemoteShares(self, kind) for kind in self.shares}
         self._splices.show = gauges.show_open
 
-    def adopt(self, message: bytes, descriptors: list[int]) -> None:
-        """A connection that the parent has accepted, or a service whose workers need one of the links here."""
+    def _take_connections(self) -> None:
+        """Serve what the parent sends, one connection after another; the top of its thread.
+
+        There is always one that waits for the next: who takes a connection starts another first, if nobody else
+        waits.  So each connection wakes the thread that serves it, and no other.
+        """
+        while True:
+            message, descriptors, _, _ = socket.recv_fds(self._intake, tcprelay.MESSAGE_SIZE, 1)
+            if not message:
+                return  # `_stop_intake`
+            with self._intake_lock:
+                self._takers -= 1
+                alone = not self._takers
+                self._takers += alone
+            try:
+                if alone:
+                    self._threads.start(self._take_connections)
+            except RuntimeError as error:
+                self._adopt(message, descriptors[0], str(error))
+                continue
+            self._adopt(message, descriptors[0])
+            with self._intake_lock:
+                if self._takers == SPARE_TAKERS:
+                    return
+                self._takers += 1
+
+    def _adopt(self, message: bytes, descriptor: int, problem: str = "") -> None:
+        """Serve a connection that the parent has accepted; or refuse it, where there is a problem."""
         fields, early = tcprelay.decode_message(message)
         assert self._gauges is not None
-        if not descriptors:
-            self._give_up_one(fields["service"])
-            return
         address = tuple(fields["address"]) if isinstance(fields["address"], list) else fields["address"]
         family = socket.AF_INET6 if len(address) == 4 else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM, 0, descriptors[0])
-        service = fields["service"]
-        visitor = ServiceClient(service, sock, address, self._credentials.services) if service else None
-        try:
-            if visitor is None:
-                self._threads.start(self._serve_link, sock, address)
-            else:
-                visitor.resume(fields, early)
-                self._threads.start(self._serve_client, visitor)
-        except RuntimeError as error:
-            # It is reset.
-            self._log.warning("cannot take a connection: %s", say_error(error))
-            sock.close()
-            self.shares["client" if service else "link"].leave(address)
-            if visitor is not None:
-                self._settle(visitor)
-        if visitor is None:
+        sock = socket.socket(family, socket.SOCK_STREAM, 0, descriptor)
+        if not (service := fields["service"]):
             self._gauges.links_arrived()
-        elif isinstance(visitor.stream, TLSStream):
-            self._settle(visitor)  # or silent handshakes would seem to take all the links
+            if problem:
+                sock.close()
+                self.shares["link"].leave(address)
+                self._emit(LinkRefused(peer=show_address(address), code="lost", reason=problem))
+            else:
+                self._serve_link(sock, address)
+            return
+        client = ServiceClient(service, sock, address, self._credentials.services)
+        client.resume(fields, early)
+        if isinstance(client.stream, TLSStream):
+            self._settle(client)  # or silent handshakes would seem to take all the links
+        self._serve_client(client, problem)
+
+    def obey(self, order: dict[str, Any]) -> None:
+        self._give_up_one(order["service"])
 
     def _settle(self, client: ServiceClient) -> None:
         """What becomes of a service client that the parent has sent is known to the gauges."""
@@ -849,10 +880,10 @@ class RelayServer(Relay):
 
     # Service clients
 
-    def _serve_client(self, client: ServiceClient) -> None:
+    def _serve_client(self, client: ServiceClient, problem: str = "") -> None:
         """A service client's connection from accept to its closing record; the top of its thread."""
-        refusal = Refusal("too many connections at once (--max-connections)")
-        admitted = self._splices.admit()
+        refusal = Refusal(problem or "too many connections at once (--max-connections)")
+        admitted = not problem and self._splices.admit()
         try:
             if admitted:
                 self._shake_hands(client)
@@ -1641,7 +1672,7 @@ class ServerWorkers(Workers):
             return balance, self._gauges.open(number)
 
         for worker in sorted(self._living(), key=load):
-            if worker.send(tcprelay.encode_message({"service": "", "address": address}), [sock.fileno()]):
+            if worker.hand(tcprelay.encode_message({"service": "", "address": address}), sock.fileno()):
                 self._sent[worker.number][""] += 1
                 self._hold(worker, "link", address, 1)
                 sock.close()
@@ -1685,7 +1716,7 @@ class ServerWorkers(Workers):
             return False
         fields = {**visitor.state, "service": service, "address": visitor.address, "since": visitor.since,
                   "waited": time.monotonic() - visitor.since, "queued": visitor.queued}  # fmt: skip
-        if not best.send(tcprelay.encode_message(fields, visitor.early), [visitor.sock.fileno()]):
+        if not best.hand(tcprelay.encode_message(fields, visitor.early), visitor.sock.fileno()):
             return False
         self._sent[best.number][service] += 1
         self._hold(best, "client", visitor.address, 1)
@@ -1722,7 +1753,7 @@ class ServerWorkers(Workers):
                  - self._gauges.waiting(worker.number, service) for worker in self._living()}  # fmt: skip
         if spare and min(spare.values()) < 0 < max(spare.values()):
             richest = max(spare, key=lambda number: spare[number])
-            self.workers[richest].send(tcprelay.encode_message({"service": service}))
+            self.workers[richest].order(tcprelay.encode_message({"service": service}))
             self._next_give_up = now + self.LOOK_AGAIN
 
     # Workers
