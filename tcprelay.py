@@ -1639,6 +1639,7 @@ class Splice:
             left.release()
 
     def _carry_from_link(self) -> None:
+        aborted = False
         try:
             self._pump(self._flow_from_link)
             if not self.reason:
@@ -1646,8 +1647,8 @@ class Splice:
         except LegError as error:
             if error.leg is self.link:
                 # What ends the link's side ends the connection; an ABORT leaves the link itself whole.
-                lost = not isinstance(error.cause, ConnectionAbortedError)
-                self.break_off(say_error(error), close_link=lost)
+                aborted = isinstance(error.cause, ConnectionAbortedError)
+                self.break_off(say_error(error), close_link=not aborted)
             else:
                 # The stream was reset: the other pump still reads what had come before the RST, then its error.
                 self._note(say_error(error))
@@ -1662,7 +1663,7 @@ class Splice:
         with self._lock:
             said_end = self.said_end
         try:
-            if said_end:
+            if said_end and not aborted:
                 raise ConnectionResetError("after END only the link's own end says that something went wrong")
             self.link.discard()
         except OSError:
