@@ -3068,6 +3068,8 @@ class LineHandler(logging.StreamHandler[IO[str]]):
 class TextFormatter(logging.Formatter):
     """A log record as a line of text."""
 
+    milliseconds = ",%03d"
+
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
         self._second = 0, ""
@@ -3077,17 +3079,21 @@ class TextFormatter(logging.Formatter):
         second, text = self._second
         if second != int(record.created):
             second = int(record.created)
-            text = time.strftime(self.default_time_format, time.localtime(second))
+            text = time.strftime(self.default_time_format, self.converter(second))
             self._second = second, text
-        return f"{text},{int(record.msecs):03d}"
+        return text + self.milliseconds % record.msecs
 
 
-class JsonFormatter(logging.Formatter):
+class JsonFormatter(TextFormatter):
     """A log record as a JSON object in one line; of an event, with its fields."""
+
+    converter = staticmethod(time.gmtime)
+    default_time_format = "%Y-%m-%dT%H:%M:%S"
+    milliseconds = ".%03dZ"
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "time": self.formatTime(record),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
@@ -3095,7 +3101,7 @@ class JsonFormatter(logging.Formatter):
         event = getattr(record, "event", None)
         if isinstance(event, Event):
             entry["event"] = type(event).__name__
-            entry |= dataclasses.asdict(event)
+            entry |= {f.name: getattr(event, f.name) for f in dataclasses.fields(event)}
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps(entry)
