@@ -1643,6 +1643,7 @@ class Splice:
             left.release()
 
     def _carry_from_link(self) -> None:
+        aborted = False
         try:
             self._pump(self._flow_from_link)
             if not self.reason:
@@ -1650,8 +1651,8 @@ class Splice:
         except LegError as error:
             if error.leg is self.link:
                 # What ends the link's side ends the connection; an ABORT leaves the link itself whole.
-                lost = not isinstance(error.cause, ConnectionAbortedError)
-                self.break_off(say_error(error), close_link=lost)
+                aborted = isinstance(error.cause, ConnectionAbortedError)
+                self.break_off(say_error(error), close_link=not aborted)
             else:
                 # The stream was reset: the other pump still reads what had come before the RST, then its error.
                 self._note(say_error(error))
@@ -1666,7 +1667,7 @@ class Splice:
         with self._lock:
             said_end = self.said_end
         try:
-            if said_end:
+            if said_end and not aborted:
                 raise ConnectionResetError("after END only the link's own end says that something went wrong")
             self.link.discard()
         except OSError:
@@ -3145,6 +3146,8 @@ class LineHandler(logging.StreamHandler[IO[str]]):
 class TextFormatter(logging.Formatter):
     """A log record as a line of text."""
 
+    milliseconds = ",%03d"
+
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
         self._second = 0, ""
@@ -3154,17 +3157,21 @@ class TextFormatter(logging.Formatter):
         second, text = self._second
         if second != int(record.created):
             second = int(record.created)
-            text = time.strftime(self.default_time_format, time.localtime(second))
+            text = time.strftime(self.default_time_format, self.converter(second))
             self._second = second, text
-        return f"{text},{int(record.msecs):03d}"
+        return text + self.milliseconds % record.msecs
 
 
-class JsonFormatter(logging.Formatter):
+class JsonFormatter(TextFormatter):
     """A log record as a JSON object in one line; of an event, with its fields."""
+
+    converter = staticmethod(time.gmtime)
+    default_time_format = "%Y-%m-%dT%H:%M:%S"
+    milliseconds = ".%03dZ"
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "time": self.formatTime(record),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
@@ -3172,7 +3179,7 @@ class JsonFormatter(logging.Formatter):
         event = getattr(record, "event", None)
         if isinstance(event, Event):
             entry["event"] = type(event).__name__
-            entry |= dataclasses.asdict(event)
+            entry |= {f.name: getattr(event, f.name) for f in dataclasses.fields(event)}
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps(entry)

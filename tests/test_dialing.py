@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
 import tcprelay
-from tcprelay import Dialer, Endpoint
+from tcprelay import Dialer, Endpoint, Stop, Stopping
 
-from .conftest import Bench
+from .conftest import PATIENCE, Bench
 
 Addresses = list[tuple[int, Any]]
 
@@ -119,3 +123,83 @@ def test_each_address_has_its_share_of_the_time(bench: Bench, names: Names, monk
     names.addresses = at(1) + at(2) + at(bench.service().port)
     Dialer(Endpoint("service.example", 1), timeout=9.0).dial().close()
     assert shares == [pytest.approx(3.0, abs=0.2), pytest.approx(4.5, abs=0.2), pytest.approx(9.0, abs=0.2)]
+
+
+@pytest.fixture
+def busy() -> Iterator[socket.socket]:
+    """A listener that answers nobody until it accepts: its queue is full."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        while True:
+            sock = stack.enter_context(socket.socket())
+            sock.settimeout(0.1)
+            try:
+                sock.connect(listener.getsockname())
+            except TimeoutError:
+                break
+        listener.settimeout(PATIENCE)
+        yield listener
+
+
+def dialer_of(listener: socket.socket, timeout: float) -> Dialer:
+    return Dialer(Endpoint("127.0.0.1", listener.getsockname()[1]), timeout)
+
+
+def test_who_does_not_answer_is_given_up(busy: socket.socket) -> None:
+    """At the deadline, although the call that connects may take a part of it."""
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        dialer_of(busy, 0.5).dial()
+    assert 0.5 <= time.monotonic() - began < 2
+
+
+def test_an_end_cuts_dialling_short(busy: socket.socket) -> None:
+    """Who is ending does not wait for an answer."""
+    stop, began = Stop(), time.monotonic()
+    stop.request()
+    with pytest.raises(Stopping):
+        dialer_of(busy, 60.0).dial(stop)
+    assert time.monotonic() - began < PATIENCE
+    stop.close()
+
+
+def test_who_answers_late_is_connected(busy: socket.socket) -> None:
+    """Later than the one call that connects waits; then the socket blocks, as all do that are spliced."""
+
+    def accept() -> None:
+        time.sleep(0.5)  # the first SYN was dropped; it is sent again after a second
+        for _ in range(2):
+            busy.accept()[0].close()
+
+    thread = threading.Thread(target=accept)
+    thread.start()
+    with dialer_of(busy, PATIENCE).dial() as sock:
+        assert sock.gettimeout() is None
+        assert sock.getpeername() == busy.getsockname()
+    thread.join(PATIENCE)
+
+
+def test_a_program_s_default_timeout_does_not_matter(bench: Bench) -> None:
+    """Dialled sockets are blocking, whatever `socket.setdefaulttimeout` says."""
+    service = bench.service()
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(1.0)
+    try:
+        sock = Dialer(Endpoint("127.0.0.1", service.port)).dial()
+    finally:
+        socket.setdefaulttimeout(before)
+    with sock:
+        assert sock.gettimeout() is None
+        sock.sendall(b"x")
+        assert sock.recv(1) == b"x"
+
+
+def test_a_connection_to_itself_is_known(bench: Bench) -> None:
+    """A port that the system gives to those that connect may be the caller's own."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.connect(sock.getsockname())
+        assert sock.getsockname()[1] in tcprelay.EPHEMERAL_PORTS
+        assert tcprelay.connected_to_itself(sock)
+    with socket.create_connection(("127.0.0.1", bench.service().port)) as sock:
+        assert not tcprelay.connected_to_itself(sock)

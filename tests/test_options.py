@@ -10,6 +10,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +306,47 @@ def test_an_unknown_host_is_one_line() -> None:
     )
     assert done.returncode == 1
     assert done.stderr == "tcprelays: cannot listen on 192.0.2.1:0: cannot assign requested address\n"
+
+
+@pytest.mark.parametrize("format", ["text", "json"])
+def test_log_lines_of_many_threads(format: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each is whole, with its own time, although no lock is held around writing one."""
+    tcprelay.set_up_logging("info", format)
+    logger = logging.getLogger("tcprelay")
+    try:
+
+        def log(number: int) -> None:
+            for _ in range(100):
+                logger.warning("%d %s", number, "x" * 500)
+
+        threads = [threading.Thread(target=log, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        logger.warning("a surrogate: \udc80")
+        *lines, last = capfd.readouterr().err.splitlines()
+    finally:
+        logger.handlers.clear()
+        logger.propagate = True
+        logger.setLevel(logging.NOTSET)
+    shape = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} WARNING (\d x{500})"
+    said = [
+        json.loads(line)["message"] if format == "json" else re.fullmatch(shape, line)[1]  # type: ignore[index]
+        for line in lines
+    ]
+    assert sorted(said) == sorted(f"{n} {'x' * 500}" for n in range(8) for _ in range(100))
+    assert "a surrogate: \\udc80" in last
+    if format == "json":
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", json.loads(last)["time"])
+
+
+def test_connections_have_names_of_their_own() -> None:
+    """In one process one after the other, in each process from another one on."""
+    script = "import os, tcprelay; os.fork() and os.wait(); print(*[tcprelay.connection_id() for _ in range(500)])"
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=True).stdout
+    assert len(set(said.split())) == 1000
+    assert all(re.fullmatch("[0-9a-f]{8}", name) for name in said.split())
 
 
 def test_json_log_lines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -322,6 +322,19 @@ def test_bytes_before_a_reset_in_the_opening_exchange(later_rig: Rig, long_openi
     assert rig.link.machine.state == tcprelay.IDLE
 
 
+def test_an_abort_after_our_end_leaves_the_link_whole(rig: Rig) -> None:
+    """Who has sent it uses the link again at once, and knows: nothing is left to be said by closing it."""
+    rig.far_stream.shutdown(socket.SHUT_WR)
+    assert receive(rig.far) == b""
+    rig.far.abort("broken off")
+    with pytest.raises(ConnectionResetError):
+        rig.far_stream.recv(1)
+    assert rig.done.wait(PATIENCE)
+    assert rig.splice.reason == "link: broken off"
+    rig.far.send(tcprelay.PING)
+    assert rig.link.receive(Deadline(PATIENCE)).kind == tcprelay.PING
+
+
 def test_a_link_lost_in_the_opening_exchange(later_rig: Rig, long_opening: None) -> None:
     """What came before arrives, and then an RST, never an end."""
     rig = later_rig
