@@ -765,7 +765,7 @@ class RelayClient(Relay):
             service.busy += 1
             service.carried += 1
             service.asked = waiting
-            if service.idle + service.connecting < self.options.num_conn + waiting:
+            if service.idle + service.connecting < self._num_conn + waiting:
                 self._condition.notify_all()  # the keeper opens more
 
     def _set_idle(self, service: Service) -> None:
