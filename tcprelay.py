@@ -530,7 +530,7 @@ class LinkMachine:
         self.state = NEW
         self.leaving = False
         """The client has said BYE: no further connection after this one."""
-        self._ended: set[str] = set()
+        self._ended: tuple[str, ...] = ()
         self._lock = threading.Lock()
 
     def send(self, kind: int) -> None:
@@ -570,12 +570,12 @@ class LinkMachine:
             if kind == BYE and sender == CLIENT:
                 self.leaving = True
             if kind in (END, ABORT):
-                self._ended.add(sender)
+                self._ended += (sender,)
             if kind == FAIL:
-                self._ended.add(CLIENT)
+                self._ended += (CLIENT,)
             if len(self._ended) == 2:
                 self.state = IDLE  # first: `has_ended` looks without the lock
-                self._ended.clear()
+                self._ended = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -1374,7 +1374,7 @@ OPENING_TIME = 0.25
 """Seconds for which one thread carries both directions of a connection, and"""
 OPENING_BYTES = 16384
 """how many bytes each way: most connections are over by then, and no second thread was needed."""
-SMALL_BUFFER = 1024
+SMALL_BUFFER = 256
 """A pump's first buffer: what an idle connection costs is mostly its two buffers and two stacks."""
 LARGE_BUFFER = 65536
 """A pump's buffer when reads fill the smaller ones."""
@@ -1682,9 +1682,10 @@ class Splice:
         size = SMALL_BUFFER
         most = LARGE_BUFFER if source.spliceable and sink.spliceable else LARGE_TLS_BUFFER
         view = memoryview(bytearray(HEADER + size))
+        data = view[HEADER:]
         while True:
             try:
-                count = source.recv_into(view[HEADER:])
+                count = source.recv_into(data)
             except OSError as error:
                 raise LegError(source, error) from error
             if count == 0 or self._halted:
@@ -1703,6 +1704,7 @@ class Splice:
             else:
                 continue
             view = memoryview(bytearray(HEADER + size))
+            data = view[HEADER:]
 
     def _finish_opening(self, flow: Flow) -> None:
         """Send what the opening exchange could not, and raise the error that ended it."""

@@ -526,14 +526,14 @@ class RelayServer(Relay):
         if self._gauges is not None and self._gauges.are_links_wanted(service):
             self.send_to_parent({"look": service})
 
-    def _send_back(self, client: ServiceClient, failed: set[str], reason: str) -> None:
+    def _send_back(self, client: ServiceClient, failed: frozenset[str], reason: str) -> None:
         """Have the parent find another worker that has a link for a service client."""
         self.send_to_parent(client.state(failed, reason), bytes(client.early), [client.stream.fd])
 
     def _give_up_one(self, service: str) -> None:
         """Close an idle link in peace, because service clients that cannot be passed on wait in another worker."""
         with contextlib.suppress(Refusal, NoLinkHere):
-            pooled, _ = self._pool.take(service, set(), Deadline(0), wait=False)
+            pooled, _ = self._pool.take(service, NOBODY, Deadline(0), wait=False)
             self._retire(pooled, "another worker needs it")
 
     # Accepting
@@ -882,7 +882,7 @@ class RelayServer(Relay):
 
     def _serve_client(self, client: ServiceClient, problem: str = "") -> None:
         """A service client's connection from accept to its closing record; the top of its thread."""
-        refusal = Refusal(problem or "too many connections at once (--max-connections)")
+        reason = problem or "too many connections at once (--max-connections)"
         admitted = not problem and self._splices.admit()
         try:
             if admitted:
@@ -893,7 +893,7 @@ class RelayServer(Relay):
             client.stream.close()  # this process's descriptor; the parent has another
             return
         except Refusal as error:
-            refusal = error.apart()
+            reason = str(error)
         finally:
             self._settle(client)
             client.stream.close()
@@ -901,7 +901,7 @@ class RelayServer(Relay):
                 self.shares["client"].leave(client.address)
             if admitted:
                 self._splices.leave()
-        self._emit(ConnectionFailed(reason=str(refusal), seconds=client.seconds, **client.record))
+        self._emit(ConnectionFailed(reason=reason, seconds=client.seconds, **client.record))
 
     def _shake_hands(self, client: ServiceClient) -> None:
         """TLS with a service client, where its port speaks it.  Raises `Refusal`."""
@@ -957,7 +957,7 @@ class RelayServer(Relay):
             self._give_back(pooled)
             if client.gone:
                 raise Refusal(client.gone)
-            failed.add(pooled.client)
+            failed |= {pooled.client}
 
     def _start(self, pooled: PooledLink, link: Link, client: ServiceClient, deadline: Deadline) -> str:
         """START a connection on a link, with what the client has sent and goes on to send; wait for the answer.
@@ -1073,6 +1073,9 @@ def explain_tls(error: ssl.SSLError) -> str:
     return say_error(error)
 
 
+NOBODY: frozenset[str] = frozenset()
+
+
 class ServiceClient:
     """A service client until its service has answered: its stream, and the bytes that it sent early."""
 
@@ -1087,7 +1090,7 @@ class ServiceClient:
         """It has ended its direction: all that it sends is in `early`."""
         self.gone = ""
         """Why it is no longer there."""
-        self.failed: set[str] = set()
+        self.failed = NOBODY
         """Ids of relay clients that could not reach their service."""
         self.reason = ""
         """Why the last of them could not."""
@@ -1104,7 +1107,7 @@ class ServiceClient:
     def seconds(self) -> float:
         return time.monotonic() - self._since
 
-    def state(self, failed: set[str], reason: str) -> dict[str, Any]:
+    def state(self, failed: frozenset[str], reason: str) -> dict[str, Any]:
         """What another worker has to know of it, beside its early bytes."""
         return {"service": self.service, "address": self.address, "id": self.id, "since": self._since,
                 "ended": self.ended, "failed": list(failed), "reason": reason}  # fmt: skip
@@ -1114,7 +1117,7 @@ class ServiceClient:
         self._since, self.waited, self.queued = fields["since"], fields["waited"], fields["queued"]
         if "id" in fields:
             self.id = self.record["id"] = fields["id"]
-            self.ended, self.failed, self.reason = fields["ended"], set(fields["failed"]), fields["reason"]
+            self.ended, self.failed, self.reason = fields["ended"], frozenset(fields["failed"]), fields["reason"]
             self.early = bytearray(early)
 
     @property
@@ -1345,7 +1348,7 @@ class Pool:
             return True
 
     def take(
-        self, service: str, failed: set[str], deadline: Deadline, reason: str = "", *, wait: bool = True
+        self, service: str, failed: frozenset[str], deadline: Deadline, reason: str = "", *, wait: bool = True
     ) -> tuple[PooledLink, bool]:
         """An idle link of a relay client that is not in `failed`, waited for until the deadline; and whether it was.
 
@@ -1430,7 +1433,7 @@ class Pool:
         idle = [p for clients in self._idle.values() for links in clients.values() for p in links]
         return idle + list(self._settling)
 
-    def _pick(self, service: str, failed: set[str]) -> PooledLink | None:
+    def _pick(self, service: str, failed: frozenset[str]) -> PooledLink | None:
         origins = self._idle[service]
         for origin, links in origins.items():
             if origin[0] not in failed:
@@ -1462,7 +1465,7 @@ class _Waiter:
 
     __slots__ = ("condition", "failed", "pooled")
 
-    def __init__(self, condition: threading.Condition, failed: set[str]) -> None:
+    def __init__(self, condition: threading.Condition, failed: frozenset[str]) -> None:
         self.condition = condition
         self.failed = failed
         self.pooled: PooledLink | None = None
