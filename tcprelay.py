@@ -1367,9 +1367,10 @@ class Link:
 # --- Splicing -------------------------------------------------------------------------------------------------
 
 OPENING_TIME = 0.25
-"""Seconds for which one thread carries both directions of a connection, and"""
+"""Seconds for which one thread carries both directions of a connection: a round trip or two, also through the
+internet and under load (measured: 64 connections at a time, 1,680 a second, and with 20 ms 1,180)."""
 OPENING_BYTES = 16384
-"""how many bytes each way: most connections are over by then, and no second thread was needed."""
+"""Bytes that it carries each way at most: what is larger is worth a second thread, and the pumps' buffers."""
 OPENING_BUFFER = 4096
 """Bytes that it takes at once; four times as many cost each of 2,000 held connections 3 KiB afterwards (measured)."""
 SMALL_BUFFER = 1024
