@@ -304,6 +304,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.create_server(("::", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True)
     else:
         listener = socket.create_server(("", port), backlog=BACKLOG)
+    limit_sends(listener)
     set_tcp_options(listener)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
     listener.setblocking(False)
@@ -440,12 +441,11 @@ def limit_sends(sock: socket.socket) -> None:
 
 
 def set_tcp_options(sock: socket.socket) -> None:
-    """No delay, keepalive that finds a silent dead peer within three minutes, and a limit to each blocked send.
+    """No delay, and keepalive that finds a silent dead peer within three minutes.
 
     TCP_USER_TIMEOUT is left alone: on Linux it also ends a connection whose living peer merely does not read
     (measured: a stalled reader was cut off after 3.5 s with a time-out of 3 s), and stalling is no fault.
     """
-    limit_sends(sock)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
@@ -1371,9 +1371,12 @@ class Link:
 # --- Splicing -------------------------------------------------------------------------------------------------
 
 OPENING_TIME = 0.25
-"""Seconds for which one thread carries both directions of a connection, and"""
+"""Seconds for which one thread carries both directions of a connection: a round trip or two, also through the
+internet and under load (measured: 64 connections at a time, 1,680 a second, and with 20 ms 1,180)."""
 OPENING_BYTES = 16384
-"""how many bytes each way: most connections are over by then, and no second thread was needed."""
+"""Bytes that it carries each way at most: what is larger is worth a second thread, and the pumps' buffers."""
+OPENING_BUFFER = 4096
+"""Bytes that it takes at once; four times as many cost each of 2,000 held connections 3 KiB afterwards (measured)."""
 SMALL_BUFFER = 256
 """A pump's first buffer: what an idle connection costs is mostly its two buffers and two stacks."""
 LARGE_BUFFER = 65536
@@ -1547,7 +1550,7 @@ class Splice:
         poller = select.poll()
         for fd in flows:
             poller.register(fd, select.POLLIN)
-        view, until = memoryview(bytearray(OPENING_BYTES)), time.monotonic() + OPENING_TIME
+        view, until = memoryview(bytearray(OPENING_BUFFER)), time.monotonic() + OPENING_TIME
         ready = [fd for fd, flow in flows.items() if flow.source.holds_bytes()]
         try:
             while not (self.to_link_ended or self.from_link_ended):

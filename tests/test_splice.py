@@ -171,6 +171,15 @@ def test_bytes_and_end_leave_together(later_rig: Rig, long_opening: None) -> Non
     rig.far.machine.receive(END)
 
 
+def test_bytes_that_the_link_holds_already(later_rig: Rig, long_opening: None) -> None:
+    """They came in behind START or READY, and poll does not tell of them."""
+    rig = later_rig
+    send(rig.far, b"question")
+    rig.link._end += rig.link.stream.recv_into(rig.link._space())
+    rig.start()
+    assert read_exactly(rig.far_stream, 8) == b"question"
+
+
 @pytest.mark.parametrize("ended", ["stream", "link"])
 def test_one_direction_goes_on_in_the_same_thread(rig: Rig, ended: str) -> None:
     """Where the opening exchange has seen one end, the rest is carried without a second thread."""
