@@ -26,6 +26,7 @@ connections finish until the drain deadline, wake the rest, join everything.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import logging
 import math
@@ -301,6 +302,8 @@ class RelayServer(Relay):
         """What is done with a connection that was accepted."""
         self._gauges: WorkerGauges | None = None
         """In a worker process; see `ServerWorkers`."""
+        self._tell_at = 0.0
+        """When the next connection that cannot be taken is to be told."""
         self._acceptor = threading.Thread(target=self._accept, name="tcprelay-server acceptor", daemon=True)
         self._keeper = threading.Thread(target=self._keep, name="tcprelay-server keeper", daemon=True)
         self._own_threads = [self._acceptor, self._keeper]
@@ -456,13 +459,20 @@ class RelayServer(Relay):
         """A connection that the parent has accepted, or a service whose workers need one of the links here."""
         fields, early = tcprelay.decode_message(message)
         assert self._gauges is not None
-        if not descriptors:
-            self._give_up_one(fields["service"])
+        if "give_up" in fields:
+            self._give_up_one(fields["give_up"])
             return
-        address = tuple(fields["address"]) if isinstance(fields["address"], list) else fields["address"]
+        service, address = fields["service"], tuple(fields["address"])
+        if not descriptors:  # the kernel had no number for it here, and has reset it
+            self._cannot_take(os.strerror(errno.EMFILE).lower())
+            self.shares["client" if service else "link"].leave(address)
+            if service:
+                self._gauges.settle(service)
+            else:
+                self._gauges.links_arrived()
+            return
         family = socket.AF_INET6 if len(address) == 4 else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM, 0, descriptors[0])
-        service = fields["service"]
         visitor = ServiceClient(service, sock, address, self._credentials.services) if service else None
         try:
             if visitor is None:
@@ -472,7 +482,7 @@ class RelayServer(Relay):
                 self._threads.start(self._serve_client, visitor)
         except RuntimeError as error:
             # It is reset.
-            self._log.warning("cannot take a connection: %s", say_error(error))
+            self._cannot_take(say_error(error))
             sock.close()
             self.shares["client" if service else "link"].leave(address)
             if visitor is not None:
@@ -481,6 +491,12 @@ class RelayServer(Relay):
             self._gauges.links_arrived()
         elif isinstance(visitor.stream, TLSStream):
             self._settle(visitor)  # or silent handshakes would seem to take all the links
+
+    def _cannot_take(self, reason: str) -> None:
+        """Tell that a connection is reset for want of something, once a second at most."""
+        if time.monotonic() >= self._tell_at:
+            self._tell_at = time.monotonic() + 1.0
+            self._log.warning("cannot take a connection: %s", reason)
 
     def _settle(self, client: ServiceClient) -> None:
         """What becomes of a service client that the parent has sent is known to the gauges."""
@@ -1697,10 +1713,14 @@ class ServerWorkers(Workers):
 
     def _refuse(self, visitor: Visitor, reason: str) -> None:
         visitor.sock.close()
-        self.role.shares["client"].leave(visitor.address)
-        record = {"service": visitor.service, "peer": show_address(visitor.address)}
-        id = visitor.state.get("id") or tcprelay.random_id(4)
-        self.emit(ConnectionFailed(id=id, seconds=time.monotonic() - visitor.since, reason=reason, **record))
+        state = {"service": visitor.service, "since": visitor.since, **visitor.state}
+        self._note_refused(state, visitor.address, reason)
+
+    def _note_refused(self, state: dict[str, Any], address: Any, reason: str) -> None:
+        self.role.shares["client"].leave(address)
+        record = {"id": state.get("id") or tcprelay.random_id(4), "service": state["service"]}
+        seconds = time.monotonic() - state["since"]
+        self.emit(ConnectionFailed(peer=show_address(address), seconds=seconds, reason=reason, **record))
 
     def _balance(self, service: str) -> None:
         """Where service clients wait in one worker, and links are idle in another: have one opened anew."""
@@ -1711,7 +1731,7 @@ class ServerWorkers(Workers):
                  - self._gauges.waiting(worker.number, service) for worker in self._living()}  # fmt: skip
         if spare and min(spare.values()) < 0 < max(spare.values()):
             richest = max(spare, key=lambda number: spare[number])
-            self.workers[richest].send(tcprelay.encode_message({"service": service}))
+            self.workers[richest].send(tcprelay.encode_message({"give_up": service}))
             self._next_give_up = now + self.LOOK_AGAIN
 
     # Workers
@@ -1724,8 +1744,12 @@ class ServerWorkers(Workers):
             address = tuple(message["address"])
             self._hold(worker, message["left"], address, -1)
             self.role.shares[message["left"]].leave(address)
-        elif descriptors:
-            self._take_back(worker, message, payload, descriptors[0])
+        else:
+            self._hold(worker, "client", tuple(message["address"]), -1)
+            if descriptors:
+                self._take_back(worker, message, payload, descriptors[0])
+            else:  # the kernel had no number for it here, and has reset it
+                self._note_refused(message, tuple(message["address"]), os.strerror(errno.EMFILE).lower())
 
     def _take_back(self, worker: WorkerProcess, state: dict[str, Any], early: bytes, descriptor: int) -> None:
         address = tuple(state["address"])
@@ -1733,7 +1757,6 @@ class ServerWorkers(Workers):
         visitor = Visitor(state["service"], socket.socket(family, socket.SOCK_STREAM, 0, descriptor), address, 0.0)
         visitor.since, visitor.state, visitor.early = state["since"], state, early
         visitor.deadline = visitor.since + self.role.options.pair_timeout
-        self._hold(worker, "client", address, -1)
         visitor.visited = set(state.get("visited", ()))
         if state["failed"]:
             visitor.visited.add(worker.number)
