@@ -3080,7 +3080,11 @@ class Workers:
 
     def _fork(self, worker: WorkerProcess) -> None:
         worker.born, worker.up = time.monotonic(), False
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            self.log.error("cannot start worker %d: %s", worker.number, say_error(error))
+            return
         signal.pthread_sigmask(signal.SIG_BLOCK, _Signals.HANDLED)  # a signal is for one of the two processes
         try:
             pid = os.fork()
