@@ -2971,6 +2971,8 @@ class WorkerProcess:
         self.channel: socket.socket
         self.up = False
         self.born = 0.0
+        self.orders = b""
+        """Signals that are still to be passed on."""
 
     def send(self, message: bytes, descriptors: Sequence[int] = ()) -> bool:
         """Send it a message, unless it has died or does not read fast enough: False."""
@@ -3040,6 +3042,8 @@ class Workers:
 
     def _look_at_time(self) -> float:
         now, wait = time.monotonic(), self.look_at_time()
+        if not self._send_orders():
+            wait = min(wait, 0.05)
         if self._kill is not None:
             if self._kill.remaining() == 0:
                 for worker in self.workers:
@@ -3067,6 +3071,8 @@ class Workers:
         if self._kill is None:
             notify_systemd("STOPPING=1")
             self._end()
+        else:
+            self._kill.shorten(3 * JOIN_TIMEOUT)
         self._order(signal.SIGTERM)
 
     def _end(self) -> None:
@@ -3076,7 +3082,15 @@ class Workers:
     def _order(self, number: int) -> None:
         for worker in self.workers:
             if worker.pid:
-                worker.send(bytes([number]))
+                worker.orders += bytes([number])
+        self._send_orders()
+
+    def _send_orders(self) -> bool:
+        """Pass signals on; False where one has to wait, because a worker's channel is full."""
+        for worker in self.workers:
+            while worker.orders and worker.send(worker.orders[:1]):
+                worker.orders = worker.orders[1:]
+        return not any(worker.orders for worker in self.workers)
 
     def _fork(self, worker: WorkerProcess) -> None:
         worker.born, worker.up = time.monotonic(), False
@@ -3138,7 +3152,7 @@ class Workers:
         fields, payload = decode_message(message)
         if "up" in fields:
             worker.up = True
-            if not self._begun and all(other.up for other in self.workers):
+            if not self._begun and self._kill is None and all(other.up for other in self.workers):
                 self._begun = True
                 invite(self.role)
                 notify_systemd("READY=1")
@@ -3151,7 +3165,7 @@ class Workers:
         self.selector.unregister(worker.channel)
         worker.channel.close()
         _, status = os.waitpid(worker.pid, 0)
-        pid, worker.pid, was_up, worker.up = worker.pid, 0, worker.up, False
+        pid, worker.pid, was_up, worker.up, worker.orders = worker.pid, 0, worker.up, False, b""
         self.lost(worker)
         if self._kill is not None:
             return
