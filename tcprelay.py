@@ -2694,7 +2694,7 @@ class Relay(abc.ABC):
         """Any thread.  Where the parent is gone, so is this process soon."""
         assert self._channel is not None
         with contextlib.suppress(OSError):
-            socket.send_fds(self._channel, [encode_message(message, payload)], list(descriptors))
+            send_message(self._channel, encode_message(message, payload), descriptors)
 
     @abc.abstractmethod
     def _stop_intake(self) -> None:
@@ -2943,7 +2943,7 @@ def default_workers() -> int:
 def can_fork_workers() -> bool:
     """Whether this system has processes that fork and can pass descriptors to each other in whole messages."""
     return sys.platform != "darwin" and all(
-        hasattr(module, name) for module, name in ((os, "fork"), (socket, "send_fds"), (socket, "SOCK_SEQPACKET"))
+        hasattr(module, name) for module, name in ((os, "fork"), (socket, "SCM_RIGHTS"), (socket, "SOCK_SEQPACKET"))
     )
 
 
@@ -2955,6 +2955,20 @@ def encode_message(fields: dict[str, Any], payload: bytes = b"") -> bytes:
 def decode_message(message: bytes) -> tuple[dict[str, Any], bytes]:
     head, _, payload = message.partition(b"\n")
     return json.loads(head), payload
+
+
+def send_message(channel: socket.socket, message: bytes, descriptors: Sequence[int] = (), flags: int = 0) -> None:
+    """`socket.send_fds` with its flags, which that takes and forgets: a parent would wait for its worker.  Raises
+    `OSError`."""
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(descriptors)}i", *descriptors))]
+    channel.sendmsg([message], rights if descriptors else [], flags)
+
+
+def receive_message(channel: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
+    """A message and its descriptor, or none where the kernel had no number for it; `socket.recv_fds` forgets its
+    flags, too.  Raises `OSError`."""
+    message, ancillary, _, _ = channel.recvmsg(MESSAGE_SIZE, socket.CMSG_SPACE(4), flags)
+    return message, [number for *_, data in ancillary for (number,) in struct.iter_unpack("i", data[: len(data) & ~3])]
 
 
 class WorkerProcess:
@@ -2977,7 +2991,7 @@ class WorkerProcess:
     def send(self, message: bytes, descriptors: Sequence[int] = ()) -> bool:
         """Send it a message, unless it has died or does not read fast enough: False."""
         try:
-            socket.send_fds(self.channel, [message], list(descriptors), socket.MSG_DONTWAIT)
+            send_message(self.channel, message, descriptors, socket.MSG_DONTWAIT)
             return True
         except OSError:
             return False
@@ -3141,7 +3155,7 @@ class Workers:
 
     def _receive(self, worker: WorkerProcess) -> None:
         try:
-            message, descriptors, _, _ = socket.recv_fds(worker.channel, MESSAGE_SIZE, 1, socket.MSG_DONTWAIT)
+            message, descriptors = receive_message(worker.channel, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
         except OSError:
@@ -3190,7 +3204,7 @@ class _Orders:
     def wait(self) -> int:
         """Wait for a signal; 0 when `done` was called first."""
         while True:
-            message, descriptors, _, _ = socket.recv_fds(self._channel, MESSAGE_SIZE, 1)
+            message, descriptors = receive_message(self._channel)
             if self._over:
                 return 0
             if not message:
