@@ -476,7 +476,7 @@ class RelayServer(Relay):
         visitor = ServiceClient(service, sock, address, self._credentials.services) if service else None
         try:
             if visitor is None:
-                self._threads.start(self._serve_link, sock, address)
+                self._threads.start(self._serve_arrival, sock, address)
             else:
                 visitor.resume(fields, early)
                 self._threads.start(self._serve_client, visitor)
@@ -487,10 +487,18 @@ class RelayServer(Relay):
             self.shares["client" if service else "link"].leave(address)
             if visitor is not None:
                 self._settle(visitor)
-        if visitor is None:
-            self._gauges.links_arrived()
-        elif isinstance(visitor.stream, TLSStream):
+            else:
+                self._gauges.links_arrived()
+        if visitor is not None and isinstance(visitor.stream, TLSStream):
             self._settle(visitor)  # or silent handshakes would seem to take all the links
+
+    def _serve_arrival(self, sock: socket.socket, address: Any) -> None:
+        """A link that the parent has sent: while its handshake lasts it counts as under way, for the balance."""
+        assert self._gauges is not None
+        try:
+            self._serve_link(sock, address)
+        finally:
+            self._gauges.links_arrived()
 
     def _cannot_take(self, reason: str) -> None:
         """Tell that a connection is reset for want of something, once a second at most."""
