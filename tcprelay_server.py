@@ -1772,7 +1772,8 @@ class ServerWorkers(Workers):
             if not self._send(visitor):
                 self._refuse(visitor, f"the service cannot be reached: {state['reason']}")
             return
-        self._queues[visitor.service].appendleft(visitor)
+        queue = self._queues[visitor.service]  # where it has its place by the moment at which it came
+        queue.insert(sum(other.since < visitor.since for other in queue), visitor)
         self._serve_queue(visitor.service)
 
     def _hold(self, worker: WorkerProcess, kind: str, address: Any, more: int) -> None:
