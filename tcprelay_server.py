@@ -1082,6 +1082,8 @@ class ServiceClient:
         """Why the last of them could not."""
         self.waited, self.queued = 0.0, False
         """Seconds that it has been in the parent and in other workers, and whether the parent had no link for it."""
+        self.visited: list[int] = []
+        """For the parent: the workers none of whose relay clients could reach the service."""
         self.settled = self.passed_on = False
         """The parent knows from the gauges what became of it; it has been sent back to the parent."""
         self._since = time.monotonic()
@@ -1094,7 +1096,7 @@ class ServiceClient:
     def state(self, failed: set[str], reason: str) -> dict[str, Any]:
         """What another worker has to know of it, beside its early bytes."""
         return {"service": self.service, "address": self.address, "id": self.id, "since": self._since,
-                "ended": self.ended, "failed": list(failed), "reason": reason}  # fmt: skip
+                "ended": self.ended, "failed": list(failed), "reason": reason, "visited": self.visited}  # fmt: skip
 
     def resume(self, fields: dict[str, Any], early: bytes) -> None:
         """Go on from such a state."""
@@ -1102,6 +1104,7 @@ class ServiceClient:
         if "id" in fields:
             self.id = self.record["id"] = fields["id"]
             self.ended, self.failed, self.reason = fields["ended"], set(fields["failed"]), fields["reason"]
+            self.visited = fields["visited"]
             self.early = bytearray(early)
 
     @property
@@ -1765,7 +1768,7 @@ class ServerWorkers(Workers):
         visitor = Visitor(state["service"], socket.socket(family, socket.SOCK_STREAM, 0, descriptor), address, 0.0)
         visitor.since, visitor.state, visitor.early = state["since"], state, early
         visitor.deadline = visitor.since + self.role.options.pair_timeout
-        visitor.visited = set(state.get("visited", ()))
+        visitor.visited = set(state["visited"])
         if state["failed"]:
             visitor.visited.add(worker.number)
             state["visited"] = list(visitor.visited)
