@@ -2939,7 +2939,7 @@ class Relay(abc.ABC):
         """Any thread.  Where the parent is gone, so is this process soon."""
         assert self._channel is not None
         with contextlib.suppress(OSError):
-            socket.send_fds(self._channel, [encode_message(message, payload)], list(descriptors))
+            send_message(self._channel, encode_message(message, payload), descriptors)
 
     @abc.abstractmethod
     def _stop_intake(self) -> None:
@@ -3227,7 +3227,7 @@ def default_workers() -> int:
 def can_fork_workers() -> bool:
     """Whether this system has processes that fork and can pass descriptors to each other in whole messages."""
     return sys.platform != "darwin" and all(
-        hasattr(module, name) for module, name in ((os, "fork"), (socket, "send_fds"), (socket, "SOCK_SEQPACKET"))
+        hasattr(module, name) for module, name in ((os, "fork"), (socket, "SCM_RIGHTS"), (socket, "SOCK_SEQPACKET"))
     )
 
 
@@ -3239,6 +3239,20 @@ def encode_message(fields: dict[str, Any], payload: bytes = b"") -> bytes:
 def decode_message(message: bytes) -> tuple[dict[str, Any], bytes]:
     head, _, payload = message.partition(b"\n")
     return json.loads(head), payload
+
+
+def send_message(channel: socket.socket, message: bytes, descriptors: Sequence[int] = (), flags: int = 0) -> None:
+    """`socket.send_fds` with its flags, which that takes and forgets: a parent would wait for its worker.  Raises
+    `OSError`."""
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(descriptors)}i", *descriptors))]
+    channel.sendmsg([message], rights if descriptors else [], flags)
+
+
+def receive_message(channel: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
+    """A message and its descriptor, or none where the kernel had no number for it; `socket.recv_fds` forgets its
+    flags, too.  Raises `OSError`."""
+    message, ancillary, _, _ = channel.recvmsg(MESSAGE_SIZE, socket.CMSG_SPACE(4), flags)
+    return message, [number for *_, data in ancillary for (number,) in struct.iter_unpack("i", data[: len(data) & ~3])]
 
 
 class WorkerProcess:
@@ -3257,15 +3271,21 @@ class WorkerProcess:
         """Where connections are sent to it."""
         self.up = False
         self.born = 0.0
+        self.orders = b""
+        """Signals that are still to be passed on."""
 
-    def order(self, message: bytes) -> None:
-        """Send it a signal's number or a message, unless it has died."""
-        ignore_oserror(self.channel.send, message, socket.MSG_DONTWAIT)
+    def order(self, message: bytes) -> bool:
+        """Send it a signal's number or a message, unless it has died or its channel is full: False."""
+        try:
+            self.channel.send(message, socket.MSG_DONTWAIT)
+            return True
+        except OSError:
+            return False
 
     def hand(self, message: bytes, descriptor: int) -> bool:
         """Send it a connection, unless it has died or does not take them fast enough: False."""
         try:
-            socket.send_fds(self.intake, [message], [descriptor], socket.MSG_DONTWAIT)
+            send_message(self.intake, message, [descriptor], socket.MSG_DONTWAIT)
             return True
         except OSError:
             return False
@@ -3330,6 +3350,8 @@ class Workers:
 
     def _look_at_time(self) -> float:
         now, wait = time.monotonic(), self.look_at_time()
+        if not self._send_orders():
+            wait = min(wait, 0.05)
         if self._kill is not None:
             if self._kill.remaining() == 0:
                 for worker in self.workers:
@@ -3357,6 +3379,8 @@ class Workers:
         if self._kill is None:
             notify_systemd("STOPPING=1")
             self._end()
+        else:
+            self._kill.shorten(3 * JOIN_TIMEOUT)
         self._order(signal.SIGTERM)
 
     def _end(self) -> None:
@@ -3366,12 +3390,28 @@ class Workers:
     def _order(self, number: int) -> None:
         for worker in self.workers:
             if worker.pid:
-                worker.order(bytes([number]))
+                worker.orders += bytes([number])
+        self._send_orders()
+
+    def _send_orders(self) -> bool:
+        """Pass signals on; False where one has to wait, because a worker's channel is full."""
+        for worker in self.workers:
+            while worker.orders and worker.order(worker.orders[:1]):
+                worker.orders = worker.orders[1:]
+        return not any(worker.orders for worker in self.workers)
 
     def _fork(self, worker: WorkerProcess) -> None:
         worker.born, worker.up = time.monotonic(), False
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        our_end, intake = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pairs: list[socket.socket] = []
+        try:
+            for _ in range(2):
+                pairs += socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            for sock in pairs:
+                sock.close()
+            self.log.error("cannot start worker %d: %s", worker.number, say_error(error))
+            return
+        ours, theirs, our_end, intake = pairs
         signal.pthread_sigmask(signal.SIG_BLOCK, _Signals.HANDLED)  # a signal is for one of the two processes
         try:
             pid = os.fork()
@@ -3418,7 +3458,7 @@ class Workers:
 
     def _receive(self, worker: WorkerProcess) -> None:
         try:
-            message, descriptors, _, _ = socket.recv_fds(worker.channel, MESSAGE_SIZE, 1, socket.MSG_DONTWAIT)
+            message, descriptors = receive_message(worker.channel, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
         except OSError:
@@ -3429,7 +3469,7 @@ class Workers:
         fields, payload = decode_message(message)
         if "up" in fields:
             worker.up = True
-            if not self._begun and all(other.up for other in self.workers):
+            if not self._begun and self._kill is None and all(other.up for other in self.workers):
                 self._begun = True
                 invite(self.role)
                 notify_systemd("READY=1")
@@ -3443,7 +3483,7 @@ class Workers:
         worker.channel.close()
         worker.intake.close()
         _, status = os.waitpid(worker.pid, 0)
-        pid, worker.pid, was_up, worker.up = worker.pid, 0, worker.up, False
+        pid, worker.pid, was_up, worker.up, worker.orders = worker.pid, 0, worker.up, False, b""
         self.lost(worker)
         if self._kill is not None:
             return

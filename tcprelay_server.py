@@ -27,6 +27,7 @@ connections finish until the drain deadline, wake the rest, join everything.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import logging
 import math
@@ -307,6 +308,8 @@ class RelayServer(Relay):
         self._intake_lock = threading.Lock()  # over the next
         self._takers = 0
         """There, the threads that wait for a connection."""
+        self._tell_at = 0.0
+        """When the next connection that cannot be taken is to be told."""
         self._acceptor = threading.Thread(target=self._accept, name="tcprelay-server acceptor", daemon=True)
         self._keeper = threading.Thread(target=self._keep, name="tcprelay-server keeper", daemon=True)
         self._own_threads = [self._acceptor, self._keeper]
@@ -470,9 +473,12 @@ class RelayServer(Relay):
         waits.  So each connection wakes the thread that serves it, and no other.
         """
         while True:
-            message, descriptors, _, _ = socket.recv_fds(self._intake, tcprelay.MESSAGE_SIZE, 1)
+            message, descriptors = tcprelay.receive_message(self._intake)
             if not message:
                 return  # `_stop_intake`
+            if not descriptors:  # the kernel had no number for it here
+                self._adopt(message, descriptors, os.strerror(errno.EMFILE).lower())
+                continue
             with self._intake_lock:
                 self._takers -= 1
                 alone = not self._takers
@@ -481,38 +487,51 @@ class RelayServer(Relay):
                 if alone:
                     self._threads.start(self._take_connections)
             except RuntimeError as error:
-                self._adopt(message, descriptors[0], str(error))
+                self._adopt(message, descriptors, str(error))
                 continue
-            self._adopt(message, descriptors[0])
+            self._adopt(message, descriptors)
             with self._intake_lock:
                 if self._takers == SPARE_TAKERS:
                     return
                 self._takers += 1
 
-    def _adopt(self, message: bytes, descriptor: int, problem: str = "") -> None:
+    def _adopt(self, message: bytes, descriptors: list[int], problem: str = "") -> None:
         """Serve a connection that the parent has accepted; or refuse it, where there is a problem."""
         fields, early = tcprelay.decode_message(message)
         assert self._gauges is not None
-        address = tuple(fields["address"]) if isinstance(fields["address"], list) else fields["address"]
-        family = socket.AF_INET6 if len(address) == 4 else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM, 0, descriptor)
-        if not (service := fields["service"]):
-            self._gauges.links_arrived()
-            if problem:
-                sock.close()
-                self.shares["link"].leave(address)
-                self._emit(LinkRefused(peer=show_address(address), code="lost", reason=problem))
+        service, address = fields["service"], tuple(fields["address"])
+        if problem:  # it is reset
+            self._cannot_take(problem)
+            if descriptors:
+                os.close(descriptors[0])
+            self.shares["client" if service else "link"].leave(address)
+            if service:
+                self._gauges.settle(service)
             else:
+                self._gauges.links_arrived()
+            return
+        family = socket.AF_INET6 if len(address) == 4 else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM, 0, descriptors[0])
+        if not service:
+            try:
                 self._serve_link(sock, address)
+            finally:
+                self._gauges.links_arrived()  # while its handshake lasts it counts as under way, for the balance
             return
         client = ServiceClient(service, sock, address, self._credentials.services)
         client.resume(fields, early)
         if isinstance(client.stream, TLSStream):
             self._settle(client)  # or silent handshakes would seem to take all the links
-        self._serve_client(client, problem)
+        self._serve_client(client)
 
     def obey(self, order: dict[str, Any]) -> None:
-        self._give_up_one(order["service"])
+        self._give_up_one(order["give_up"])
+
+    def _cannot_take(self, reason: str) -> None:
+        """Tell that a connection is reset for want of something, once a second at most."""
+        if time.monotonic() >= self._tell_at:
+            self._tell_at = time.monotonic() + 1.0
+            self._log.warning("cannot take a connection: %s", reason)
 
     def _settle(self, client: ServiceClient) -> None:
         """What becomes of a service client that the parent has sent is known to the gauges."""
@@ -1096,6 +1115,8 @@ class ServiceClient:
         """Why the last of them could not."""
         self.waited, self.queued = 0.0, False
         """Seconds that it has been in the parent and in other workers, and whether the parent had no link for it."""
+        self.visited: list[int] = []
+        """For the parent: the workers none of whose relay clients could reach the service."""
         self.settled = self.passed_on = False
         """The parent knows from the gauges what became of it; it has been sent back to the parent."""
         self.may_hold_more = True
@@ -1110,7 +1131,7 @@ class ServiceClient:
     def state(self, failed: frozenset[str], reason: str) -> dict[str, Any]:
         """What another worker has to know of it, beside its early bytes."""
         return {"service": self.service, "address": self.address, "id": self.id, "since": self._since,
-                "ended": self.ended, "failed": list(failed), "reason": reason}  # fmt: skip
+                "ended": self.ended, "failed": list(failed), "reason": reason, "visited": self.visited}  # fmt: skip
 
     def resume(self, fields: dict[str, Any], early: bytes) -> None:
         """Go on from such a state."""
@@ -1118,6 +1139,7 @@ class ServiceClient:
         if "id" in fields:
             self.id = self.record["id"] = fields["id"]
             self.ended, self.failed, self.reason = fields["ended"], frozenset(fields["failed"]), fields["reason"]
+            self.visited = fields["visited"]
             self.early = bytearray(early)
 
     @property
@@ -1742,10 +1764,14 @@ class ServerWorkers(Workers):
 
     def _refuse(self, visitor: Visitor, reason: str) -> None:
         visitor.sock.close()
-        self.role.shares["client"].leave(visitor.address)
-        record = {"service": visitor.service, "peer": show_address(visitor.address)}
-        id = visitor.state.get("id") or tcprelay.connection_id()
-        self.emit(ConnectionFailed(id=id, seconds=time.monotonic() - visitor.since, reason=reason, **record))
+        state = {"service": visitor.service, "since": visitor.since, **visitor.state}
+        self._note_refused(state, visitor.address, reason)
+
+    def _note_refused(self, state: dict[str, Any], address: Any, reason: str) -> None:
+        self.role.shares["client"].leave(address)
+        record = {"id": state.get("id") or tcprelay.connection_id(), "service": state["service"]}
+        seconds = time.monotonic() - state["since"]
+        self.emit(ConnectionFailed(peer=show_address(address), seconds=seconds, reason=reason, **record))
 
     def _balance(self, service: str) -> None:
         """Where service clients wait in one worker, and links are idle in another: have one opened anew."""
@@ -1756,7 +1782,7 @@ class ServerWorkers(Workers):
                  - self._gauges.waiting(worker.number, service) for worker in self._living()}  # fmt: skip
         if spare and min(spare.values()) < 0 < max(spare.values()):
             richest = max(spare, key=lambda number: spare[number])
-            self.workers[richest].order(tcprelay.encode_message({"service": service}))
+            self.workers[richest].order(tcprelay.encode_message({"give_up": service}))
             self._next_give_up = now + self.LOOK_AGAIN
 
     # Workers
@@ -1769,8 +1795,12 @@ class ServerWorkers(Workers):
             address = tuple(message["address"])
             self._hold(worker, message["left"], address, -1)
             self.role.shares[message["left"]].leave(address)
-        elif descriptors:
-            self._take_back(worker, message, payload, descriptors[0])
+        else:
+            self._hold(worker, "client", tuple(message["address"]), -1)
+            if descriptors:
+                self._take_back(worker, message, payload, descriptors[0])
+            else:  # the kernel had no number for it here, and has reset it
+                self._note_refused(message, tuple(message["address"]), os.strerror(errno.EMFILE).lower())
 
     def _take_back(self, worker: WorkerProcess, state: dict[str, Any], early: bytes, descriptor: int) -> None:
         address = tuple(state["address"])
@@ -1778,15 +1808,15 @@ class ServerWorkers(Workers):
         visitor = Visitor(state["service"], socket.socket(family, socket.SOCK_STREAM, 0, descriptor), address, 0.0)
         visitor.since, visitor.state, visitor.early = state["since"], state, early
         visitor.deadline = visitor.since + self.role.options.pair_timeout
-        self._hold(worker, "client", address, -1)
-        visitor.visited = set(state.get("visited", ()))
+        visitor.visited = set(state["visited"])
         if state["failed"]:
             visitor.visited.add(worker.number)
             state["visited"] = list(visitor.visited)
             if not self._send(visitor):
                 self._refuse(visitor, f"the service cannot be reached: {state['reason']}")
             return
-        self._queues[visitor.service].appendleft(visitor)
+        queue = self._queues[visitor.service]  # where it has its place by the moment at which it came
+        queue.insert(sum(other.since < visitor.since for other in queue), visitor)
         self._serve_queue(visitor.service)
 
     def _hold(self, worker: WorkerProcess, kind: str, address: Any, more: int) -> None:

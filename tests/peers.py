@@ -244,7 +244,7 @@ class RelayProcess(Program):
         env = {"TCPRELAY_LOG_FORMAT": "json", "PYTHONWARNINGS": "default", **(env or {})}
         super().__init__(*wrapper, sys.executable, "-m", "tcprelay", role, *options, env=env)
         self.name = role
-        self.expected_error = ""
+        self.expected_error: str | tuple[str, ...] = ""
         """What an error in its log begins with, where a test provokes one."""
         self._killed = False
 
