@@ -389,6 +389,22 @@ def test_a_worker_without_descriptors_goes_on(peers: Peers, port: str) -> None:
     assert workers_of(server) == pids
 
 
+def test_a_parent_that_was_told_to_ignore_the_death_of_children(peers: Peers) -> None:
+    """Some shells and service managers hand that down; a worker is replaced all the same."""
+    command = "--relay-port", "0", "--service-port", "0", "--hostname", HOST, *TWO
+    patch = (
+        "import signal, sys, tcprelay; signal.signal(signal.SIGCHLD, signal.SIG_IGN);"
+        "sys.exit(tcprelay.main(sys.argv[4:]))"
+    )
+    server = peers.relay_process("server", *command, wrapper=[sys.executable, "-c", patch])
+    server.expected_error = "worker "
+    wait_up(server)
+    victim, _ = workers_of(server)
+    os.kill(victim, signal.SIGKILL)
+    wait_workers(server, {victim})
+    is_told(server, f"worker 0 (process {victim}) has ended by signal 9")
+
+
 # --- Signals --------------------------------------------------------------------------------------------------
 
 
