@@ -3313,6 +3313,7 @@ class Workers:
     def run(self, signals: _Signals) -> int:
         """The life of the parent; returns the exit status.  Raises `OSError` where the role cannot begin."""
         self._signals = signals
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever started us may ignore it: then nobody can be waited for
         self.role.prepare()
         self.selector.register(signals, selectors.EVENT_READ, lambda: self._obey(signals.wait()))
         self.open()
@@ -3459,8 +3460,8 @@ class Workers:
     def _receive(self, worker: WorkerProcess) -> None:
         try:
             message, descriptors = receive_message(worker.channel, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return
+        except (BlockingIOError, ConnectionResetError):
+            return  # the latter once, where it died before it had read all; what it has said is still to be heard
         except OSError:
             message, descriptors = b"", []
         if not message:
@@ -3508,7 +3509,10 @@ class _Orders:
     def wait(self) -> int:
         """Wait for a signal; 0 when `done` was called first."""
         while True:
-            message = self._channel.recv(MESSAGE_SIZE)
+            try:
+                message = self._channel.recv(MESSAGE_SIZE)
+            except ConnectionResetError:  # the parent was killed before it had heard all
+                message = b""
             if self._over:
                 return 0
             if not message:

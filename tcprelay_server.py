@@ -473,9 +473,12 @@ class RelayServer(Relay):
         waits.  So each connection wakes the thread that serves it, and no other.
         """
         while True:
-            message, descriptors = tcprelay.receive_message(self._intake)
+            try:
+                message, descriptors = tcprelay.receive_message(self._intake)
+            except ConnectionResetError:
+                return  # the parent was killed
             if not message:
-                return  # `_stop_intake`
+                return  # it was, or `_stop_intake`
             if not descriptors:  # the kernel had no number for it here
                 self._adopt(message, descriptors, os.strerror(errno.EMFILE).lower())
                 continue
@@ -504,11 +507,12 @@ class RelayServer(Relay):
             self._cannot_take(problem)
             if descriptors:
                 os.close(descriptors[0])
-            self.shares["client" if service else "link"].leave(address)
             if service:
                 self._gauges.settle(service)
+                self._leave(address)
             else:
                 self._gauges.links_arrived()
+                self.shares["link"].leave(address)
             return
         family = socket.AF_INET6 if len(address) == 4 else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM, 0, descriptors[0])
@@ -540,14 +544,28 @@ class RelayServer(Relay):
             self._gauges.settle(client.service)
             self._tell_idle(client.service)
 
+    def _leave(self, address: Any) -> None:
+        """A service client from this address has left."""
+        if self._gauges is not None:
+            self._gauges.client_left()
+        self.shares["client"].leave(address)
+
     def _tell_idle(self, service: str) -> None:
         """Where service clients wait elsewhere for a link, and one is idle here: have the parent look."""
         if self._gauges is not None and self._gauges.are_links_wanted(service):
             self.send_to_parent({"look": service})
 
     def _send_back(self, client: ServiceClient, failed: frozenset[str], reason: str) -> None:
-        """Have the parent find another worker that has a link for a service client."""
-        self.send_to_parent(client.state(failed, reason), bytes(client.early), [client.stream.fd])
+        """Have the parent find another worker that has a link for a service client.  Raises `Refusal`."""
+        message = tcprelay.encode_message(client.state(failed, reason), bytes(client.early))
+        if len(message) > tcprelay.MESSAGE_SIZE:  # with the ids of hundreds of relay clients
+            raise Refusal(f"the service cannot be reached: {reason}")
+        assert self._channel is not None
+        try:
+            tcprelay.send_message(self._channel, message, [client.stream.fd])
+        except OSError as error:  # too many descriptors under way, say
+            raise Refusal(f"it cannot be passed on to another worker: {say_error(error)}") from error
+        client.passed_on = True
 
     def _give_up_one(self, service: str) -> None:
         """Close an idle link in peace, because service clients that cannot be passed on wait in another worker."""
@@ -917,7 +935,7 @@ class RelayServer(Relay):
             self._settle(client)
             client.stream.close()
             if not client.passed_on:
-                self.shares["client"].leave(client.address)
+                self._leave(client.address)
             if admitted:
                 self._splices.leave()
         self._emit(ConnectionFailed(reason=reason, seconds=client.seconds, **client.record))
@@ -942,7 +960,6 @@ class RelayServer(Relay):
                 pooled, waited = self._pool.take(client.service, failed, deadline, reason, wait=self._gauges is None)
             except NoLinkHere:
                 if not isinstance(client.stream, TLSStream):
-                    client.passed_on = True
                     self._send_back(client, failed, reason)
                     raise
                 self.send_to_parent({"look": client.service})
@@ -1386,7 +1403,8 @@ class Pool:
                 raise NoLinkHere
             if failed:
                 raise Refusal(f"the service cannot be reached: {reason}")
-            if len(self._waiting[service]) >= self._max_pending:
+            waiting = self._gauges.count_waiting(service) if self._gauges else len(self._waiting[service])
+            if waiting >= self._max_pending:
                 raise Refusal("too many service clients wait for a link (--max-pending)")
             waiter = _Waiter(threading.Condition(self._lock), failed)
             self._waiting[service].append(waiter)
@@ -1510,10 +1528,10 @@ class WorkerGauges:
     """What workers and their parent show each other in shared memory; each number has one writer.
 
     A worker shows how many links are idle, how many service clients wait, how many of those that the parent has sent
-    are settled (they have a link, or are gone), for each service; how many links have arrived, and how many connections
-    there are.  The parent shows how many service clients wait with it.  The order counts: who takes a link shows
-    first that there is one less, and then that the service client is settled; so what the parent reads, in the
-    opposite order, is never more than there is.
+    are settled (they have a link, or are gone), for each service; how many links have arrived, how many service
+    clients have left, and how many connections there are.  The parent shows how many service clients wait with it.
+    The order counts: who takes a link shows first that there is one less, and then that the service client is settled;
+    so what the parent reads, in the opposite order, is never more than there is.
     """
 
     IDLE, WAITING, SETTLED, OF_SERVICE = 0, 1, 2, 3
@@ -1521,11 +1539,11 @@ class WorkerGauges:
     def __init__(self, workers: int, services: Sequence[str]) -> None:
         self.workers = workers
         self._services = {name: number for number, name in enumerate(services)}
-        self._row = len(services) * self.OF_SERVICE + 2
+        self._row = len(services) * self.OF_SERVICE + 3
         self._memory = mmap.mmap(-1, 8 * (workers * self._row + len(services)))
         self._numbers = memoryview(self._memory).cast("q")
         self._me = 0
-        self._lock = threading.Lock()  # over the numbers that `settle` and `links_arrived` count up
+        self._lock = threading.Lock()  # over the numbers that `settle` and the two behind it count up
 
     # In a worker
 
@@ -1546,6 +1564,10 @@ class WorkerGauges:
     def links_arrived(self) -> None:
         with self._lock:
             self._numbers[(self._me + 1) * self._row - 2] += 1
+
+    def client_left(self) -> None:
+        with self._lock:
+            self._numbers[(self._me + 1) * self._row - 3] += 1
 
     def show_open(self, count: int) -> None:
         self._numbers[(self._me + 1) * self._row - 1] = count
@@ -1575,6 +1597,10 @@ class WorkerGauges:
 
     def links_under_way(self, number: int, sent: int) -> int:
         return sent - self._numbers[(number + 1) * self._row - 2]
+
+    def clients(self, number: int, sent: int) -> int:
+        """How many of the service clients that a worker was sent, and has not sent back, have not left."""
+        return sent - self._numbers[(number + 1) * self._row - 3]
 
     def open(self, number: int) -> int:
         return self._numbers[(number + 1) * self._row - 1]
@@ -1632,6 +1658,8 @@ class ServerWorkers(Workers):
         self._queues: dict[str, deque[Visitor]] = {name: deque() for name in services}
         self._sent = [dict.fromkeys([*services, ""], 0) for _ in range(count)]
         """How many service clients, and under "" links, each worker has been sent."""
+        self._clients = [0] * count
+        """How many service clients each worker has been sent, without those that it has sent back."""
         self._held: list[Counter[tuple[str, Any]]] = [Counter() for _ in range(count)]
         """What of the addresses' shares is in each worker, by kind and address."""
         self._present: dict[tuple[str, str], tuple[ClientUp, set[int]]] = {}
@@ -1723,10 +1751,7 @@ class ServerWorkers(Workers):
 
     def _count_clients(self) -> int:
         waiting = sum(map(len, self._queues.values()))
-        for number, sent in enumerate(self._sent):
-            waiting += self._gauges.open(number)
-            waiting += sum(self._gauges.under_way(number, service, sent[service]) for service in self._queues)
-        return waiting
+        return waiting + sum(self._gauges.clients(number, sent) for number, sent in enumerate(self._clients))
 
     def _send(self, visitor: Visitor) -> bool:
         """Send a service client to a worker that has a link for it; False where there is none."""
@@ -1744,6 +1769,7 @@ class ServerWorkers(Workers):
         if not best.hand(tcprelay.encode_message(fields, visitor.early), visitor.sock.fileno()):
             return False
         self._sent[best.number][service] += 1
+        self._clients[best.number] += 1
         self._hold(best, "client", visitor.address, 1)
         visitor.sock.close()
         return True
@@ -1797,6 +1823,7 @@ class ServerWorkers(Workers):
             self.role.shares[message["left"]].leave(address)
         else:
             self._hold(worker, "client", tuple(message["address"]), -1)
+            self._clients[worker.number] -= 1
             if descriptors:
                 self._take_back(worker, message, payload, descriptors[0])
             else:  # the kernel had no number for it here, and has reset it
@@ -1850,6 +1877,7 @@ class ServerWorkers(Workers):
             self.role.shares[kind].leave(address)
         self._held[worker.number].clear()
         self._sent[worker.number] = dict.fromkeys(self._sent[worker.number], 0)
+        self._clients[worker.number] = 0
         self._gauges.become(worker.number)
         for key in [key for key, (_, numbers) in self._present.items() if worker.number in numbers]:
             self._absent(key, worker, "its worker has died")

@@ -209,6 +209,13 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
 
 
+@pytest.fixture(params=[os.environ["TEST_WORKERS"]] if os.environ.get("TEST_WORKERS") else ["0", "2"])
+def workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """``--workers`` of each relay command that the test starts: none and two, or what TEST_WORKERS says."""
+    monkeypatch.setenv("TEST_WORKERS", request.param)
+    return str(request.param)
+
+
 @pytest.fixture(autouse=True)
 def _real_peer(request: pytest.FixtureRequest) -> None:
     """Skips a test whose real peer is not installed, or fails it where peers are required."""

@@ -227,7 +227,8 @@ class Program:
 
 
 class RelayProcess(Program):
-    """``python3 -m tcprelay server`` or ``client``, with its log as JSON.
+    """``python3 -m tcprelay server`` or ``client``, with its log as JSON; with as many workers as TEST_WORKERS
+    says, unless the options do.
 
     On the way out of the context it gets SIGTERM if it still runs; its exit status must be 0, unless it was
     killed, and there must be nothing in its output but log lines, none of them an error.
@@ -241,7 +242,9 @@ class RelayProcess(Program):
         wrapper: Sequence[str] = (),
     ) -> None:
         # With its warnings Python would tell of sockets that were not closed.
-        env = {"TCPRELAY_LOG_FORMAT": "json", "PYTHONWARNINGS": "default", **(env or {})}
+        workers = os.environ.get("TEST_WORKERS")
+        more = {"TCPRELAY_WORKERS": workers} if workers else {}
+        env = {"TCPRELAY_LOG_FORMAT": "json", "PYTHONWARNINGS": "default", **more, **(env or {})}
         super().__init__(*wrapper, sys.executable, "-m", "tcprelay", role, *options, env=env)
         self.name = role
         self.expected_error: str | tuple[str, ...] = ""

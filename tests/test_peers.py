@@ -21,7 +21,7 @@ MEBIBYTE = 1 << 20
 
 
 @pytest.fixture
-def peers(tmp_path: Path) -> Iterator[Peers]:
+def peers(tmp_path: Path, workers: str) -> Iterator[Peers]:
     with ExitStack() as stack:
         yield Peers(stack, tmp_path)
 

@@ -40,7 +40,7 @@ TLS = pytest.mark.parametrize("version", ["1.2", "1.3"])
 
 
 @pytest.fixture
-def peers(tmp_path: Path) -> Iterator[Peers]:
+def peers(tmp_path: Path, workers: str) -> Iterator[Peers]:
     with ExitStack() as stack:
         yield Peers(stack, tmp_path)
 

@@ -80,6 +80,7 @@ def run_inside(options: argparse.Namespace) -> int:
     for name in [name for name in os.environ if name.startswith("TCPRELAY_")]:
         del os.environ[name]
     os.environ["TCPRELAY_CONFIG"] = os.devnull
+    os.environ["TEST_WORKERS"] = str(options.workers)  # for every relay that the case starts
     [case] = [case for case in CASES if case.name == options.cases[0]]
     directory, status, figures = Path(options.inside), 0, []
     try:

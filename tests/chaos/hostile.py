@@ -265,10 +265,6 @@ def each_half(
     return results
 
 
-def worker_options(run: Run) -> list[str]:
-    return ["--workers", str(run.workers)] if run.workers else []
-
-
 # --- Mutations ------------------------------------------------------------------------------------------------
 
 FRAMES = 1_000_000
@@ -435,7 +431,7 @@ def seeds(run: Run, least: int) -> Iterator[tuple[int, int]]:
 def frames_without_token(run: Run) -> int:
     """To a relay server that asks for a token, from peers that have none.  Returns the number of frames."""
     who = "without the token"
-    server = run.peers.server("--token", TOKEN, *worker_options(run))
+    server = run.peers.server("--token", TOKEN)
     address = HOST, server.relay_port
 
     def converse(job: tuple[int, int]) -> tuple[int, bool]:
@@ -494,7 +490,7 @@ def frames_with_token(run: Run) -> int:
     who = "with the token"
     names = [f"s{number}" for number in range(AT_ONCE)]  # one for each conversation, which must meet its own client
     words = [word for name in names for word in ("--service", f"{name}=0")]
-    words += ["--pair-timeout", "0.5", "--heartbeat", "1", *worker_options(run)]
+    words += ["--pair-timeout", "0.5", "--heartbeat", "1"]
     server = run.peers.server("--token", TOKEN, *words)
     relay = HOST, server.relay_port
     free: queue.SimpleQueue[tuple[str, Address]] = queue.SimpleQueue()
@@ -584,7 +580,7 @@ def frames_to_client(run: Run) -> int:
     words = ["--relay-host", HOST, "--relay-port", str(listener.getsockname()[1]), "--token", TOKEN]
     for number in range(dialled):  # each service tries for one link at a time
         words += ["--publish", f"s{number}={HOST}:{service.port}"]
-    client = run.peers.relay_process("client", *words, *worker_options(run), wrapper=(sys.executable, "-c", NO_BACKOFF))
+    client = run.peers.relay_process("client", *words, wrapper=(sys.executable, "-c", NO_BACKOFF))
 
     def converse(job: tuple[int, int]) -> tuple[int, bool]:
         chance = random.Random(job[0])
@@ -619,7 +615,7 @@ def frames_to_client(run: Run) -> int:
 def hellos(run: Run) -> None:
     """Cut and flipped ClientHellos, to a relay port and a service port; some of the cut ones fall silent."""
     who, count = "ClientHellos", run.scaled(HELLOS)
-    server = run.peers.server(*Legs("tls", port=True).server_options(run.certificates), *worker_options(run))
+    server = run.peers.server(*Legs("tls", port=True).server_options(run.certificates))
     ports = [(HOST, server.relay_port), (HOST, server.service_port)]
     samples = [client_hello(version) for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3) for _ in range(50)]
 
@@ -1030,7 +1026,7 @@ def member_context(certificates: Certificates, name: str, version: str) -> ssl.S
 
 def start_target(run: Run, *options: str, host: str = HOST) -> RelayProcess:
     words = ("--relay-port", "0", "--service-port", "0", "--hostname", host, "--log-level", "debug")
-    return run.peers.relay_process("server", *words, *options, *worker_options(run))
+    return run.peers.relay_process("server", *words, *options)
 
 
 def token_target(run: Run) -> Target:

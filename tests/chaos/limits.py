@@ -23,8 +23,7 @@ from ..bench.processes import find_family
 from ..conftest import read_exactly, wait_until
 from ..peers import RelayProcess
 from .load import end, seconds_until, start_echo
-from .relays import Legs, Relays, processor, serving
-from .relays import descriptors as count_descriptors
+from .relays import Legs, Relays, descriptors_of_each, processor, serving
 from .relays import threads as count_threads
 from .suite import Run, case
 
@@ -104,7 +103,8 @@ def exhaust(run: Run, role: Role, what: str, says: str, wrapper: tuple[str, ...]
     )
     subject = relays.subject
 
-    in_use = {"descriptors": count_descriptors, "threads": count_threads}[what]
+    # Each process has that many descriptors; but threads, which count by users, they have together.
+    in_use = {"descriptors": lambda relay: max(descriptors_of_each(relay).values()), "threads": count_threads}[what]
 
     streams = Trickle(relays)
     with ExitStack() as crowd:

@@ -25,9 +25,10 @@ from pathlib import Path
 
 from tcprelay import Threads
 
+from ..bench.processes import find_family
 from ..peers import HOST, Program, RelayProcess, find
 from .network import DistantRelays, Network, time_to
-from .relays import Legs, descriptors, threads
+from .relays import Legs, descriptors, descriptors_of_each, threads
 from .suite import Run, case
 
 # --- A transfer, at both its ends -----------------------------------------------------------------------------
@@ -374,6 +375,8 @@ class Half:
             self._client_restarted, self._server_stopped, self._client_stopped, self._service_stopped,
             self._links_reset, self._black_hole, self._few_descriptors, self._few_threads, self._clients_leave,
         ]  # fmt: skip
+        if self._run.workers:
+            faults += [self._server_worker_killed, self._client_worker_killed]
         while True:
             yield from self._run.random.sample(faults, len(faults))
 
@@ -393,6 +396,18 @@ class Half:
         self._relays.client.kill()
         self._pause(0.0, 2.0)
         self._relays.start_client()
+
+    def _server_worker_killed(self) -> None:
+        self._kill_worker(self._relays.server)
+
+    def _client_worker_killed(self) -> None:
+        self._kill_worker(self._relays.client)
+
+    def _kill_worker(self, relay: RelayProcess) -> None:
+        relay.expected_error = ("worker ", "cannot start worker")
+        _, *workers = find_family(relay.process.pid)
+        os.kill(self._run.random.choice(workers), signal.SIGKILL)
+        self._pause(0.0, 2.0)
 
     def _service_killed(self) -> None:
         self._services[-1].signal(signal.SIGKILL)
@@ -420,11 +435,14 @@ class Half:
         self._stop(self._services[-1])
 
     def _stop(self, program: Program) -> None:
-        program.signal(signal.SIGSTOP)
+        family = list(find_family(program.process.pid))
+        for pid in family:
+            os.kill(pid, signal.SIGSTOP)
         try:
             self._pause(1.0, 4.0)
         finally:
-            program.signal(signal.SIGCONT)
+            for pid in family:
+                os.kill(pid, signal.SIGCONT)
 
     def _links_reset(self) -> None:
         """Both ends of some links are told that the other one has reset them."""
@@ -438,16 +456,17 @@ class Half:
             self._pause(0.5, 5.0)
 
     def _few_descriptors(self) -> None:
-        self._limit("Max open files", descriptors)
+        self._limit("Max open files", lambda process, pid: descriptors_of_each(process)[pid])
 
     def _few_threads(self) -> None:
-        self._limit("Max processes", threads)
+        self._limit("Max processes", lambda process, _: threads(process))
 
-    def _limit(self, what: str, count: Callable[[RelayProcess], int]) -> None:
-        """Leave a relay about as many as it has, while many come at once; then again as many as it had."""
+    def _limit(self, what: str, count: Callable[[RelayProcess, int], int]) -> None:
+        """Leave one of a relay's processes about as many as it has, while many come at once; then again as many as
+        it had."""
         process = self._run.random.choice((self._relays.server, self._relays.client))
-        pid = process.process.pid
-        before = set_limit(pid, what, count(process) + self._run.random.randint(-4, 2))
+        pid = self._run.random.choice(list(find_family(process.process.pid)))
+        before = set_limit(pid, what, count(process, pid) + self._run.random.randint(-4, 2))
         try:
             crowd = self._start([self._draw(1 << 10) for _ in range(16)])
             self._pause(1.0, 4.0)

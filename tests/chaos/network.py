@@ -125,7 +125,7 @@ class DistantRelays:
         """Start the server, again on the same ports if it was started before."""
         options = ["--relay-port", str(self.relay_port), "--service-port", str(self.service_port)]
         options += ["--hostname", SERVER, "--heartbeat", str(self.HEARTBEAT), "--log-level", "debug"]
-        options += [*self.legs.server_options(self._run.certificates), *self._workers(), *self._server_options]
+        options += [*self.legs.server_options(self._run.certificates), *self._server_options]
         with self.network.server.inside():
             self.server = self._run.peers.relay_process("server", *options, wrapper=self._server_wrapper)
         self.server.wait_event("Listening", service="default")
@@ -135,7 +135,7 @@ class DistantRelays:
         """Start the client; it may not have a link yet."""
         options = ["--relay-host", SERVER, "--relay-port", str(self.relay_port)]
         options += ["--host", HOST, "--port", str(self._service), "--log-level", "debug"]
-        options += [*self.legs.client_options(self._run.certificates), *self._workers()]
+        options += self.legs.client_options(self._run.certificates)
         if self.legs.link != "plain":
             options += ["--tls-server-name", "localhost"]
         with self.network.client.inside():
@@ -159,9 +159,6 @@ class DistantRelays:
         """The links on which the server hears the client, as an idle one answers every PING; and the others."""
         heard = [silence <= 1300 * self.HEARTBEAT for silence in self.silences()]
         return sum(heard), len(heard) - sum(heard)
-
-    def _workers(self) -> list[str]:
-        return ["--workers", str(self._run.workers)] if self._run.workers else []
 
 
 def moment(event: dict[str, Any]) -> float:

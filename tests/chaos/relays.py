@@ -118,7 +118,7 @@ class Relays:
         """Start the server, again on the same ports if it was started before."""
         options = ["--hostname", HOST]
         options += ["--relay-port", str(self.relay_port), "--service-port", str(self.service_port)]
-        options += [*self.legs.server_options(self._run.certificates), *self._workers(), *self._server_options]
+        options += [*self.legs.server_options(self._run.certificates), *self._server_options]
         self.server = self._run.peers.relay_process("server", *options, wrapper=self._wrapper)
         self.server.wait_event("Listening", service="default")
         return self.server
@@ -127,15 +127,12 @@ class Relays:
         """Start the client; with `wait` until its service is published."""
         options = ["--relay-host", HOST, "--relay-port", str(self.relay_port)]
         options += ["--host", HOST, "--port", str(self._service)]
-        options += [*self.legs.client_options(self._run.certificates), *self._workers(), *self._client_options]
+        options += [*self.legs.client_options(self._run.certificates), *self._client_options]
         environment = self.legs.environment(self._run.directory)
         self.client = self._run.peers.relay_process("client", *options, env=environment, wrapper=self._wrapper)
         if wait:
             self.client.wait_event("Published")
         return self.client
-
-    def _workers(self) -> list[str]:
-        return ["--workers", str(self._run.workers)] if self._run.workers else []
 
     def connect(self, timeout: float = 10.0) -> Any:
         """A service client's connection: a socket, or a `TLSEnd`.  Raises `OSError`."""
@@ -169,7 +166,11 @@ def threads(process: RelayProcess) -> int:
 
 
 def descriptors(process: RelayProcess) -> int:
-    return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in find_family(process.process.pid))
+    return sum(descriptors_of_each(process).values())
+
+
+def descriptors_of_each(process: RelayProcess) -> dict[int, int]:
+    return {pid: len(os.listdir(f"/proc/{pid}/fd")) for pid in find_family(process.process.pid)}
 
 
 def wait_for_pool(relays: Relays, links: int, timeout: float = 10.0) -> None:
