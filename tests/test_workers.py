@@ -627,7 +627,7 @@ def test_service_clients_that_come_back_from_a_worker_keep_their_places(peers: P
     wait_events(server, "LinkUp", 8)
     pids = workers_of(server)
     for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
     waiting = [peers.connect(server.service_port) for _ in range(12)]
     wait_until(lambda: not unaccepted(server.service_port))
     gone.kill()
@@ -642,6 +642,13 @@ def test_service_clients_that_come_back_from_a_worker_keep_their_places(peers: P
     for sock, name in zip(waiting, names, strict=True):
         assert read_all(sock) == name
     assert witness.names == names
+
+
+def stop(pid: int) -> None:
+    """SIGSTOP, and wait until it has reached all threads."""
+    os.kill(pid, signal.SIGSTOP)
+    threads = list(Path(f"/proc/{pid}/task").iterdir())
+    wait_until(lambda: all((thread / "stat").read_text().rpartition(")")[2].split()[0] == "T" for thread in threads))
 
 
 def unaccepted(port: int) -> int:
