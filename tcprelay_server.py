@@ -411,7 +411,8 @@ class RelayServer(Relay):
     def _open(self) -> None:
         """Begin to accept; in a worker, to take what the parent has accepted.  Raises `OSError`."""
         names = [service.name for service in self.options.services]
-        self._pool = Pool(names, self.options.max_pending, self._splices.most, self._gauges)
+        # One for each connection, and as many idle ones, which take half as many descriptors.
+        self._pool = Pool(names, self.options.max_pending, 2 * self._splices.most, self._gauges)
         if self._gauges is None:
             self.prepare()
         if self._stop.requested:
