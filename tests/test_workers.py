@@ -20,6 +20,8 @@ from pathlib import Path
 
 import pytest
 
+from tcprelay import CLIENT, FAIL, HELLO, START, WELCOME, Deadline, Link, Stream
+
 from .certificates import Certificates
 from .conftest import PATIENCE, echo, read_all, read_exactly, wait_until
 from .ends import TLSEnd
@@ -724,6 +726,41 @@ def test_a_service_client_finds_the_worker_whose_service_answers(peers: Peers, s
     for event in wait_events(server, "ConnectionFailed", 4):
         assert "the service cannot be reached: cannot reach" in str(event["reason"])
         assert float(str(event["seconds"])) < 2
+
+
+def test_hundreds_of_dead_relay_clients_are_no_message_too_long(peers: Peers) -> None:
+    """Relay clients choose their ids; a service client that none of so many could serve is reset, and that is all."""
+    server = peers.server(*TWO)
+    links = []
+    for number in range(240):
+        link = Link(Stream(peers.connect(server.relay_port), "played"), CLIENT)
+        name = f"{number:04}" + "\N{GRINNING FACE}" * 60
+        link.send(HELLO, {"version": 1, "service": "default", "client": name, "nonce": "0", "idle": 1})
+        links.append(link)
+    for link in links:
+        assert link.receive(Deadline(PATIENCE)).kind == WELCOME
+
+    def fail(link: Link) -> None:
+        with contextlib.suppress(OSError, EOFError):
+            while link.receive(Deadline(PATIENCE)).kind != START:
+                pass
+            link.send(FAIL, {"reason": "played"})
+            link.discard(Deadline(PATIENCE))
+
+    threads = [threading.Thread(target=fail, args=(link,)) for link in links]
+    for thread in threads:
+        thread.start()
+    pids = workers_of(server)
+    sock = peers.connect(server.service_port)
+    sock.sendall(bytes(60_000))
+    with pytest.raises(ConnectionResetError):
+        sock.recv(1)
+    assert server.wait_event("ConnectionFailed")["reason"] == "the service cannot be reached: played"
+    assert workers_of(server) == pids
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
+    for thread in threads:
+        thread.join(PATIENCE)
 
 
 # --- Limits and trust -----------------------------------------------------------------------------------------
