@@ -1794,6 +1794,9 @@ class ServerWorkers(Workers):
         visitor.since, visitor.state, visitor.early = state["since"], state, early
         visitor.deadline = visitor.since + self.role.options.pair_timeout
         visitor.visited = set(state["visited"])
+        if self._kill is not None:
+            self._refuse(visitor, "the relay server is ending")
+            return
         if state["failed"]:
             visitor.visited.add(worker.number)
             state["visited"] = list(visitor.visited)
