@@ -487,6 +487,27 @@ def test_orders_reach_a_worker_whose_channel_is_full(peers: Peers) -> None:
     assert "does not end" not in server.output
 
 
+def test_who_comes_back_from_a_worker_that_ends_has_a_closing_record(peers: Peers) -> None:
+    """Service clients that SIGTERM finds between parent and workers are reset, and each one is told."""
+    server = peers.server(*TWO, *DEBUG)
+    client = peers.client(server.relay_port, peers.service(echo).port, "--workers", "0")
+    wait_events(server, "LinkUp", 8)
+    pids = workers_of(server)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    socks = [peers.connect(server.service_port) for _ in range(8)]
+    wait_until(lambda: not unaccepted(server.service_port))
+    client.kill()  # so that the links are gone when their workers look at them
+    server.signal(signal.SIGTERM)
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    assert server.wait() == 0
+    for sock in socks:
+        with pytest.raises(ConnectionResetError):
+            sock.recv(1)
+    assert [event["reason"] for event in server.events("ConnectionFailed")] == ["the relay server is ending"] * 8
+
+
 class Manager:
     """A service manager's end of NOTIFY_SOCKET."""
 
