@@ -1805,9 +1805,12 @@ class ServerWorkers(Workers):
         now = time.monotonic()
         if now < self._next_give_up:
             return
-        spare = {worker.number: self._gauges.idle(worker.number, service, self._sent[worker.number][service])
-                 - self._gauges.waiting(worker.number, service) for worker in self._living()}  # fmt: skip
-        if spare and min(spare.values()) < 0 < max(spare.values()):
+        waiting = {worker.number: self._gauges.waiting(worker.number, service) for worker in self._living()}
+        if not any(waiting.values()):
+            return  # who is on its way to a link that was lost comes back
+        spare = {number: self._gauges.idle(number, service, self._sent[number][service]) - count
+                 for number, count in waiting.items()}  # fmt: skip
+        if min(spare.values()) < 0 < max(spare.values()):
             richest = max(spare, key=lambda number: spare[number])
             self.workers[richest].order(tcprelay.encode_message({"give_up": service}))
             self._next_give_up = now + self.LOOK_AGAIN
@@ -1837,6 +1840,9 @@ class ServerWorkers(Workers):
         visitor.since, visitor.state, visitor.early = state["since"], state, early
         visitor.deadline = visitor.since + self.role.options.pair_timeout
         visitor.visited = set(state["visited"])
+        if self._kill is not None:
+            self._refuse(visitor, "the relay server is ending")
+            return
         if state["failed"]:
             visitor.visited.add(worker.number)
             state["visited"] = list(visitor.visited)

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import pytest
 
+from tcprelay import CLIENT, FAIL, HELLO, START, WELCOME, Deadline, Link, Stream
+
 from .certificates import Certificates
 from .conftest import PATIENCE, echo, read_all, read_exactly, wait_until
 from .ends import TLSEnd
@@ -485,6 +487,27 @@ def test_orders_reach_a_worker_whose_channel_is_full(peers: Peers) -> None:
     assert "does not end" not in server.output
 
 
+def test_who_comes_back_from_a_worker_that_ends_has_a_closing_record(peers: Peers) -> None:
+    """Service clients that SIGTERM finds between parent and workers are reset, and each one is told."""
+    server = peers.server(*TWO, *DEBUG)
+    client = peers.client(server.relay_port, peers.service(echo).port, "--workers", "0")
+    wait_events(server, "LinkUp", 8)
+    pids = workers_of(server)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    socks = [peers.connect(server.service_port) for _ in range(8)]
+    wait_until(lambda: not unaccepted(server.service_port))
+    client.kill()  # so that the links are gone when their workers look at them
+    server.signal(signal.SIGTERM)
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    assert server.wait() == 0
+    for sock in socks:
+        with pytest.raises(ConnectionResetError):
+            sock.recv(1)
+    assert [event["reason"] for event in server.events("ConnectionFailed")] == ["the relay server is ending"] * 8
+
+
 class Manager:
     """A service manager's end of NOTIFY_SOCKET."""
 
@@ -731,6 +754,41 @@ def test_a_service_client_finds_the_worker_whose_service_answers(peers: Peers, s
     for event in wait_events(server, "ConnectionFailed", 4):
         assert "the service cannot be reached: cannot reach" in str(event["reason"])
         assert float(str(event["seconds"])) < 2
+
+
+def test_hundreds_of_dead_relay_clients_are_no_message_too_long(peers: Peers) -> None:
+    """Relay clients choose their ids; a service client that none of so many could serve is reset, and that is all."""
+    server = peers.server(*TWO)
+    links = []
+    for number in range(240):
+        link = Link(Stream(peers.connect(server.relay_port), "played"), CLIENT)
+        name = f"{number:04}" + "\N{GRINNING FACE}" * 60
+        link.send(HELLO, {"version": 1, "service": "default", "client": name, "nonce": "0", "idle": 1})
+        links.append(link)
+    for link in links:
+        assert link.receive(Deadline(PATIENCE)).kind == WELCOME
+
+    def fail(link: Link) -> None:
+        with contextlib.suppress(OSError, EOFError):
+            while link.receive(Deadline(PATIENCE)).kind != START:
+                pass
+            link.send(FAIL, {"reason": "played"})
+            link.discard(Deadline(PATIENCE))
+
+    threads = [threading.Thread(target=fail, args=(link,)) for link in links]
+    for thread in threads:
+        thread.start()
+    pids = workers_of(server)
+    sock = peers.connect(server.service_port)
+    sock.sendall(bytes(60_000))
+    with pytest.raises(ConnectionResetError):
+        sock.recv(1)
+    assert server.wait_event("ConnectionFailed")["reason"] == "the service cannot be reached: played"
+    assert workers_of(server) == pids
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
+    for thread in threads:
+        thread.join(PATIENCE)
 
 
 # --- Limits and trust -----------------------------------------------------------------------------------------

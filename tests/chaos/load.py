@@ -21,6 +21,7 @@ from tcprelay_server import SURPLUS_TIME
 
 from ..bench.processes import free_port
 from ..conftest import echo, read_all, read_exactly, wait_until
+from ..peers import HOST
 from .relays import Legs, Relays, descriptors, links_of, memory, serving, threads, wait_for_pool
 from .suite import Run, case
 
@@ -77,7 +78,7 @@ def hold(run: Run, legs: Legs, most: float) -> None:
 def start_echo(run: Run) -> int:
     """An echo service that serves all connections in the one thread of its own process; returns its port."""
     port = free_port()
-    run.peers.program(sys.executable, "-m", "tests.bench.services", "echo", str(port)).wait_until_listening(port)
+    run.peers.program(sys.executable, "-m", "tests.bench.services", "echo", HOST, str(port)).wait_until_listening(port)
     return port
 
 
