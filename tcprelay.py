@@ -1251,6 +1251,12 @@ class Link:
             count = min(ahead, self._left, len(view))
             view[:count] = memoryview(self._buffer)[self._start : self._start + count]
             self._start += count
+            rest = min(self._left, len(view)) - count
+            if rest:  # it came with the header, most likely: so one message stays one
+                try:
+                    count += self.stream.recv_now(view[count : count + rest]) or 0
+                except OSError:
+                    pass  # the next call meets it again, or the end of the link
         else:
             count = receive(view[: self._left])
             if count is None:
@@ -1682,6 +1688,7 @@ class Splice:
         self._finish_opening(flow)
         if flow.ended:
             return
+        inbound = flow is self._flow_to_link
         size = SMALL_BUFFER
         most = LARGE_BUFFER if source.spliceable and sink.spliceable else LARGE_TLS_BUFFER
         view = memoryview(bytearray(HEADER + size))
@@ -1697,7 +1704,10 @@ class Splice:
                 sink.send_buffer(view, count)
             except OSError as error:
                 raise LegError(sink, error) from error
-            self._count(flow, count)
+            if inbound:
+                self.to_link += count
+            else:
+                self.from_link += count
             if count == size < most:
                 size = min(8 * size, most)
             elif count >= BULK and source.spliceable and sink.spliceable:

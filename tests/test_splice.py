@@ -700,3 +700,19 @@ def test_the_sweep_meets_connections_that_have_just_ended() -> None:
                 sock.close()
         splices.sweep()
         assert len(splices) == 2
+
+
+def test_a_message_on_a_link_stays_one(later_rig: Rig) -> None:
+    """A frame that has come as a whole is received as a whole, though its beginning is read together with its header;
+    one of which a part is still under way gives what is there."""
+    message = random.Random(8).randbytes(4000)
+    link, view = later_rig.link, memoryview(bytearray(8192))
+    later_rig.far.sock.sendall(encode_header(DATA, len(message)) + message)
+    wait_until(lambda: len(link.sock.recv(8192, socket.MSG_PEEK)) == 4 + len(message))
+    assert (link.recv_into(view), view[: len(message)]) == (len(message), message)
+    later_rig.far.sock.sendall(encode_header(DATA, len(message)) + message[:1000])
+    wait_until(lambda: len(link.sock.recv(8192, socket.MSG_PEEK)) == 1004)
+    assert (link.recv_into(view), view[:1000]) == (1000, message[:1000])
+    later_rig.far.sock.sendall(message[1000:])
+    assert (link.recv_into(view), view[:3000]) == (3000, message[1000:])
+    later_rig.start()
