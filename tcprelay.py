@@ -1652,7 +1652,6 @@ class Splice:
             left.release()
 
     def _carry_from_link(self) -> None:
-        aborted = False
         try:
             self._pump(self._flow_from_link)
             if not self.reason:
@@ -1660,8 +1659,8 @@ class Splice:
         except LegError as error:
             if error.leg is self.link:
                 # What ends the link's side ends the connection; an ABORT leaves the link itself whole.
-                aborted = isinstance(error.cause, ConnectionAbortedError)
-                self.break_off(say_error(error), close_link=not aborted)
+                lost = not isinstance(error.cause, ConnectionAbortedError)
+                self.break_off(say_error(error), close_link=lost)
             else:
                 # The stream was reset: the other pump still reads what had come before the RST, then its error.
                 self._note(say_error(error))
@@ -1673,10 +1672,12 @@ class Splice:
         self.from_link_ended = True
         if not self.reason or not isinstance(self.link, Link):
             return
+        if self.link.machine.has_ended(self.link.machine.peer):
+            return  # whoever is behind the link has said all: it is whole, and maybe idle already
         with self._lock:
             said_end = self.said_end
         try:
-            if said_end and not aborted:
+            if said_end:
                 raise ConnectionResetError("after END only the link's own end says that something went wrong")
             self.link.discard()
         except OSError:

@@ -981,7 +981,7 @@ class RelayServer(Relay):
                 self._drop_link(pooled, say_error(error))
                 if isinstance(error, TimeoutError):
                     raise Refusal(f"no answer from the service within {self.options.pair_timeout:g} s") from error
-                if client.early or isinstance(error, Stopping):
+                if (client.early and client.exposed) or isinstance(error, Stopping):
                     # Bytes that may have arrived are never delivered twice.
                     raise Refusal(f"the link was lost before the service answered: {say_error(error)}") from error
                 continue
@@ -1009,8 +1009,10 @@ class RelayServer(Relay):
         out = bytearray(encode_frame(START, fields))
         client.pass_early(link, out, 0)
         ready: dict[int, int] = {}
+        client.exposed = isinstance(link.stream, TLSStream)  # which may fail after it has sent some
         while True:
             sent = link.stream.send_now(out)
+            client.exposed = True
             frame = link.receive_now() if link.fd in ready else link.receive_held()
             if frame is not None and frame.kind in (READY, FAIL):
                 break
@@ -1125,6 +1127,8 @@ class ServiceClient:
         self.early = bytearray()
         self.ended = False
         """It has ended its direction: all that it sends is in `early`."""
+        self.exposed = False
+        """The link that it is offered to has taken bytes."""
         self.gone = ""
         """Why it is no longer there."""
         self.failed = NOBODY

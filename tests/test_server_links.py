@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
+from typing import Any
 
 import pytest
 
+import tcprelay
 import tcprelay_server
 from tcprelay import (
     ABORT,
@@ -37,7 +40,7 @@ from tcprelay import (
 )
 from tcprelay_server import LinkRefused
 
-from .conftest import Bench, connect, read_all, read_exactly, wait_until
+from .conftest import PATIENCE, Bench, connect, read_all, read_exactly, wait_until
 from .peers_v1 import FakeClient
 
 RESET = struct.pack("ii", 1, 0)
@@ -718,3 +721,23 @@ def test_a_client_that_does_not_read_is_as_good_as_dead(bench: Bench) -> None:
     for _ in range(8):
         assert other.next().kind == PING
         other.send(PONG)
+
+
+def test_a_link_that_takes_nothing_costs_no_service_client(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link is found broken when START is sent, before the keeper finds it: the early bytes have not left, and so the
+    next link gets them."""
+    monkeypatch.setattr(RelayServer, "_watch", lambda server: server._cut.wait(PATIENCE))
+    server = bench.relay()
+    hand_on = server.hand_on
+
+    def wait_for_bytes(service: str, sock: socket.socket, address: Any) -> None:
+        if service:
+            tcprelay.wait_for(sock.fileno(), select.POLLIN, tcprelay.Deadline(PATIENCE))
+        hand_on(service, sock, address)
+
+    server.hand_on = wait_for_bytes
+    broken = [*next(iter(server._pool._idle["default"].values()))][-1]  # the next to be taken
+    broken.link.sock.shutdown(socket.SHUT_WR)
+    sock = bench.connect(server)
+    sock.sendall(b"once")
+    assert read_exactly(sock, 4) == b"once"

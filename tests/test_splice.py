@@ -716,3 +716,21 @@ def test_a_message_on_a_link_stays_one(later_rig: Rig) -> None:
     later_rig.far.sock.sendall(message[1000:])
     assert (link.recv_into(view), bytes(view[:3000])) == (3000, message[1000:])
     later_rig.start()
+
+
+def test_an_end_that_cannot_be_passed_on_leaves_the_link_whole(rig: Rig) -> None:
+    """The service client has ended its direction, and is gone when the service's end comes: both sides of the link
+    have said all, the far one takes it for idle already, and may START the next connection on it."""
+    rig.far_stream.shutdown(socket.SHUT_WR)
+    assert rig.far.receive(Deadline(PATIENCE)).kind == END
+    rig.far_stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, tcprelay.RESET_ON_CLOSE)
+    rig.far_stream.close()
+    poller = select.poll()
+    poller.register(rig.stream.sock, 0)
+    assert poller.poll(1000 * PATIENCE)
+    rig.far.send(END)
+    assert rig.done.wait(PATIENCE)
+    assert rig.splice.reason
+    assert rig.link.machine.state == rig.far.machine.state == tcprelay.IDLE
+    with pytest.raises(BlockingIOError):
+        rig.far.sock.recv(1, socket.MSG_DONTWAIT)
