@@ -276,6 +276,7 @@ class RelayClient(Relay):
     """
 
     options: ClientOptions
+    FIRST_PROCESSOR, NEXT_PROCESSOR = -1, -1  # the last first: on one host with a relay server, that has the others
 
     def __init__(
         self,

@@ -321,7 +321,7 @@ def test_deaths_leave_nothing_behind_in_the_parent(peers: Peers) -> None:
             wait_workers(relay, killed[relay])
     Connection(peers, server, witness, 2).goes_on()
     for relay, count in before.items():
-        assert count_descriptors(relay.process.pid) == count
+        wait_until(lambda relay=relay, count=count: count_descriptors(relay.process.pid) == count)
         is_told(relay, "worker ", 4)
 
 
