@@ -6,6 +6,7 @@ What the workers have in common with a relay in one process the other tests show
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import resource
@@ -306,10 +307,15 @@ def test_links_of_a_dead_worker_no_longer_count(peers: Peers) -> None:
             link.recv(1)
 
 
+def has_descriptors(relay: RelayProcess, count: int) -> bool:
+    return count_descriptors(relay.process.pid) == count
+
+
 def test_deaths_leave_nothing_behind_in_the_parent(peers: Peers) -> None:
     """Neither descriptors nor children, nor does the log say more than one line for each."""
     witness = Witness(peers)
-    server, client = peers.relay(witness.port, *TWO)
+    server, client = peers.relay(witness.port, *TWO, *DEBUG)
+    wait_events(server, "LinkUp", 8)  # none is on its way through the parent
     server.expected_error = client.expected_error = "worker "
     before = {relay: count_descriptors(relay.process.pid) for relay in (server, client)}
     for _ in range(2):
@@ -321,7 +327,7 @@ def test_deaths_leave_nothing_behind_in_the_parent(peers: Peers) -> None:
             wait_workers(relay, killed[relay])
     Connection(peers, server, witness, 2).goes_on()
     for relay, count in before.items():
-        wait_until(lambda relay=relay, count=count: count_descriptors(relay.process.pid) == count)
+        wait_until(functools.partial(has_descriptors, relay, count))
         is_told(relay, "worker ", 4)
 
 
