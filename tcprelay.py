@@ -16,7 +16,7 @@ This file, from top to bottom:
                              in frames
     splicing                 the opening exchange, then two pumps, one a direction; the watch that ends what is
                              idle or dead
-    threads                  a cache of parked threads
+    threads                  a cache of parked threads, and the processor on which they stay
     events                   what happens, told once: the log, the counters and ``on_event`` listen
     options                  one table for the command line, the environment and the configuration file
     certificates             TLS contexts, PFX files, self-signed certificates, pins

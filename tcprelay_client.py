@@ -19,6 +19,8 @@ Backing off: after a failure, one link at a time tries again, at a random moment
 first that gets through, or that is left after losses, brings the others after it at a measured pace, so that a
 thousand clients do not fall upon a relay server that has just been restarted.  A link that START takes is replaced
 at once.
+
+With --workers, each worker process is a `RelayClient` that keeps its share of the links (`ClientWorkers`).
 """
 
 from __future__ import annotations

@@ -22,6 +22,9 @@ An idle link needs no thread: the keeper watches all of them.  A link's life:
 Who holds a link out of the pool owns it: the service client's thread, or the keeper while it looks at it.
 Ending: stop and join the acceptor, close the listeners, drop who waits, say BYE on idle links, let
 connections finish until the drain deadline, wake the rest, join everything.
+
+With --workers, `ServerWorkers` accepts in a process of its own, and each worker is a `RelayServer` whose acceptor is
+replaced by threads that take what the parent sends (`RelayServer._take_connections`); see "Workers" below.
 """
 
 from __future__ import annotations
