@@ -308,8 +308,7 @@ class RelayClient(Relay):
         self._services = [Service(publication, self._num_conn) for publication in checked.services]
         self._condition = threading.Condition()  # over the links' states in _services, and _links
         self._links: set[Link | Stream] = set()
-        self._keeper = threading.Thread(target=self._keep, name="tcprelay-client keeper", daemon=True)
-        self._own_threads = [self._keeper]
+        self._make_threads()
 
     @property
     def counters(self) -> dict[str, int]:
@@ -364,6 +363,10 @@ class RelayClient(Relay):
         count = min(count, options.num_conn, options.max_conn or count)
         return ClientWorkers(self, count) if count > 1 else None
 
+    def _make_threads(self) -> None:
+        self._keeper = threading.Thread(target=self._keep, name="tcprelay-client keeper", daemon=True)
+        self._own_threads = [self._keeper]
+
     def become_one_of(self, number: int, count: int) -> None:
         """Keep one worker's share of the links."""
         options = self.options
@@ -371,6 +374,7 @@ class RelayClient(Relay):
         def share(whole: int) -> int:
             return whole // count + (number < whole % count)
 
+        self._make_threads()  # since Python 3.13 those that were made before the fork cannot be started
         self._worker = number
         self._num_conn = share(options.num_conn)
         self._services = [Service(publication, self._num_conn) for publication in options.services]

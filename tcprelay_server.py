@@ -313,11 +313,14 @@ class RelayServer(Relay):
         """There, the threads that wait for a connection."""
         self._tell_at = 0.0
         """When the next connection that cannot be taken is to be told."""
+        self._make_threads()
+
+    # Beginning and ending
+
+    def _make_threads(self) -> None:
         self._acceptor = threading.Thread(target=self._accept, name="tcprelay-server acceptor", daemon=True)
         self._keeper = threading.Thread(target=self._keep, name="tcprelay-server keeper", daemon=True)
         self._own_threads = [self._acceptor, self._keeper]
-
-    # Beginning and ending
 
     def _load_credentials(self) -> Credentials:
         options = self.options
@@ -465,6 +468,7 @@ class RelayServer(Relay):
         """Be one worker: what is accepted, bounded and counted over all of them is its parent's business."""
         self.close_listeners()
         self.listeners.clear()
+        self._make_threads()  # since Python 3.13 those that were made before the fork cannot be started
         self._gauges = gauges
         self._handshakes = Handshakes(max(16, MAX_HANDSHAKES // count))
         self.shares = {kind: RemoteShares(self, kind) for kind in self.shares}
