@@ -3196,7 +3196,7 @@ def notify_systemd(state: str) -> None:
         logging.getLogger("tcprelay").warning("cannot notify systemd: %s", say_error(error))
 
 
-class LineHandler(logging.StreamHandler[IO[str]]):
+class LineHandler(logging.StreamHandler):  # type: ignore[type-arg]  # (3.10 cannot be told which)
     """Writes each record with one call, and no lock around it, for which many connections would have to wait."""
 
     def handle(self, record: logging.LogRecord) -> Any:
