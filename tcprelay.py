@@ -1695,8 +1695,7 @@ class Splice:
 
     def _pump_all(self, flow: Flow) -> None:
         source, sink = flow.source, flow.sink
-        inbound = flow is self._flow_to_link
-        size = SMALL_BUFFER
+        size, small = SMALL_BUFFER, 0
         most = LARGE_BUFFER if source.spliceable and sink.spliceable else LARGE_TLS_BUFFER
         view = memoryview(bytearray(HEADER + size))
         data = view[HEADER:]
@@ -1711,10 +1710,8 @@ class Splice:
                 sink.send_buffer(view, count)
             except OSError as error:
                 raise LegError(sink, error) from error
-            if inbound:
-                self.to_link += count
-            else:
-                self.from_link += count
+            self._count(flow, count)
+            small = small + 1 if count < BULK else 0
             if count == size < most:
                 size = min(8 * size, most)
                 if size == most:
@@ -1722,6 +1719,9 @@ class Splice:
             elif count >= BULK and source.spliceable and sink.spliceable:
                 if self._pump_bulk(flow):
                     return
+                go_home()
+                size = SMALL_BUFFER
+            elif size == most and small >= SMALL_READS:  # bulk traffic is over
                 go_home()
                 size = SMALL_BUFFER
             else:
@@ -2003,6 +2003,40 @@ class Threads:
             return [worker.task[0].__name__ for worker in others() if worker.task]
 
 
+STACK_SIZE = 256 * 1024
+_stack_size_lock = threading.Lock()  # the size is one for the whole process
+
+
+class _Worker:
+    """One thread of `Threads`: what it runs, and the lock it waits for while it is parked."""
+
+    __slots__ = ("ident", "owner", "task", "wake")
+
+    def __init__(self, owner: Threads) -> None:
+        self.owner = owner
+        self.wake = threading.Lock()
+        self.wake.acquire()
+        self.task: tuple[Callable[..., object], tuple[Any, ...]] | None = None
+        self.ident = 0
+
+    def run(self) -> None:
+        self.ident = threading.get_ident()
+        try:
+            while self.task is not None:
+                function, args = self.task
+                try:
+                    function(*args)
+                except Exception:
+                    logging.getLogger("tcprelay").exception("unexpected error in %s", function.__name__)
+                self.task = function = args = None  # type: ignore[assignment]
+                if not self.owner.park(self):
+                    return
+                if not self.wake.acquire(timeout=Threads.PARKED) and not self.owner.unpark(self):
+                    self.wake.acquire()
+        finally:
+            self.owner.leave(self)
+
+
 def choose_processor(number: int) -> None:
     """Have all threads of this process run on one processor, the `number`-th of those that it may use.
 
@@ -2039,39 +2073,6 @@ class _Home:
 
 _home = _Home()
 _roaming = threading.local()
-
-STACK_SIZE = 256 * 1024
-_stack_size_lock = threading.Lock()  # the size is one for the whole process
-
-
-class _Worker:
-    """One thread of `Threads`: what it runs, and the lock it waits for while it is parked."""
-
-    __slots__ = ("ident", "owner", "task", "wake")
-
-    def __init__(self, owner: Threads) -> None:
-        self.owner = owner
-        self.wake = threading.Lock()
-        self.wake.acquire()
-        self.task: tuple[Callable[..., object], tuple[Any, ...]] | None = None
-        self.ident = 0
-
-    def run(self) -> None:
-        self.ident = threading.get_ident()
-        try:
-            while self.task is not None:
-                function, args = self.task
-                try:
-                    function(*args)
-                except Exception:
-                    logging.getLogger("tcprelay").exception("unexpected error in %s", function.__name__)
-                self.task = function = args = None  # type: ignore[assignment]
-                if not self.owner.park(self):
-                    return
-                if not self.wake.acquire(timeout=Threads.PARKED) and not self.owner.unpark(self):
-                    self.wake.acquire()
-        finally:
-            self.owner.leave(self)
 
 
 # --- Events ---------------------------------------------------------------------------------------------------
@@ -3307,6 +3308,11 @@ def can_fork_workers() -> bool:
 def encode_message(fields: dict[str, Any], payload: bytes = b"") -> bytes:
     """A message between parent and worker: JSON, and bytes behind a line feed."""
     return json.dumps(fields).encode() + b"\n" + payload
+
+
+def adopt_socket(descriptor: int, address: Any) -> socket.socket:
+    """The TCP socket of a descriptor that came with a message, from the address of its peer."""
+    return socket.socket(socket.AF_INET6 if len(address) == 4 else socket.AF_INET, socket.SOCK_STREAM, 0, descriptor)
 
 
 def decode_message(message: bytes) -> tuple[dict[str, Any], bytes]:

@@ -522,8 +522,7 @@ class RelayServer(Relay):
                 self._gauges.links_arrived()
                 self.shares["link"].leave(address)
             return
-        family = socket.AF_INET6 if len(address) == 4 else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM, 0, descriptors[0])
+        sock = tcprelay.adopt_socket(descriptors[0], address)
         if not service:
             try:
                 self._serve_link(sock, address)
@@ -1846,10 +1845,10 @@ class ServerWorkers(Workers):
 
     def _take_back(self, worker: WorkerProcess, state: dict[str, Any], early: bytes, descriptor: int) -> None:
         address = tuple(state["address"])
-        family = socket.AF_INET6 if len(address) == 4 else socket.AF_INET
-        visitor = Visitor(state["service"], socket.socket(family, socket.SOCK_STREAM, 0, descriptor), address, 0.0)
+        patience = self.role.options.pair_timeout
+        visitor = Visitor(state["service"], tcprelay.adopt_socket(descriptor, address), address, patience)
         visitor.since, visitor.state, visitor.early = state["since"], state, early
-        visitor.deadline = visitor.since + self.role.options.pair_timeout
+        visitor.deadline = visitor.since + patience
         visitor.visited = set(state["visited"])
         if self._kill is not None:
             self._refuse(visitor, "the relay server is ending")
