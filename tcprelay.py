@@ -1460,8 +1460,8 @@ class Splice:
         self._broken_at = 0.0
         self._over = False
         self._halted = False  # the pumps stop, whatever there is to carry
-        # For `check_time` alone: how many bytes there were when it last looked, and since when.
-        self._seen: list[int] = []
+        # For `check_time` alone: what was carried when it last looked, and since when.
+        self._seen = 0
         self._quiet_since = self.opened
 
     def run(self, threads: Threads) -> None:
@@ -1532,10 +1532,12 @@ class Splice:
                 self.break_off(self.reason, force=True, close_link=True)
             return
         half_closed = self.to_link_ended != self.from_link_ended
-        state = [self.to_link + self.from_link, self.to_link_ended, self.from_link_ended]
+        # In one number: millions of lists would have the collector of garbage look at all there is (measured:
+        # 5,000 connections stood still for 100 ms every six seconds).
+        state = (self.to_link + self.from_link) << 2 | self.to_link_ended << 1 | self.from_link_ended
         if idle_timeout or half_closed:
             # A slow reader takes bytes from the kernel's buffers long before a pump can add some.
-            state += [unsent_bytes(self.stream.sock), unsent_bytes(self.link.sock)]
+            state = (state << 32 | unsent_bytes(self.stream.sock)) << 32 | unsent_bytes(self.link.sock)
         if state != self._seen:
             self._seen, self._quiet_since = state, now
         quiet = now - self._quiet_since
@@ -1796,6 +1798,9 @@ def _widen_pipe(pipe: int) -> int:
 class Splices:
     """The connections of one role: how many there may be, and the watch over them."""
 
+    BATCH = 256
+    """Connections that a sweep looks at without a pause, for about a millisecond."""
+
     def __init__(self, most: int, idle_timeout: float, half_close_timeout: float) -> None:
         self.most = most
         self._idle_timeout = idle_timeout
@@ -1874,21 +1879,27 @@ class Splices:
         A pump that is blocked in a send does not see that the connection it reads from was reset, and one
         that has done its direction no longer sees that the link is lost: so look at all of them in one poll.
         """
-        now = time.monotonic()
         splices = self.snapshot()
+        for first in range(0, len(splices), self.BATCH):
+            if first:
+                time.sleep(0.0001)  # pumps that have something to carry wait for the interpreter lock
+            self._sweep(splices[first : first + self.BATCH])
+
+    def _sweep(self, splices: list[Splice]) -> None:
+        now = time.monotonic()
         poller = select.poll()
-        by_fd: dict[int, tuple[Splice, Leg]] = {}
+        by_fd: dict[int, Splice] = {}
         for splice in splices:
             splice.check_time(now, self._idle_timeout, self._half_close_timeout)
             # A link that has ended after END is lost; on the raw wire that is what its end looks like.
             watched = _RDHUP if splice.from_link_ended and isinstance(splice.link, Link) else 0
-            legs: tuple[tuple[Leg, int], ...] = ((splice.stream, 0), (splice.link, watched))
-            for leg, events in legs:
-                poller.register(leg.fd, events)
-                by_fd[leg.fd] = splice, leg
+            poller.register(splice.stream.fd, 0)
+            poller.register(splice.link.fd, watched)
+            by_fd[splice.stream.fd] = by_fd[splice.link.fd] = splice
         for fd, events in poller.poll(0):
-            splice, leg = by_fd[fd]
             if events & (select.POLLERR | _RDHUP):
+                splice = by_fd[fd]
+                leg = splice.link if fd == splice.link.fd else splice.stream
                 splice.break_off(f"{leg.name}: connection lost", close_link=leg is splice.link)
 
 

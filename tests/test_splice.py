@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import gc
 import hashlib
 import os
 import random
 import select
 import socket
+import struct
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -700,6 +704,66 @@ def test_the_sweep_meets_connections_that_have_just_ended() -> None:
                 sock.close()
         splices.sweep()
         assert len(splices) == 2
+
+
+def test_a_pump_gives_its_large_buffer_back(later_rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When bulk traffic is over it is at home on its processor again, and costs what a small one does."""
+    rig, sizes, moves = later_rig, list[int](), list[str]()
+    rig.stream.spliceable = False  # as with TLS
+    rig.stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+    real = rig.stream.recv_into
+
+    def recv_into(view: memoryview) -> int:
+        sizes.append(len(view))
+        return real(view)
+
+    monkeypatch.setattr(rig.stream, "recv_into", recv_into)
+    monkeypatch.setattr(tcprelay, "roam", lambda: moves.append("roam"))
+    monkeypatch.setattr(tcprelay, "go_home", lambda: moves.append("home"))
+    bulk = random.Random(9).randbytes(1_000_000)
+    writer = threading.Thread(target=rig.far_stream.sendall, args=(bulk,))
+    writer.start()
+    wait_until(lambda: bytes_waiting(rig.stream.sock) > 200_000)
+    rig.start()
+    view, got = memoryview(bytearray(len(bulk))), 0
+    while got < len(bulk):
+        got += rig.far.recv_into(view[got:])
+    assert view == bulk
+    assert tcprelay.LARGE_TLS_BUFFER in sizes
+    assert moves[0] == "roam"
+    writer.join(PATIENCE)
+    for _ in range(tcprelay.SMALL_READS):
+        rig.far_stream.sendall(b"!")
+        assert rig.far.recv_into(view) == 1
+    wait_until(lambda: sizes[-1] == tcprelay.SMALL_BUFFER)
+    assert moves[-1] == "home"
+
+
+def bytes_waiting(sock: socket.socket) -> int:
+    return int(struct.unpack("i", fcntl.ioctl(sock, termios.FIONREAD, b"\0\0\0\0"))[0])
+
+
+def test_a_sweep_does_not_call_the_garbage_collector() -> None:
+    """Every few seconds it would look at all that 5,000 connections have, and everything would stand still."""
+    with ExitStack() as stack:
+        splices = Splices(100, idle_timeout=100.0, half_close_timeout=100.0)
+        for number in range(60):
+            legs = [Stream(near, "leg") for near, far in (socket.socketpair(), socket.socketpair()) if stack.push(far)]
+            for leg in legs:
+                stack.push(leg.sock)
+            splices.add(Splice(str(number), "test", legs[0], legs[1]))
+        stack.callback(gc.set_threshold, *gc.get_threshold())
+        collections: list[str] = []
+
+        def note(phase: str, _: dict[str, int]) -> None:
+            collections.append(phase)
+
+        gc.callbacks.append(note)
+        stack.callback(gc.callbacks.remove, note)
+        gc.collect()
+        gc.set_threshold(20)
+        splices.sweep()
+        assert collections.count("start") <= 3  # the first of them is our own
 
 
 def test_a_message_on_a_link_stays_one(later_rig: Rig) -> None:
