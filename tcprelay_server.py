@@ -485,6 +485,12 @@ class RelayServer(Relay):
                 message, descriptors = tcprelay.receive_message(self._intake)
             except ConnectionResetError:
                 return  # the parent was killed
+            except Exception:  # out of memory, most likely; nobody else would take what comes
+                self._log.exception("unexpected error in the intake")
+                self._stop.wait(1.0)
+                if self._stop.requested:
+                    return
+                continue
             if not message:
                 return  # it was, or `_stop_intake`
             if not descriptors:  # the kernel had no number for it here

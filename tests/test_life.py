@@ -328,6 +328,27 @@ def test_an_unexpected_error_does_not_end_the_keeper(
     assert "unexpected error in the keeper" in caplog.text
 
 
+def test_an_unexpected_error_does_not_end_the_intake(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker that has no memory for what its parent sends takes it when there is some again."""
+    server = bench.server()
+    answers: list[tuple[bytes, list[int]]] = [(b"", [])]
+
+    def receive_message(_: object) -> tuple[bytes, list[int]]:
+        monkeypatch.setattr(tcprelay, "receive_message", lambda _: answers.pop())
+        raise MemoryError
+
+    server._intake, peer = socket.socketpair()
+    monkeypatch.setattr(server._stop, "wait", lambda _: None)
+    monkeypatch.setattr(tcprelay, "receive_message", receive_message)
+    server._take_connections()
+    assert answers == []
+    assert "unexpected error in the intake" in caplog.text
+    server._intake.close()
+    peer.close()
+
+
 IMPORTS = """
 import socket, sys, tcprelay
 from tcprelay import RelayClient, RelayServer
