@@ -6,7 +6,7 @@ import math
 from statistics import median
 from typing import Any
 
-from .cases import HELD, WINDOWS
+from .cases import HELD
 from .report import Results, show
 from .subjects import OURS
 
@@ -34,7 +34,7 @@ def make_bars(results: Results) -> list[dict[str, Any]]:
     for role in ("server", "client"):
         each = middle(results, "held", f"{role} memory each", "tcprelay")
         bars.append(make_bar(f"KiB of the {role}'s memory for each of {most} held connections", each, most=40))
-    few, many = (middle(results, "held", f"cost at {count:,}", "tcprelay") for count in (min(WINDOWS), max(WINDOWS)))
+    few, many = (middle(results, "held", f"cost at {count:,}", "tcprelay") for count in (HELD[0], HELD[-1]))
     growth = many / few if few and many else None
     bars.append(make_bar(f"cost of a connection at {most} held against that at 100", growth, most=1.25))
     for links in (1, 8):

@@ -22,10 +22,10 @@ from .subjects import OURS, Pool, Relay, Subject
 SPARE_TIME = 20.0  # seconds beyond its own duration that a load generator may take
 BURST_TIMEOUT = 30.0
 HELD_TIMEOUT = 60.0
-HELD = (0, 100, 1000, 5000)
-"""Connections at which memory and threads are looked at."""
-WINDOWS = {100: (100, 200), 1000: (1000, 1100), 2500: (2500, 2600), HELD[-1]: (HELD[-1] - 100, HELD[-1])}
-"""With how many held the cost of a connection is taken, and between which connections that is."""
+SETTLED = 0.3
+"""Seconds in which processes do as good as nothing: longer than what tcprelay puts off (`tcprelay.OPENING_TIME`)."""
+HELD = (100, 1000, 2500, 5000)
+"""Held connections at which memory and threads are looked at, and what a further connection costs."""
 
 
 class Case(ABC):
@@ -292,15 +292,18 @@ def units_at(count: int) -> dict[str, str]:
 class Held(Case):
     """Memory and threads, with no connection and with many that are open and idle; each was proven by an echo.
 
-    "each" is what one of them takes, over all of them; a connection's cost is processor time of both roles together.
+    "each" is what one of them takes, over all of them.  The cost is processor time of both roles together for one of
+    the connections that come and go beside those that are held, with what these cost meanwhile.
     """
 
     name = "held"
     pool = Pool(most=HELD[-1] + 1000)
-    around = 10.0
+    around = 12.0
     metrics = {"held": "count", "to open them": "s", "server memory each": "KiB", "client memory each": "KiB"}
-    metrics |= {f"cost at {count:,}": "ms" for count in WINDOWS}
-    metrics |= {metric: unit for count in HELD for metric, unit in units_at(count).items()}
+    metrics |= {f"cost at {count:,}": "ms" for count in HELD}
+    metrics |= {metric: unit for count in (0, *HELD) for metric, unit in units_at(count).items()}
+    PASSING = 500
+    """Connections, one after another, of which the cost of one is taken."""
 
     def times(self, subject: Subject, repeat: int) -> int:
         """Others once: it takes a while, and what is asked of us does not depend on them."""
@@ -310,28 +313,48 @@ class Held(Case):
         return self.around
 
     def measure(self, processes: Processes, relay: Relay, seconds: int) -> dict[str, float]:
-        figures, used, held = look(relay, 0), {}, 0
-        began = time.monotonic()
+        figures, held, taken = look(relay, 0), 0, 0.0
         with ExitStack() as connections:
-            while held < HELD[-1] and time.monotonic() - began < HELD_TIMEOUT and hold_one(connections, relay):
-                held += 1
-                if any(held in window for window in WINDOWS.values()):
-                    used[held] = usage(relay.server, relay.client)[0]
-                if held in HELD:
-                    figures |= look(relay, held)
-        figures |= {"held": held, "to open them": time.monotonic() - began}
-        for count, (first, last) in WINDOWS.items():
-            if last in used:
-                figures[f"cost at {count:,}"] = 1000 * (used[last] - used[first]) / (last - first)
+            for count in HELD:
+                began = time.monotonic()
+                while held < count and taken + time.monotonic() - began < HELD_TIMEOUT and open_one(connections, relay):
+                    held += 1
+                taken += time.monotonic() - began
+                if held < count:
+                    break
+                settle(relay)
+                figures |= look(relay, count)
+                if (cost := self._cost(relay)) is not None:
+                    figures[f"cost at {count:,}"] = cost
+        figures |= {"held": held, "to open them": taken}
         if held == HELD[-1]:
             for role in ("server", "client"):
                 grown = figures[f"{role} memory at {held:,}"] - figures[f"{role} memory at 0"]
                 figures[f"{role} memory each"] = 1024 * grown / held
         return figures
 
+    def _cost(self, relay: Relay) -> float | None:
+        before, *_ = usage(relay.server, relay.client)
+        for _ in range(self.PASSING):
+            with ExitStack() as connection:
+                if not open_one(connection, relay):
+                    return None
+        settle(relay)
+        after, *_ = usage(relay.server, relay.client)
+        return 1000 * (after - before) / self.PASSING
 
-def hold_one(connections: ExitStack, relay: Relay) -> bool:
-    """Open another connection and prove it by an echo; whether it could be done."""
+
+def settle(relay: Relay) -> None:
+    """Wait until both processes do as good as nothing for a while: what follows their last task is over, then."""
+    deadline, used, before = time.monotonic() + SPARE_TIME, math.inf, 0.0
+    while used - before > 0.05 * SETTLED and time.monotonic() < deadline:
+        before, *_ = usage(relay.server, relay.client)
+        time.sleep(SETTLED)
+        used, *_ = usage(relay.server, relay.client)
+
+
+def open_one(connections: ExitStack, relay: Relay) -> bool:
+    """Open a connection and prove it by an echo; whether it could be done."""
     try:
         sock = connections.enter_context(socket.create_connection((relay.host, relay.port), timeout=10))
         sock.sendall(b"x")
@@ -342,9 +365,6 @@ def hold_one(connections: ExitStack, relay: Relay) -> bool:
 
 class Idle(Case):
     """Memory and threads with many idle links."""
-
-    SETTLED = 0.2
-    """Seconds in which both processes have done as good as nothing, so that what follows an accepted link is over."""
 
     def __init__(self, links: int) -> None:
         self.name, self.pool, self.metrics = f"idle-{links}", Pool(size=links, most=2 * links), units_at(links)
@@ -357,11 +377,7 @@ class Idle(Case):
 
     def measure(self, processes: Processes, relay: Relay, seconds: int) -> dict[str, float]:
         assert self.pool.size
-        deadline, used, before = time.monotonic() + SPARE_TIME, math.inf, 0.0
-        while used - before > 0.05 * self.SETTLED and time.monotonic() < deadline:
-            before, *_ = usage(relay.server, relay.client)
-            time.sleep(self.SETTLED)
-            used, *_ = usage(relay.server, relay.client)
+        settle(relay)
         return look(relay, self.pool.size)
 
 
