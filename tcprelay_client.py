@@ -685,11 +685,6 @@ class RelayClient(Relay):
                 link.send(FAIL, {"reason": shown(reason, 400)})
                 link.discard(Deadline(tcprelay.FLUSH_TIMEOUT), self._cut)
             else:
-                try:
-                    link.send(READY)
-                except BaseException:
-                    stream.close()  # with an RST: nothing has been answered
-                    raise
                 self._splice(stream, link, service, record)
         finally:
             self._set_idle(service)
@@ -746,7 +741,8 @@ class RelayClient(Relay):
         early: bytes | bytearray = b"",
     ) -> None:
         """Carry a connection between a link and the service that was dialled, and tell its record."""
-        splice = Splice(record["id"], service.name, stream, link)
+        ready = link.pack_control(READY) if isinstance(link, Link) else b""
+        splice = Splice(record["id"], service.name, stream, link, ready)
         splice.from_link = len(early)
         self._splices.add(splice)
         self._emit(ConnectionOpened(via=str(service.target), **record))

@@ -15,6 +15,7 @@ import termios
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
@@ -704,6 +705,81 @@ def test_the_sweep_meets_connections_that_have_just_ended() -> None:
                 sock.close()
         splices.sweep()
         assert len(splices) == 2
+
+
+class Greeting:
+    """A splice between two streams that begins with a greeting to the second one."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        near, self.far_stream = tcp_pair()
+        link, self.far_link = tcp_pair()
+        stack.callback(self.far_stream.close)
+        stack.callback(self.far_link.close)
+        self.stream = Stream(near, "stream")
+        self.splice = Splice("1", "test", self.stream, Stream(link, "link"), b"hello ")
+        self.threads, self.done = Threads(), threading.Event()
+        stack.callback(self.close)
+
+    def start(self) -> None:
+        self.threads.start(self._run)
+
+    def _run(self) -> None:
+        self.splice.run(self.threads)
+        for leg in (self.stream, self.splice.link):
+            leg.close()
+        self.done.set()
+
+    def close(self) -> None:
+        self.splice.break_off("the test is over", force=True)
+        assert self.done.wait(PATIENCE)
+        self.threads.end(Deadline(PATIENCE))
+
+
+@pytest.fixture
+def greeting() -> Iterator[Greeting]:
+    with ExitStack() as stack:
+        yield Greeting(stack)
+
+
+def test_a_greeting_goes_with_the_first_bytes(greeting: Greeting) -> None:
+    """In one message: the other side is woken once."""
+    greeting.far_stream.sendall(b"banner")
+    wait_until(lambda: bytes_waiting(greeting.stream.sock) == 6)
+    greeting.start()
+    assert greeting.far_link.recv(100) == b"hello banner"
+
+
+def test_a_greeting_does_not_wait_for_long(
+    greeting: Greeting, long_opening: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else need say a word first, and what the link says meanwhile does not put it off."""
+    monkeypatch.setattr(tcprelay, "GREETING_DELAY", 0.02)
+    greeting.start()
+    greeted = threading.Event()
+
+    def chat() -> None:
+        greeting.far_link.sendall(b".")
+        while not greeted.wait(0.001):
+            greeting.far_link.sendall(b".")
+
+    with ThreadPoolExecutor(1) as pool:
+        chatting = pool.submit(chat)
+        try:
+            assert greeting.far_link.recv(100) == b"hello "
+        finally:
+            greeted.set()
+        chatting.result()
+    assert greeting.far_stream.recv(1) == b"."
+    greeting.far_stream.sendall(b"world")
+    assert greeting.far_link.recv(100) == b"world"
+
+
+def test_a_greeting_goes_before_an_end_or_an_error(greeting: Greeting) -> None:
+    reset(greeting.far_stream)
+    greeting.start()
+    assert read_exactly(greeting.far_link, 6) == b"hello "
+    with pytest.raises(ConnectionResetError):
+        greeting.far_link.recv(1)
 
 
 def test_a_pump_gives_its_large_buffer_back(later_rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

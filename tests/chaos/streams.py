@@ -66,6 +66,7 @@ class Connections:
     """A relay whose connections this process holds at both ends."""
 
     def __init__(self, run: Run, legs: Legs) -> None:
+        self._run, self._legs = run, legs
         self._arrivals = Arrivals()
         self._opening = threading.Lock()  # one at a time: so it is known which two ends belong together
         self.relays = Relays(run, legs, serving(run, legs, self._arrivals.serve))
@@ -85,8 +86,11 @@ class Connections:
         both = self.relays.client, self.relays.server
         for relay in both:
             relay.close()
-        closed = [event["reason"] for relay in both for event in relay.events("ConnectionClosed")]
-        return sum(map(bool, closed)) + sum(len(relay.events("ConnectionFailed")) for relay in both)
+        kinds = "ConnectionClosed", "ConnectionFailed"
+        bad = [event for relay in both for kind in kinds for event in relay.events(kind) if event["reason"]]
+        for event in bad[:6]:
+            self._run.say(f"{self._legs}: {event['message']}")
+        return len(bad)
 
 
 @dataclass(frozen=True)
