@@ -432,9 +432,14 @@ CLOSE_NORMALLY = struct.pack("ii", 0, 0)
 
 def limit_sends(sock: socket.socket) -> None:
     """Have a blocked send return every quarter of a second, to see whether it is to give up."""
+    set_timeout(sock, socket.SO_SNDTIMEO, 0.25)
+
+
+def set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
+    """Limit blocking sends (SO_SNDTIMEO) or receives (SO_RCVTIMEO), which fail with `BlockingIOError` then."""
     for timeval in ("ll", "qq"):  # the latter where time is wider than the machine's words
         try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack(timeval, 0, 250_000))
+            sock.setsockopt(socket.SOL_SOCKET, option, struct.pack(timeval, *divmod(round(seconds * 1e6), 1_000_000)))
             return
         except OSError:
             pass

@@ -71,7 +71,7 @@ MAX_HANDSHAKES = 256
 SETTLED_BYTES = 65536
 """So much a relay client can pass on without waiting for the service: see `PooledLink.settling`."""
 SPARE_TAKERS = 8
-"""Threads of a worker that wait for connections, at most: what a burst has left behind goes."""
+"""Threads of a worker that wait for connections, at most."""
 SURPLUS_TIME = 60.0
 """Seconds after which an idle link beyond what its client asked for is retired."""
 
@@ -428,6 +428,7 @@ class RelayServer(Relay):
             self._acceptor.start()
         else:
             self._takers = 1
+            tcprelay.set_timeout(self._intake, socket.SO_RCVTIMEO, tcprelay.Threads.PARKED)
             self._threads.start(self._take_connections)
         self._keeper.start()
 
@@ -483,6 +484,12 @@ class RelayServer(Relay):
         while True:
             try:
                 message, descriptors = tcprelay.receive_message(self._intake)
+            except BlockingIOError:
+                with self._intake_lock:
+                    if self._takers > 1:  # what a burst has left behind goes
+                        self._takers -= 1
+                        return
+                continue
             except ConnectionResetError:
                 return  # the parent was killed
             except Exception:  # out of memory, most likely; nobody else would take what comes

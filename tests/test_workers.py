@@ -214,6 +214,21 @@ def count_links(server: RelayProcess, pid: int) -> int:
     return found
 
 
+def test_what_a_burst_leaves_behind_goes(peers: Peers) -> None:
+    """A worker keeps its main thread, the one that ends it, the keeper, and one that waits for a connection."""
+    witness = Witness(peers)
+    server, _ = peers.relay(witness.port, *TWO)
+    burst = [Connection(peers, server, witness, number) for number in range(24)]
+    assert all(count_threads(pid) > 4 for pid in workers_of(server))
+    for connection in burst:
+        connection.end()
+    wait_until(lambda: [count_threads(pid) for pid in workers_of(server)] == [4, 4])
+
+
+def count_threads(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/task"))
+
+
 def test_no_workers_is_one_process(peers: Peers) -> None:
     """With --workers 0, and in a client whose only link cannot be shared."""
     witness = Witness(peers)
