@@ -1387,7 +1387,8 @@ OPENING_TIME = 0.25
 """Seconds for which one thread carries both directions of a connection: a round trip or two, also through the
 internet and under load (measured: 64 connections at a time, 1,680 a second, and with 20 ms 1,180)."""
 GREETING_DELAY = 0.002
-"""Seconds for which a relay client's READY waits for the service's first bytes, to go with them in one message."""
+"""Seconds for which a relay client's READY waits for the service's first bytes, to go with them in one message.
+Where the service speaks TLS it does not wait: whether there are bytes is known only after the first look."""
 OPENING_BYTES = 16384
 """Bytes that it carries each way at most: what is larger is worth a second thread, and the pumps' buffers."""
 OPENING_BUFFER = 4096
@@ -1411,6 +1412,8 @@ PIPE_SIZE = 1 << 20
 fragments that packets come in, so less would fill up early (measured: 256 KiB cost 30 % more processor time)."""
 SMALL_READS = 4
 """So many small reads in a row end bulk traffic."""
+SPARSE_READS = 16
+"""So many reads in a row that the buffer before would have held have a pump begin with its first one again."""
 DEAD_PATH = 120.0
 """Seconds that sent bytes stay unacknowledged before the path counts as dead; keepalive watches silent ones."""
 
@@ -1651,13 +1654,15 @@ class Splice:
                 if self.said_end:
                     self.link.end()
             except OSError as error:
-                # Where the link failed, the other pump still reads what it holds, and then finds out itself.
-                # Where the stream did, ABORT tells the other side, or on the raw wire an RST.
+                # Where the stream failed, ABORT tells the other side, or on the raw wire an RST.  Where the link did,
+                # it may be in the midst of a frame, which nothing can follow; the other pump still reads what it holds.
                 stream_failed = isinstance(error, LegError) and error.leg is self.stream
                 if stream_failed and isinstance(self.link, Stream):
                     self.break_off(say_error(error))
                 else:
                     self._note(say_error(error))
+                if not stream_failed and isinstance(self.link, Link):
+                    self.link.wake()
             except BaseException:
                 self.break_off("unexpected error", force=True, close_link=True)
                 raise
@@ -1727,7 +1732,7 @@ class Splice:
             except OSError as error:
                 raise LegError(sink, error) from error
             self._count(flow, count)
-            small = small + 1 if count < BULK else 0
+            small = small + 1 if count <= size // 8 else 0
             if count == size < most:
                 size = min(8 * size, most)
                 if size == most:
@@ -1737,9 +1742,9 @@ class Splice:
                     return
                 go_home()
                 size = SMALL_BUFFER
-            elif size == most and small >= SMALL_READS:  # bulk traffic is over
+            elif size > SMALL_BUFFER and small >= SPARSE_READS:
                 go_home()
-                size = SMALL_BUFFER
+                size, small = SMALL_BUFFER, 0
             else:
                 continue
             view = memoryview(bytearray(HEADER + size))

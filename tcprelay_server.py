@@ -987,7 +987,7 @@ class RelayServer(Relay):
             self._settle(client)
             pooled.last_used = time.monotonic()
             try:
-                client.look(waited or client.queued)
+                client.look(waited or client.queued or isinstance(pooled.link, Stream))
             except Refusal:
                 self._give_back(pooled)
                 raise
@@ -1093,7 +1093,7 @@ class RelayServer(Relay):
             client.stream.close()
             if isinstance(link, Link) and link.machine.state == IDLE:
                 pooled.last_heard = pooled.last_used = time.monotonic()
-                if splice.to_link > SETTLED_BYTES:
+                if splice.to_link > SETTLED_BYTES or splice.reason:
                     pooled.settling = True
                     self._ping(pooled, link)
                 else:
@@ -1207,7 +1207,8 @@ class ServiceClient:
         if self.gone:
             raise Refusal(self.gone)
         if self.ended and not self.early and waited:
-            # It may be waiting for a greeting with its own direction ended; far more often it has left.
+            # It may be waiting for a greeting with its own direction ended (on the raw wire in vain: nothing would
+            # start the link); far more often it has left.
             raise Refusal("the service client went away while it waited")
 
     def pass_early(self, link: Link, out: bytearray, start: int) -> None:

@@ -293,6 +293,8 @@ def test_another_relay_client_that_fails_and_breaks_off(bench: Bench) -> None:
             assert read_exactly(service_client, 18) == b"the beginning of a"
             wire.send("ABORT", reason="connection reset by peer")
             wire.receive("ABORT")
+            wire.receive("PING")
+            wire.send("PONG")
         with pytest.raises(ConnectionResetError):
             service_client.recv(1)
 

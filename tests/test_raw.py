@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import threading
 
 import pytest
 
-from tcprelay import ConnectionClosed, ConnectionFailed, LinkDown, RelayClient, RelayServer
+import tcprelay
+from tcprelay import ConnectionClosed, ConnectionFailed, Deadline, LinkDown, RelayClient, RelayServer
 from tcprelay_client import Unpublished
-from tcprelay_server import LinkRefused
+from tcprelay_server import LinkRefused, ServiceClient
 
-from .conftest import Bench, connect, read_all, read_exactly, wait_until
+from .conftest import PATIENCE, Bench, connect, read_all, read_exactly, wait_until
 
 
 def raw_link(bench: Bench, server: RelayServer) -> socket.socket:
@@ -48,6 +50,22 @@ def test_a_raw_link_serves_once(bench: Bench) -> None:
             assert read_all(sock) == b"%d" % number
     assert len(bench.server_events.wait(LinkDown, 5)) == 5
     wait_until(lambda: server.counters["links_idle"] == 2)
+
+
+def test_who_leaves_without_a_byte_costs_no_raw_link(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those do that only look whether the port is open: nothing would have reached the service."""
+    server = bench.relay(wire="raw")
+    real = ServiceClient.look
+
+    def look(client: ServiceClient, waited: bool) -> None:
+        tcprelay.wait_for(client.stream.fd, select.POLLIN, Deadline(PATIENCE))  # its end has come
+        real(client, waited)
+
+    monkeypatch.setattr(ServiceClient, "look", look)
+    for _ in range(5):
+        bench.connect(server).close()
+    bench.server_events.wait(ConnectionFailed, 5)
+    assert not bench.server_events.of(LinkDown)
 
 
 def test_a_lost_raw_link_leaves_the_pool(bench: Bench) -> None:

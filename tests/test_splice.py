@@ -15,7 +15,7 @@ import termios
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 
 import pytest
@@ -752,37 +752,84 @@ def test_a_greeting_goes_with_the_first_bytes(greeting: Greeting) -> None:
 def test_a_greeting_does_not_wait_for_long(
     greeting: Greeting, long_opening: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody else need say a word first, and what the link says meanwhile does not put it off."""
-    monkeypatch.setattr(tcprelay, "GREETING_DELAY", 0.02)
-    greeting.start()
-    greeted = threading.Event()
+    """Nobody else need say a word first, and what the link goes on to say does not put it off."""
+    monkeypatch.setattr(tcprelay, "OPENING_BYTES", 1 << 40)
+    greeted, drained = threading.Event(), bytearray()
 
     def chat() -> None:
-        greeting.far_link.sendall(b".")
-        while not greeted.wait(0.001):
+        while not greeted.is_set():
             greeting.far_link.sendall(b".")
 
-    with ThreadPoolExecutor(1) as pool:
-        chatting = pool.submit(chat)
+    def drain() -> None:
+        while piece := greeting.far_stream.recv(65536):
+            drained.extend(piece)
+
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(chat), pool.submit(drain)]
         try:
+            greeting.start()
             assert greeting.far_link.recv(100) == b"hello "
         finally:
             greeted.set()
-        chatting.result()
-    assert greeting.far_stream.recv(1) == b"."
-    greeting.far_stream.sendall(b"world")
-    assert greeting.far_link.recv(100) == b"world"
+        wait((jobs[0],))
+        greeting.far_stream.sendall(b"world")
+        assert greeting.far_link.recv(100) == b"world"
+        greeting.far_link.shutdown(socket.SHUT_WR)
+        for job in jobs:
+            job.result()
+    assert set(drained) == {ord(".")}
 
 
-def test_a_greeting_goes_before_an_end_or_an_error(greeting: Greeting) -> None:
-    reset(greeting.far_stream)
+@pytest.mark.parametrize("how", ["end", "error"])
+def test_a_greeting_goes_before_an_end_or_an_error(greeting: Greeting, how: str) -> None:
+    """Also where the stream has said nothing else."""
+    if how == "end":
+        greeting.far_stream.shutdown(socket.SHUT_WR)
+    else:
+        reset(greeting.far_stream)
     greeting.start()
     assert read_exactly(greeting.far_link, 6) == b"hello "
-    with pytest.raises(ConnectionResetError):
-        greeting.far_link.recv(1)
+    if how == "end":
+        assert greeting.far_link.recv(1) == b""
+    else:
+        with pytest.raises(ConnectionResetError):
+            greeting.far_link.recv(1)
 
 
-def test_a_pump_gives_its_large_buffer_back(later_rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_follows_a_frame_that_was_cut_short(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a link fails in the midst of a frame, an ABORT would be taken for bytes of the connection."""
+    real, data, sent = os.splice, random.Random(10).randbytes(3_000_000), list[int]()
+
+    def splice(source: int, sink: int, count: int) -> int:
+        if sink == rig.link.fd:
+            sent.append(count)
+            if len(sent) > 1:
+                raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+            count = 1000
+        return real(source, sink, count)
+
+    monkeypatch.setattr(os, "splice", splice)
+    rig.far.sock.settimeout(PATIENCE)
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(rig.far_stream.sendall, data)
+        got, view = bytearray(), memoryview(bytearray(1 << 20))
+        with pytest.raises(ConnectionResetError):
+            while count := rig.far.recv_into(view):
+                got += view[:count]
+        rig.far.close()
+        wait((writing,))
+    assert len(sent) == 2
+    assert got == data[: len(got)]
+    assert rig.done.wait(PATIENCE)
+    assert rig.splice.reason == f"link: {os.strerror(errno.ENOMEM).lower()}"
+
+
+@pytest.mark.parametrize(
+    ("count", "largest"), [(5_000, 2048), (40_000, 131_072), (1_000_000, tcprelay.LARGE_TLS_BUFFER)]
+)
+def test_a_pump_gives_its_large_buffer_back(
+    later_rig: Rig, monkeypatch: pytest.MonkeyPatch, count: int, largest: int
+) -> None:
     """When bulk traffic is over it is at home on its processor again, and costs what a small one does."""
     rig, sizes, moves = later_rig, list[int](), list[str]()
     rig.stream.spliceable = False  # as with TLS
@@ -796,19 +843,20 @@ def test_a_pump_gives_its_large_buffer_back(later_rig: Rig, monkeypatch: pytest.
     monkeypatch.setattr(rig.stream, "recv_into", recv_into)
     monkeypatch.setattr(tcprelay, "roam", lambda: moves.append("roam"))
     monkeypatch.setattr(tcprelay, "go_home", lambda: moves.append("home"))
-    bulk = random.Random(9).randbytes(1_000_000)
+    monkeypatch.setattr(tcprelay, "OPENING_BYTES", 2048)
+    bulk = random.Random(9).randbytes(count)
     writer = threading.Thread(target=rig.far_stream.sendall, args=(bulk,))
     writer.start()
-    wait_until(lambda: bytes_waiting(rig.stream.sock) > 200_000)
+    wait_until(lambda: bytes_waiting(rig.stream.sock) >= min(count, 200_000))
     rig.start()
     view, got = memoryview(bytearray(len(bulk))), 0
     while got < len(bulk):
         got += rig.far.recv_into(view[got:])
     assert view == bulk
-    assert tcprelay.LARGE_TLS_BUFFER in sizes
-    assert moves[0] == "roam"
+    wait_until(lambda: largest in sizes)
+    assert ("roam" in moves) == (largest == tcprelay.LARGE_TLS_BUFFER)
     writer.join(PATIENCE)
-    for _ in range(tcprelay.SMALL_READS):
+    for _ in range(tcprelay.SPARSE_READS):
         rig.far_stream.sendall(b"!")
         assert rig.far.recv_into(view) == 1
     wait_until(lambda: sizes[-1] == tcprelay.SMALL_BUFFER)
@@ -817,6 +865,22 @@ def test_a_pump_gives_its_large_buffer_back(later_rig: Rig, monkeypatch: pytest.
 
 def bytes_waiting(sock: socket.socket) -> int:
     return int(struct.unpack("i", fcntl.ioctl(sock, termios.FIONREAD, b"\0\0\0\0"))[0])
+
+
+def test_a_sweep_looks_at_all_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also at those beyond what it looks at without a pause."""
+    monkeypatch.setattr(Splices, "BATCH", 2)
+    splices = Splices(10, idle_timeout=0.001, half_close_timeout=0)
+    with ExitStack() as stack:
+        for number in range(5):
+            legs = [stack.enter_context(one) for _ in range(2) for one in socket.socketpair()]
+            splices.add(Splice(str(number), "test", Stream(legs[0], "one"), Stream(legs[2], "other")))
+
+        def broken() -> bool:
+            splices.sweep()
+            return all(splice.reason for splice in splices.snapshot())
+
+        wait_until(broken)
 
 
 def test_a_sweep_does_not_call_the_garbage_collector() -> None:
