@@ -50,10 +50,10 @@ from typing import TYPE_CHECKING, Any
 
 import tcprelay
 from tcprelay import (
-    ABORT, BYE, CHALLENGE, CLIENT, DATA, END, FAIL, HELLO, IDLE, PING, PONG, READY, SERVER, START, WELCOME,
+    ABORT, BYE, CHALLENGE, CLIENT, FAIL, HELLO, IDLE, PING, PONG, READY, SERVER, START, WELCOME,
     ConnectionClosed, ConnectionFailed, ConnectionOpened, Credentials, Deadline, Endpoint, Event, Link, LinkDown,
     LinkFault, LinkUp, Options, Relay, Splice, Stopping, Stream, TLSStream, WorkerProcess, Workers, encode_frame,
-    encode_header, option, parse_count, parse_endpoint, parse_flag, parse_heartbeat, parse_host, parse_name,
+    option, parse_count, parse_endpoint, parse_flag, parse_heartbeat, parse_host, parse_name,
     parse_path, parse_port, parse_seconds, say_error, show_address, shown,
 )  # fmt: skip
 
@@ -1021,11 +1021,9 @@ class RelayServer(Relay):
         Returns why the service could not be reached, "" when it answered.  Nothing here can block beyond the
         deadline.  Raises `TimeoutError`, `Stopping`, `EOFError`, `LinkFault`, `OSError`: the link is lost.
         """
-        waiting = self._count_waiting(client.service)
-        link.machine.send(START)
         fields = {"id": client.id, "client": client.peer, "port": show_address(self._bound[client.service]),
-                  "waiting": waiting}  # fmt: skip
-        out = bytearray(encode_frame(START, fields))
+                  "waiting": self._count_waiting(client.service)}  # fmt: skip
+        out = bytearray(link.pack_control(START, fields))
         client.pass_early(link, out, 0)
         ready: dict[int, int] = {}
         client.exposed = isinstance(link.stream, TLSStream)  # which may fail after it has sent some
@@ -1058,8 +1056,7 @@ class RelayServer(Relay):
             if self._cut.fileno() in ready:
                 raise Stopping("the relay server is ending")
         if frame.kind == FAIL and not link.machine.has_ended(SERVER):
-            link.machine.send(END)
-            out += encode_frame(END)
+            out += link.pack_end()
         while not link.stream.send_now(out):
             tcprelay.wait_for(link.fd, select.POLLOUT, deadline, self._cut)
         return "" if frame.kind == READY else shown(frame.text("reason")) or "no reason given"
@@ -1214,14 +1211,11 @@ class ServiceClient:
     def pass_early(self, link: Link, out: bytearray, start: int) -> None:
         """Append to `out` the frames for the early bytes from `start` on, and for its end."""
         if len(self.early) > start:
-            link.machine.send(DATA)
-            out += encode_header(DATA, len(self.early) - start) + self.early[start:]
+            out += link.pack(memoryview(self.early[start:]))
         if self.gone and not link.machine.has_ended(SERVER):
-            link.machine.send(ABORT)
-            out += encode_frame(ABORT, {"reason": shown(self.gone)})
+            out += link.pack_control(ABORT, {"reason": shown(self.gone)})
         elif self.ended and not link.machine.has_ended(SERVER):
-            link.machine.send(END)
-            out += encode_frame(END)
+            out += link.pack_end()
 
 
 class Shares:
@@ -1655,12 +1649,12 @@ class Visitor:
 
     __slots__ = ("address", "deadline", "early", "queued", "service", "since", "sock", "state", "visited")
 
-    def __init__(self, service: str, sock: socket.socket, address: Any, patience: float) -> None:
+    def __init__(self, service: str, sock: socket.socket, address: Any, since: float, patience: float) -> None:
         self.service = service
         self.sock = sock
         self.address = address
-        self.since = time.monotonic()
-        self.deadline = self.since + patience
+        self.since = since
+        self.deadline = since + patience
         self.queued = False
         self.state: dict[str, Any] = {}
         """What a worker that has sent it back knows of it."""
@@ -1739,7 +1733,7 @@ class ServerWorkers(Workers):
     def _receive_connection(self, service: str, sock: socket.socket, address: Any) -> None:
         """A connection was accepted.  Raises `RuntimeError` where it cannot be taken."""
         if service:
-            self._receive_client(Visitor(service, sock, address, self.role.options.pair_timeout))
+            self._receive_client(Visitor(service, sock, address, time.monotonic(), self.role.options.pair_timeout))
             return
 
         def load(worker: WorkerProcess) -> tuple[int, int]:
@@ -1859,11 +1853,9 @@ class ServerWorkers(Workers):
 
     def _take_back(self, worker: WorkerProcess, state: dict[str, Any], early: bytes, descriptor: int) -> None:
         address = tuple(state["address"])
-        patience = self.role.options.pair_timeout
-        visitor = Visitor(state["service"], tcprelay.adopt_socket(descriptor, address), address, patience)
-        visitor.since, visitor.state, visitor.early = state["since"], state, early
-        visitor.deadline = visitor.since + patience
-        visitor.visited = set(state["visited"])
+        sock, patience = tcprelay.adopt_socket(descriptor, address), self.role.options.pair_timeout
+        visitor = Visitor(state["service"], sock, address, state["since"], patience)
+        visitor.state, visitor.early, visitor.visited = state, early, set(state["visited"])
         if self._kill is not None:
             self._refuse(visitor, "the relay server is ending")
             return
