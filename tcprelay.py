@@ -446,13 +446,16 @@ def set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
 
 
 def set_tcp_options(sock: socket.socket) -> None:
-    """No delay, and keepalive that finds a silent dead peer within three minutes.
+    """No delay, urgent bytes among the others, and keepalive that finds a silent dead peer within three minutes.
+
+    Without SO_OOBINLINE an urgent byte (Telnet's and FTP's interrupt) would be taken out of the stream and lost.
 
     TCP_USER_TIMEOUT is left alone: on Linux it also ends a connection whose living peer merely does not read
     (measured: a stalled reader was cut off after 3.5 s with a time-out of 3 s), and stalling is no fault.
     """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
     for name, value in (("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
@@ -737,14 +740,15 @@ class Leg(Protocol):
     def keep_trying(self) -> None:
         """A send has been blocked for a while.  Raises `OSError` to give up."""
 
-    def end(self) -> None:
-        """End the sending direction: the other side has got everything.  Raises `OSError`."""
+    def end(self, passed: int = 0) -> None:
+        """End the sending direction: the other side has got everything.  So many bytes of the other direction
+        were `passed` on by now, which a relay client tells its server.  Raises `OSError`."""
 
     def pack(self, data: memoryview) -> bytes | memoryview:
         """These bytes as they cross the leg's socket, to be sent by `carrier`.  They have to be sent now."""
 
-    def pack_end(self) -> bytes:
-        """What says there that nothing more will come; maybe nothing."""
+    def pack_end(self, passed: int = 0) -> bytes:
+        """What says there that nothing more will come (see `end`); maybe nothing."""
 
     def end_now(self) -> bool:
         """When that has been sent: `end`, as far as it goes without waiting; False where `end` has to be called."""
@@ -770,16 +774,22 @@ class Stream:
         """Blocked sends are to return with an error, and what was sent need not be delivered any more."""
         self._tcp = sock.family != socket.AF_UNIX
         self._fin_sent = False
+        self._received = 0
+        """Bytes that were taken from the socket, for `_believe_end`."""
 
     def recv_into(self, view: memoryview) -> int:
-        return self.sock.recv_into(view) or self._believe_end()
+        count = self.sock.recv_into(view)
+        self._received += count
+        return count or self._believe_end()
 
     def recv_now(self, view: memoryview) -> int | None:
         """Like `recv_into`, but ``None`` where it would have to wait."""
         try:
-            return self.sock.recv_into(view, 0, socket.MSG_DONTWAIT) or self._believe_end()
+            count = self.sock.recv_into(view, 0, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return None
+        self._received += count
+        return count or self._believe_end()
 
     def holds_bytes(self) -> bool:
         return False
@@ -789,13 +799,17 @@ class Stream:
 
         The error of an RST is told once.  Where another thread's send takes it, a receive gives 0, as at a FIN;
         but only after an RST is the connection closed (TCP_CLOSE, byte 0 of Linux's tcp_info) while this side
-        has not sent its own FIN.
+        has not sent its own FIN.  Then a FIN may have come before the RST, as from a peer that has closed and is
+        sent more: it counts as one more byte in tcpi_bytes_received, at byte 128.
         """
         if self._tcp and not self._fin_sent:
             try:
-                closed = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == 7
+                info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
+                closed = info[0] == 7 and struct.unpack_from("Q", info, 128)[0] <= self._received
             except (OSError, AttributeError):
                 closed = False
+            except struct.error:  # Linux before 4.1
+                closed = info[0] == 7
             if closed:
                 raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
         return 0
@@ -835,19 +849,19 @@ class Stream:
         return PIPE_SIZE
 
     def took_bulk(self, count: int) -> None:
-        pass
+        self._received += count
 
     def announce_bulk(self, count: int) -> None:
         pass
 
-    def end(self) -> None:
+    def end(self, passed: int = 0) -> None:
         self._fin_sent = True
         self.sock.shutdown(socket.SHUT_WR)
 
     def pack(self, data: memoryview) -> bytes | memoryview:
         return data
 
-    def pack_end(self) -> bytes:
+    def pack_end(self, passed: int = 0) -> bytes:
         return b""
 
     def end_now(self) -> bool:
@@ -1032,7 +1046,7 @@ class TLSStream(Stream):
     def send_buffer(self, view: memoryview, count: int) -> None:
         self.send(view[HEADER : HEADER + count])
 
-    def end(self) -> None:
+    def end(self, passed: int = 0) -> None:
         self._end(0)
 
     def end_now(self) -> bool:
@@ -1172,6 +1186,8 @@ class Link:
         self.machine = LinkMachine(role)
         self.heartbeat = 0.0
         """Seconds between the server's PINGs, as it said in WELCOME."""
+        self.passed = 0
+        """Bytes of the present connection, or the last, that the relay client had passed on when it sent END."""
         self._buffer = bytearray(512)  # what has been received beyond the last frame: [_start:_end]
         self._start = self._end = 0
         self._left = 0  # bytes of the present DATA frame that are still to come out of here
@@ -1184,6 +1200,8 @@ class Link:
     def pack_control(self, kind: int, fields: dict[str, Any] | None = None) -> bytes:
         """A control frame, which has to be sent now."""
         self.machine.send(kind)
+        if kind == START:
+            self.passed = 0
         return encode_frame(kind, fields)
 
     def send(self, kind: int, fields: dict[str, Any] | None = None, also: bytes = b"") -> None:
@@ -1251,6 +1269,7 @@ class Link:
                     raise ConnectionResetError("the link was lost")
                 self._end += count
             elif frame.kind == END:
+                self.passed = int(frame.number("passed", 0, 1 << 62))
                 return 0
             elif frame.kind == ABORT:
                 raise ConnectionAbortedError(shown(frame.text("reason") or "broken off by the other relay"))
@@ -1304,16 +1323,16 @@ class Link:
     def keep_trying(self) -> None:
         self.stream.keep_trying()
 
-    def end(self) -> None:
+    def end(self, passed: int = 0) -> None:
         if not self.machine.has_ended(self.machine.role):  # otherwise `pack_end` was before this
-            self.send(END)
+            self.stream.send(self.pack_end(passed))
 
     def pack(self, data: memoryview) -> bytes | memoryview:
         self.machine.send(DATA)
         return encode_header(DATA, len(data)) + data
 
-    def pack_end(self) -> bytes:
-        return self.pack_control(END)
+    def pack_end(self, passed: int = 0) -> bytes:
+        return self.pack_control(END, {"passed": passed} if passed else None)
 
     def end_now(self) -> bool:
         return True
@@ -1322,26 +1341,23 @@ class Link:
         if not self.machine.has_ended(self.machine.role):
             self.send(ABORT, {"reason": shown(reason)})
 
-    def discard(self, deadline: Deadline | None = None, stop: Stop | None = None, most: int = 1 << 24) -> None:
-        """Receive and drop until the other side has ended its direction too.
+    def discard(self, deadline: Deadline, stop: Stop | None = None) -> int:
+        """Receive and drop until the other side has ended its direction by END; returns how many bytes it were.
 
-        Raises `OSError`, also when more than `most` bytes come after this side has ended its own: then a new
-        link costs less than the rest.
+        Raises `ConnectionAbortedError` where it did so by ABORT, and `OSError`, also when more than `MOST_DISCARDED`
+        bytes come after this side has ended its own direction: then a new link costs less than the rest.
         """
-        scrap = memoryview(bytearray(LARGE_BUFFER))
-        try:
-            while not self.machine.has_ended(self.machine.peer):
-                count = self.recv_into(scrap) if deadline is None else self.recv_now(scrap)
-                if count is None and deadline is not None:
-                    wait_for(self.fd, select.POLLIN, deadline, stop)
-                    continue
-                if not count:
-                    return
-                most -= count if self.machine.has_ended(self.machine.role) else 0
-                if most < 0:
-                    raise ConnectionResetError("the other side did not stop sending")
-        except ConnectionAbortedError:
-            pass  # the end that was waited for
+        scrap, dropped, after = memoryview(bytearray(LARGE_BUFFER)), 0, 0
+        while not self.machine.has_ended(self.machine.peer):
+            count = self.recv_now(scrap)
+            if count is None:
+                wait_for(self.fd, select.POLLIN, deadline, stop)
+                continue
+            dropped += count
+            after += count if self.machine.has_ended(self.machine.role) else 0
+            if after > MOST_DISCARDED:
+                raise ConnectionResetError("the other side did not stop sending")
+        return dropped
 
     def wake(self) -> None:
         """Make blocked calls of other threads return.  A FIN here deceives nobody: only END is an end."""
@@ -1414,6 +1430,10 @@ SMALL_READS = 4
 """So many small reads in a row end bulk traffic."""
 SPARSE_READS = 16
 """So many reads in a row that the buffer before would have held have a pump begin with its first one again."""
+HEAR_OUT_TIME = 1.0
+"""Seconds for which the other side's end is waited for where its bytes can no longer be passed on."""
+MOST_DISCARDED = 1 << 20
+"""Bytes that are received only to be dropped, behind this side's own end; for more, a link is closed."""
 DEAD_PATH = 120.0
 """Seconds that sent bytes stay unacknowledged before the path counts as dead; keepalive watches silent ones."""
 
@@ -1421,10 +1441,12 @@ DEAD_PATH = 120.0
 class LegError(ConnectionError):
     """A leg broke; the message names it."""
 
-    def __init__(self, leg: Leg, error: OSError) -> None:
+    def __init__(self, leg: Leg, error: OSError, held: int = 0) -> None:
         super().__init__(f"{leg.name}: {say_error(error)}")
         self.leg = leg
         self.cause = error
+        self.held = held
+        """Bytes of the other leg that this one did not take."""
 
 
 class Flow:
@@ -1611,7 +1633,7 @@ class Splice:
                 if self.reason:
                     return False
                 self.said_end = self.said_end or flow is self._flow_to_link
-            flow.out += flow.sink.pack_end()
+            flow.out += flow.sink.pack_end(self.from_link)
         stream = carrier(flow.sink)
         try:
             if not stream.send_now(flow.out, end_follows=flow.ended and stream is flow.sink):
@@ -1652,7 +1674,7 @@ class Splice:
                 with self._lock:
                     self.said_end = self.said_end or not self.reason
                 if self.said_end:
-                    self.link.end()
+                    self.link.end(self.from_link)
             except OSError as error:
                 # Where the stream failed, ABORT tells the other side, or on the raw wire an RST.  Where the link did,
                 # it may be in the midst of a frame, which nothing can follow; the other pump still reads what it holds.
@@ -1682,27 +1704,50 @@ class Splice:
                 # What ends the link's side ends the connection; an ABORT leaves the link itself whole.
                 lost = not isinstance(error.cause, ConnectionAbortedError)
                 self.break_off(say_error(error), close_link=lost)
-            else:
+            elif not self._hear_out(error.held):
                 # The stream was reset: the other pump still reads what had come before the RST, then its error.
                 self._note(say_error(error))
         except OSError as error:
-            self._note(f"{self.stream.name}: {say_error(error)}")
+            if not self._stream_has_ended():
+                self._note(f"{self.stream.name}: {say_error(error)}")
         except BaseException:
             self.break_off("unexpected error", force=True, close_link=True)
             raise
         self.from_link_ended = True
-        if not self.reason or not isinstance(self.link, Link):
-            return
-        if self.link.machine.has_ended(self.link.machine.peer):
-            return  # whoever is behind the link has said all: it is whole, and maybe idle already
+        if self.reason and isinstance(self.link, Link):
+            self._give_link_up(self.link)
+
+    def _stream_has_ended(self) -> bool:
+        """Whether the link was told that the stream has ended: what then takes no more has been closed by its peer."""
         with self._lock:
-            said_end = self.said_end
+            return self.said_end
+
+    def _hear_out(self, held: int) -> bool:
+        """Whether the link's direction ends soon, where the stream's peer has closed and takes no more of it.
+
+        Both peers have ended by themselves then, and both relays call the connection complete; `held` and what is
+        dropped here count as carried, as they do at the other relay.
+        """
+        if not (self._stream_has_ended() and isinstance(self.link, Link)):
+            return False
         try:
-            if said_end:
-                raise ConnectionResetError("after END only the link's own end says that something went wrong")
-            self.link.discard()
+            self._count(self._flow_from_link, held + self.link.discard(Deadline(HEAR_OUT_TIME)))
         except OSError:
-            self.link.wake()
+            return False
+        return not self.reason
+
+    def _give_link_up(self, link: Link) -> None:
+        """After a broken connection: drop what still comes on the link, up to its end, or else have it closed."""
+        if link.machine.has_ended(link.machine.peer):
+            return  # whoever is behind the link has said all: it is whole, and maybe idle already
+        try:
+            if self._stream_has_ended():
+                raise ConnectionResetError("after END only the link's own end says that something went wrong")
+            link.discard(Deadline(FLUSH_TIMEOUT))
+        except ConnectionAbortedError:
+            pass  # the end that was waited for
+        except OSError:
+            link.wake()
 
     def _pump(self, flow: Flow) -> None:
         """Pass bytes on until the source ends or the connection is broken off.  Raises `LegError`."""
@@ -1730,7 +1775,7 @@ class Splice:
             try:
                 sink.send_buffer(view, count)
             except OSError as error:
-                raise LegError(sink, error) from error
+                raise LegError(sink, error, count) from error
             self._count(flow, count)
             small = small + 1 if count <= size // 8 else 0
             if count == size < most:
@@ -1756,7 +1801,7 @@ class Splice:
             try:
                 carrier(flow.sink).send(flow.out)
             except OSError as error:
-                raise LegError(flow.sink, error) from error
+                raise LegError(flow.sink, error, flow.count) from error
             self._count(flow, flow.count)
             flow.out.clear()
             if flow.error is not None:
@@ -1797,7 +1842,7 @@ class Splice:
                         except BlockingIOError:
                             sink.keep_trying()
                 except OSError as error:
-                    raise LegError(sink, error) from error
+                    raise LegError(sink, error, count) from error
                 self._count(flow, count)
                 small = small + 1 if count < BULK else 0
             return False
@@ -1814,11 +1859,24 @@ def _widen_pipe(pipe: int) -> int:
         return fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ)
 
 
+BATCH = 256
+"""Connections or links that are looked at without a pause, for about a millisecond."""
+
+
+def in_batches(items: list[ItemT]) -> Iterator[list[ItemT]]:
+    """Cut a long list into pieces, with a pause between them: threads that have bytes to carry wait for the
+    interpreter lock."""
+    for first in range(0, len(items), BATCH):
+        if first:
+            time.sleep(0.0001)
+        yield items[first : first + BATCH]
+
+
+ItemT = TypeVar("ItemT")
+
+
 class Splices:
     """The connections of one role: how many there may be, and the watch over them."""
-
-    BATCH = 256
-    """Connections that a sweep looks at without a pause, for about a millisecond."""
 
     def __init__(self, most: int, idle_timeout: float, half_close_timeout: float) -> None:
         self.most = most
@@ -1898,11 +1956,8 @@ class Splices:
         A pump that is blocked in a send does not see that the connection it reads from was reset, and one
         that has done its direction no longer sees that the link is lost: so look at all of them in one poll.
         """
-        splices = self.snapshot()
-        for first in range(0, len(splices), self.BATCH):
-            if first:
-                time.sleep(0.0001)  # pumps that have something to carry wait for the interpreter lock
-            self._sweep(splices[first : first + self.BATCH])
+        for batch in in_batches(self.snapshot()):
+            self._sweep(batch)
 
     def _sweep(self, splices: list[Splice]) -> None:
         now = time.monotonic()

@@ -68,8 +68,6 @@ EARLY_BYTES = 65536
 """How much a service client may send before READY; it is kept, to be offered to another link after a FAIL."""
 MAX_HANDSHAKES = 256
 """Link handshakes under way at once; beyond it the oldest of the address that has the most of them gives way."""
-SETTLED_BYTES = 65536
-"""So much a relay client can pass on without waiting for the service: see `PooledLink.settling`."""
 SPARE_TAKERS = 8
 """Threads of a worker that wait for connections, at most."""
 SURPLUS_TIME = 60.0
@@ -824,6 +822,8 @@ class RelayServer(Relay):
             if isinstance(link, Stream):
                 self._hear_raw(link)
             else:
+                if pooled.blocked:
+                    pooled.flush()
                 ask = readable or self._pool.has_waiting(pooled.service)
                 while (frame := link.receive_now() if ask else link.receive_held()) is not None:
                     if frame.kind == tcprelay.REFUSED:
@@ -852,16 +852,20 @@ class RelayServer(Relay):
 
     def _retire(self, pooled: PooledLink, reason: str) -> None:
         """Close an idle link in peace, with BYE where the client has not said it."""
-        link = pooled.link
-        if isinstance(link, Link):
-            if not link.machine.leaving:
-                tcprelay.ignore_oserror(link.send_now, BYE)
-            link.stream.complete()
+        if isinstance(pooled.link, Link) and not pooled.link.machine.leaving:
+            tcprelay.ignore_oserror(pooled.send, BYE)
         self._drop_link(pooled, reason)
 
-    def _drop_link(self, pooled: PooledLink, reason: str) -> None:
-        """Close a link that is not in the pool; its owner calls this."""
-        pooled.link.close()
+    def _drop_link(self, pooled: PooledLink, reason: str, dead: bool = False) -> None:
+        """Close a link that is not in the pool; its owner calls this.
+
+        A link between connections is closed normally, since bytes of the last one may still be on their way, unless
+        it is `dead`; otherwise it is reset.
+        """
+        link = pooled.link
+        if isinstance(link, Link) and link.machine.state in (IDLE, tcprelay.CLOSED) and not dead:
+            link.stream.complete()
+        link.close()
         self.shares["link"].leave(pooled.address)
         self._forget(pooled, reason)
 
@@ -896,8 +900,9 @@ class RelayServer(Relay):
             if time.monotonic() >= next_look:
                 self._splices.sweep()
                 self._emit.tell_floods()
-                for pooled in self._pool.idle_links():
-                    self._look_after(pooled, interval)
+                for batch in tcprelay.in_batches(self._pool.idle_links()):
+                    for pooled in batch:
+                        self._look_after(pooled, interval)
                 next_look = time.monotonic() + interval
         while not self._cut.requested:  # while connections drain, their time-outs still count
             self._cut.wait(self._splices.interval)
@@ -911,25 +916,27 @@ class RelayServer(Relay):
             return
         dead = now - pooled.last_heard > tcprelay.SILENCE * heartbeat
         due = now - max(pooled.last_pinged, pooled.last_heard) > heartbeat
-        if pooled.settling:
+        if pooled.settling:  # silence says nothing: it may have to wait for a slow service before it reads on
             dead, due = tcprelay.path_is_dead(pooled.link.sock), False
         unused = now - pooled.last_used >= SURPLUS_TIME and not pooled.settling
         surplus = unused and self._pool.has_surplus(pooled)
         if not (dead or due or surplus) or not self._pool.hold(pooled):
             return
-        if dead:
-            self._drop_link(pooled, f"silent for {tcprelay.SILENCE * heartbeat:g} s")
+        if dead and pooled.settling:
+            self._drop_link(pooled, "sent bytes are no longer acknowledged", dead=True)
+        elif dead:
+            self._drop_link(pooled, f"silent for {tcprelay.SILENCE * heartbeat:g} s", dead=True)
         elif surplus:
             self._retire(pooled, "surplus")
         else:
-            self._ping(pooled, pooled.link)
+            self._ping(pooled)
 
-    def _ping(self, pooled: PooledLink, link: Link) -> None:
+    def _ping(self, pooled: PooledLink) -> None:
         """PING on an idle link, and put it back."""
         pooled.last_pinged = time.monotonic()
         pooled.pongs_due += 1
         try:
-            link.send_now(PING)
+            pooled.send(PING)
         except OSError as error:
             self._drop_link(pooled, say_error(error))
         else:
@@ -1090,9 +1097,9 @@ class RelayServer(Relay):
             client.stream.close()
             if isinstance(link, Link) and link.machine.state == IDLE:
                 pooled.last_heard = pooled.last_used = time.monotonic()
-                if splice.to_link > SETTLED_BYTES or splice.reason:
+                if link.passed < splice.to_link or splice.reason:
                     pooled.settling = True
-                    self._ping(pooled, link)
+                    self._ping(pooled)
                 else:
                     self._give_back(pooled)
             else:
@@ -1316,12 +1323,26 @@ class PooledLink:
         self.pongs_due = 0
         """PINGs without an answer so far."""
         self.settling = False
-        """Its connection is over here, but the relay client may still be passing bytes on to a service that reads
-        slowly, and hears nothing else meanwhile: not to be used before the PONG, however long that takes."""
+        """Its connection is over here, but the relay client has not shown that it has passed all bytes on: to a
+        service that reads slowly, say, and hears nothing else meanwhile.  Not to be used before the PONG, however
+        long that takes."""
+        self.blocked = False
+        """Its socket has not taken all of what `send` was given."""
+        self._unsent = bytearray()  # of that; TLS keeps it itself
 
     @property
     def origin(self) -> Origin:
         return self.client, self.worker
+
+    def send(self, kind: int) -> None:
+        """Send a frame without a body on an idle link, now or, where its socket is full, later by `flush`."""
+        assert isinstance(self.link, Link)
+        self._unsent += self.link.pack_control(kind)
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what can go now of what was to be sent.  Raises `OSError`."""
+        self.blocked = not tcprelay.carrier(self.link).send_now(self._unsent)
 
     def take_pong(self, kind: int) -> None:
         """Note a frame between connections.  Raises `LinkFault` for a PONG that nobody asked for: a flood of
@@ -1387,8 +1408,9 @@ class Pool:
         with self._lock:
             if self._closed or (isinstance(pooled.link, Link) and pooled.link.machine.leaving):
                 return False
-            if pooled.settling:
-                self.selector.register(pooled.link.fd, selectors.EVENT_READ, pooled)
+            if pooled.settling or pooled.blocked:
+                events = selectors.EVENT_READ | (selectors.EVENT_WRITE if pooled.blocked else 0)
+                self.selector.register(pooled.link.fd, events, pooled)
                 self._settling.add(pooled)
                 return True
             for waiter in self._waiting[pooled.service]:

@@ -11,7 +11,9 @@ from tcprelay import (
     CLIENT,
     HELLO,
     PROTOCOL_VERSION,
+    READY,
     SERVER,
+    START,
     WELCOME,
     Deadline,
     Frame,
@@ -72,6 +74,19 @@ class FakeClient(Link):
         self.sock.settimeout(PATIENCE)
         assert self.recv_into(memoryview(bytearray(1))) == 0
         self.sock.settimeout(None)
+
+    def send_connection(self, sock: socket.socket) -> None:
+        """Carry a service client's connection of a few bytes each way, which ends there first; START comes next."""
+        start = self.next()
+        assert start.kind == START
+        sock.sendall(b"question")
+        sock.shutdown(socket.SHUT_WR)
+        assert self.read(8) == b"question"
+        self.read_end()
+        self.send(READY)
+        self.write(b"answer")
+        self.end(passed=8)
+        assert sock.recv(100) + sock.recv(100) == b"answer"
 
     def write(self, data: bytes) -> None:
         self.send_buffer(memoryview(bytearray(4) + data), len(data))

@@ -345,6 +345,79 @@ def test_a_service_on_a_unix_socket(bench: Bench, tmp_path_factory: pytest.TempP
     thread.join(PATIENCE)
 
 
+def test_an_upload_to_a_unix_socket_that_is_read_late(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The service ends its direction first, and many small pieces fill its socket long before 64 KiB: the relay client
+    is still passing them on when the connection is over for the server.  Nothing is lost, and nobody else is given
+    that link meanwhile."""
+    path = str(tmp_path_factory.mktemp("s") / "app.sock")
+    listener = bench.enter(socket.socket(socket.AF_UNIX))
+    listener.bind(path)
+    listener.listen()
+    read_on, received = threading.Event(), []
+
+    def serve() -> None:
+        with listener.accept()[0] as sock:
+            sock.shutdown(socket.SHUT_WR)
+            assert read_on.wait(PATIENCE)
+            received.append(read_all(sock))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    server = bench.server(service=["app=0"], heartbeat=0.1, pair_timeout=5)
+    client = RelayClient(f"unix:{path}", None, "127.0.0.1", server.relay_address[1], 2, on_event=bench.client_events)
+    bench.enter(client)
+    wait_until(lambda: server.counters["links_idle"] == 2)
+    sock = bench.connect(server)
+    assert sock.recv(1) == b""
+    data, moment, full = pseudo_random(60_000), threading.Event(), False
+    for start in range(0, len(data), 100):
+        sock.sendall(data[start : start + 100])
+        for _ in range(0 if full else 1000):  # until it has been passed on by itself, or no more is
+            if client.counters["bytes_in"] > start:
+                break
+            moment.wait(0.001)
+        else:
+            full = True
+    sock.shutdown(socket.SHUT_WR)
+    [closed] = bench.server_events.wait(ConnectionClosed)
+    assert (closed.bytes_in, closed.reason) == (60_000, "")
+    assert client.counters["bytes_in"] < 60_000  # it is blocked
+    thread.join(0.5)  # five heartbeats, after which a silent idle link would be dropped
+    assert thread.is_alive()
+    answer = threading.Thread(target=lambda: listener.accept()[0].close())
+    answer.start()
+    with bench.connect(server) as other:
+        assert other.recv(1) == b""  # another link serves the next one
+    answer.join(PATIENCE)
+    read_on.set()
+    thread.join(PATIENCE)
+    assert received == [data]
+    assert {event.bytes_in for event in bench.client_events.wait(ConnectionClosed, 2)} == {0, 60_000}
+    assert not bench.client_events.of(LinkDown)
+    wait_until(lambda: server.counters["links_idle"] == 3)
+
+
+def test_both_records_agree_where_the_service_closes_first(bench: Bench) -> None:
+    """The service client's last words, TLS's close_notify say, find nobody there: that is no error, the link is used
+    again, and both relays tell the same."""
+    server = bench.relay(lambda sock: sock.sendall(read_exactly(sock, 8)))
+    for _ in range(5):
+        sock = bench.connect(server)
+        sock.sendall(b"question")
+        assert read_all(sock) == b"question"
+        for piece in (b"bye", b"bye again"):
+            sock.sendall(piece)
+            wait_until(lambda: unsent_bytes(sock) == 0)  # noqa: B023
+        sock.close()
+    at_server = {event.id: event for event in bench.server_events.wait(ConnectionClosed, 5)}
+    at_client = {event.id: event for event in bench.client_events.wait(ConnectionClosed, 5)}
+    assert {event.reason for event in at_server.values()} == {""}
+    for id, event in at_client.items():
+        there = at_server[id]
+        assert (event.bytes_in, event.bytes_out, event.reason) == (there.bytes_in, there.bytes_out, "")
+    assert not bench.server_events.of(LinkDown)
+
+
 def test_clients_of_one_service_take_turns(bench: Bench) -> None:
     """Connections are spread evenly over the relay clients of a service."""
     server = bench.server()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import socket
 import struct
+import threading
 from typing import Any
 
 import pytest
@@ -330,7 +331,7 @@ def test_start_brings_the_first_bytes_with_it(bench: Bench) -> None:
     link.read_end()
     link.send(READY)
     link.write(b"answer")
-    link.send(END)
+    link.end(passed=11)
     assert read_all(sock) == b"answer"
     [closed] = bench.server_events.wait(ConnectionClosed)
     assert (closed.bytes_in, closed.bytes_out, closed.reason) == (11, 6, "")
@@ -378,7 +379,7 @@ def test_a_failed_service_client_is_offered_to_another_relay_client(bench: Bench
     assert two.read(5) == b"early"
     two.send(READY)
     two.write(b"answer")
-    two.send(END)
+    two.end(passed=5)
     sock.shutdown(socket.SHUT_WR)
     assert read_all(sock) == b"answer"
     wait_until(lambda: server.counters["links_idle"] == 2)
@@ -593,7 +594,7 @@ def test_service_clients_are_served_in_their_order(bench: Bench) -> None:
         assert start.fields["waiting"] == 2 - number
         assert link.read(1) == b"%d" % number
         link.send(READY)
-        link.send(END)
+        link.end(passed=1)
         socks[number].close()
         link.read_end()
 
@@ -674,19 +675,12 @@ def test_who_waits_when_the_server_ends_is_reset(bench: Bench) -> None:
 # After a connection
 
 
-def test_a_link_that_carried_much_settles_first(bench: Bench) -> None:
+@pytest.mark.parametrize("count", [10, 200_000])
+def test_a_link_whose_client_may_not_be_done_settles_first(bench: Bench, count: int) -> None:
     """Its client may still be passing bytes on: the link is used again after a PONG, however late that comes."""
     link = fake(bench, heartbeat=0.2)
     sock = bench.connect(link.server)
-    assert link.next().kind == START
-    link.send(READY)
-    link.send(END)
-    data = bytes(200_000)
-    sock.sendall(data)
-    sock.shutdown(socket.SHUT_WR)
-    assert link.read(len(data)) == data
-    link.read_end()
-    bench.server_events.wait(ConnectionClosed)
+    carry_one_way(link, sock, count)
     assert link.next().kind == PING
     waiting = bench.connect(link.server)
     wait_until(lambda: link.server.counters["waiting"] == 1)
@@ -698,6 +692,85 @@ def test_a_link_that_carried_much_settles_first(bench: Bench) -> None:
     link.send(PONG)
     assert link.next().kind == START
     waiting.close()
+
+
+def carry_one_way(link: FakeClient, sock: socket.socket, count: int) -> None:
+    """A connection whose service ends before it has read, and so many bytes that are on the way to it then."""
+    assert link.next().kind == START
+    link.send(READY)
+    link.send(END)
+    assert sock.recv(1) == b""
+    sock.sendall(bytes(count))
+    sock.shutdown(socket.SHUT_WR)
+    assert link.read(count) == bytes(count)
+    link.read_end()
+
+
+def test_a_link_that_settles_is_not_taken_before_others(bench: Bench) -> None:
+    """A newcomer gets a link that is known to be free, although it was used longer ago."""
+    free = fake(bench)
+    settling = pooled(bench, free.server, "another")
+    carry_one_way(free, bench.connect(free.server), 10)
+    assert free.next().kind == PING
+    free.send(PONG)
+    wait_until(lambda: free.server.counters["links_idle"] == 2)
+    carry_one_way(settling, bench.connect(free.server), 10)
+    assert settling.next().kind == PING
+    for _ in range(2):
+        free.send_connection(bench.connect(free.server))
+
+
+def test_a_client_that_shows_that_it_is_done_gets_the_next_at_once(bench: Bench) -> None:
+    """What it says in END that it has passed on is all that was sent: there is no PING, and START comes."""
+    link = fake(bench)
+    for _ in range(3):
+        link.send_connection(bench.connect(link.server))
+
+
+def test_a_link_that_settles_is_closed_in_peace(bench: Bench) -> None:
+    """The server's end sends no RST, which would destroy what is still on the way to the relay client."""
+    link = fake(bench)
+    link.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock = bench.connect(link.server)
+    assert link.next().kind == START
+    link.send(READY)
+    link.send(END)
+    assert sock.recv(1) == b""
+    sock.sendall(bytes(1_000_000))
+    sock.shutdown(socket.SHUT_WR)
+    bench.server_events.wait(ConnectionClosed)  # all of it has been given to the kernel
+    link.server.end()
+    assert link.read(1_000_000) == bytes(1_000_000)
+    link.read_end()
+    assert [link.next().kind for _ in range(2)] == [PING, BYE]
+    with pytest.raises(EOFError):
+        link.next()
+
+
+def test_a_ping_that_does_not_fit_stays_due(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A settling link whose socket is full is not dropped, which would lose what is under way; the PING follows."""
+    full, asked = threading.Event(), threading.Event()
+    plain = tcprelay.Stream.send_now
+
+    def send_now(stream: tcprelay.Stream, data: bytearray, end_follows: bool = False) -> bool:
+        if full.is_set() and bytes(data) == encode_frame(PING):
+            plain(stream, data[:2])
+            del data[:2]
+            full.clear()
+            asked.set()
+            return False
+        return plain(stream, data, end_follows)
+
+    monkeypatch.setattr(tcprelay.Stream, "send_now", send_now)
+    link = fake(bench)
+    sock = bench.connect(link.server)
+    full.set()
+    carry_one_way(link, sock, 10)
+    assert asked.wait(PATIENCE)
+    assert link.next().kind == PING
+    link.send(PONG)
+    link.send_connection(bench.connect(link.server))
+    assert not bench.server_events.of(LinkDown)
 
 
 def test_a_server_without_a_token_refuses_who_wants_one_proven(bench: Bench) -> None:

@@ -172,7 +172,8 @@ def test_bytes_and_end_leave_together(later_rig: Rig, long_opening: None) -> Non
     assert events == select.POLLIN | select.POLLRDHUP | select.POLLHUP
     assert rig.done.wait(PATIENCE)
     assert read_all(rig.far_stream) == b"question"
-    assert rig.far.sock.recv(1000) == encode_header(DATA, 6) + b"answer" + encode_frame(END)
+    told = encode_header(DATA, 6) + b"answer" + encode_frame(END, {"passed": 8})
+    assert rig.far.sock.recv(1000) == told
     rig.far.machine.receive(END)
 
 
@@ -659,13 +660,14 @@ def test_an_end_after_an_rst_is_not_believed() -> None:
 
 
 def test_urgent_data_is_no_end(rig: Rig) -> None:
-    """A byte out of band in the midst of bulk traffic stops the kernel's splice for a moment, not the direction."""
+    """An urgent byte in the midst of bulk traffic stops the kernel's splice for a moment, not the direction; it is
+    passed on in its place, as an ordinary one."""
     data = random.Random(4).randbytes(3_000_000)
 
     def write() -> None:
         rig.far_stream.sendall(data[:2_000_000])
-        rig.far_stream.send(b"!", socket.MSG_OOB)
-        rig.far_stream.sendall(data[2_000_000:])
+        rig.far_stream.send(data[2_000_000:2_000_001], socket.MSG_OOB)
+        rig.far_stream.sendall(data[2_000_001:])
         rig.far_stream.shutdown(socket.SHUT_WR)
 
     writer = threading.Thread(target=write)
@@ -855,7 +857,7 @@ def bytes_waiting(sock: socket.socket) -> int:
 
 def test_a_sweep_looks_at_all_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also at those beyond what it looks at without a pause."""
-    monkeypatch.setattr(Splices, "BATCH", 2)
+    monkeypatch.setattr(tcprelay, "BATCH", 2)
     splices = Splices(10, idle_timeout=0.001, half_close_timeout=0)
     with ExitStack() as stack:
         add_silent(stack, splices, 5)
@@ -915,8 +917,8 @@ def test_a_message_on_a_link_stays_one(later_rig: Rig) -> None:
 
 
 def test_an_end_that_cannot_be_passed_on_leaves_the_link_whole(rig: Rig) -> None:
-    """The service client has ended its direction, and is gone when the service's end comes: both sides of the link
-    have said all, the far one takes it for idle already, and may START the next connection on it."""
+    """The stream's peer has ended its direction, and is gone when the other's end comes: both sides have said all,
+    the connection is complete, and the far side may START the next one on the link."""
     rig.far_stream.shutdown(socket.SHUT_WR)
     assert rig.far.receive(Deadline(PATIENCE)).kind == END
     rig.far_stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, tcprelay.RESET_ON_CLOSE)
@@ -926,7 +928,72 @@ def test_an_end_that_cannot_be_passed_on_leaves_the_link_whole(rig: Rig) -> None
     assert poller.poll(1000 * PATIENCE)
     rig.far.send(END)
     assert rig.done.wait(PATIENCE)
-    assert rig.splice.reason
+    assert not rig.splice.reason
     assert rig.link.machine.state == rig.far.machine.state == tcprelay.IDLE
     with pytest.raises(BlockingIOError):
         rig.far.sock.recv(1, socket.MSG_DONTWAIT)
+
+
+def close_early(rig: Rig) -> None:
+    """The stream's peer ends and closes, and what is sent to it then draws an RST: the stream takes no more."""
+    rig.far_stream.close()
+    assert rig.far.receive(Deadline(PATIENCE)).kind == END
+    send(rig.far, b"first")
+    poller = select.poll()
+    poller.register(rig.stream.sock, 0)
+    assert poller.poll(1000 * PATIENCE)
+    send(rig.far, b"second")
+
+
+def test_the_end_is_heard_out_when_the_stream_has_closed(rig: Rig) -> None:
+    """What is on the way to somebody who has closed cannot be delivered; END comes behind it, the link stays whole,
+    and both relays count the same and call the connection complete."""
+    close_early(rig)
+    send(rig.far, b"third")
+    rig.far.send(END)
+    assert rig.done.wait(PATIENCE)
+    assert (rig.splice.reason, rig.splice.from_link) == ("", 16)
+    assert rig.link.machine.state == rig.far.machine.state == tcprelay.IDLE
+    with pytest.raises(BlockingIOError):
+        rig.far.sock.recv(1, socket.MSG_DONTWAIT)
+
+
+def test_an_end_that_does_not_come_is_not_waited_for(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who goes on sending to somebody who has closed is told by the end of the link."""
+    monkeypatch.setattr(tcprelay, "HEAR_OUT_TIME", 0.1)
+    close_early(rig)
+    with pytest.raises((EOFError, ConnectionError)):
+        rig.far.receive(Deadline(PATIENCE))
+    assert rig.done.wait(PATIENCE)
+    assert rig.splice.reason == "stream: broken pipe"
+
+
+def test_who_sends_much_to_somebody_who_has_closed_is_told_soon(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is gained by dropping more than a mebibyte."""
+    monkeypatch.setattr(tcprelay, "HEAR_OUT_TIME", 1000.0)
+    close_early(rig)
+    with pytest.raises(OSError):
+        while True:
+            send(rig.far, bytes(65536))
+    assert rig.done.wait(PATIENCE)
+    assert rig.splice.reason == "stream: broken pipe"
+
+
+def test_a_fin_is_believed_although_an_rst_came_behind_it() -> None:
+    """The peer has closed and was sent more: what it had sent before is whole."""
+    near, far = tcp_pair()
+    with near, far:
+        stream, view = Stream(near, "near"), memoryview(bytearray(100))
+        far.sendall(b"all")
+        assert stream.recv_into(view) == 3
+        far.close()
+        poller = select.poll()
+        poller.register(near, select.POLLRDHUP)
+        assert poller.poll(1000 * PATIENCE)
+        near.send(b"too late")
+        poller.modify(near, 0)
+        assert poller.poll(1000 * PATIENCE)
+        assert near.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == b"\x07"
+        with pytest.raises(BrokenPipeError):
+            near.send(b"later still")
+        assert stream.recv_into(view) == stream.recv_now(view) == 0
