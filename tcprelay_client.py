@@ -65,6 +65,10 @@ REFILL_TIME, REFILL_RATE = 5.0, 4.0
 """Idle links that were lost are replaced within so many seconds, at so many a second where that is faster."""
 BYE_TIMEOUT = 2.0
 """Seconds that the server has to close a link after BYE; meanwhile a START that crossed it is still served."""
+GROWTH = 4
+"""Links that may be opened at once for each one in use, beyond the idle ones, where the server says that more service
+clients wait: 200 that come together have theirs after two rounds from a pool of 8, and a number that the server merely
+says opens a second pool at most."""
 STABLE_TIME = 10.0
 """Seconds that a link must have been up for its loss to count as the first."""
 
@@ -253,7 +257,7 @@ class Service:
         self.idle = self.busy = self.connecting = 0
         self.pace = Pace(most_idle)
         self.asked = 0
-        """Links wanted beyond the idle ones, because service clients wait at the server."""
+        """Links wanted beyond the idle ones, because service clients wait at the server: its word, see `GROWTH`."""
         self.failures = 0
         """Failures in a row; a link that has been stable resets them."""
         self.failed_at = self.retry_at = 0.0
@@ -424,7 +428,7 @@ class RelayClient(Relay):
         if now < service.retry_at:
             return 0, service.retry_at
         wanted, moment = service.pace.wanted(now)
-        wanted += service.asked - service.idle - service.connecting
+        wanted += min(service.asked, self._num_conn + GROWTH * service.busy) - service.idle - service.connecting
         if service.probing:
             wanted = min(wanted, 1 - service.connecting)
         else:
@@ -438,9 +442,9 @@ class RelayClient(Relay):
     def _start_link(self, service: Service) -> None:
         try:
             self._threads.start(self._run_link, service)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             self._splices.leave()
-            self._note_failure(service, time.monotonic(), str(error))
+            self._note_failure(service, time.monotonic(), say_error(error))
 
     def _note_failure(self, service: Service, began: float, reason: str, longest: float = LAST_BACKOFF) -> None:
         """An attempt has failed: wait, longer each time, and tell once."""
@@ -467,11 +471,11 @@ class RelayClient(Relay):
     # Links
 
     def _run_link(self, service: Service) -> None:
-        """A link from dialling to its end; the top of its thread."""
+        """A link from dialling to its end; the top of its thread.  It counts as connecting up to `_use_link`."""
         try:
             link, reason, longest, began = None, "unexpected error", LAST_BACKOFF, time.monotonic()
             try:
-                link = self._connect(service)
+                link, address, waiting = self._connect(service)
             except (OSError, EOFError) as error:
                 reason = say_error(error)
                 if isinstance(error, RefusedByServer) and error.lasting:
@@ -480,18 +484,18 @@ class RelayClient(Relay):
                 if link is None:
                     self._note_failure(service, began, reason, longest)
             if link is not None:
-                self._use_link(link, service)
+                self._use_link(link, service, address, waiting)
         finally:
             self._splices.leave()
             with self._condition:
                 self._condition.notify_all()
 
-    def _use_link(self, link: Link | Stream, service: Service) -> None:
+    def _use_link(self, link: Link | Stream, service: Service, address: str, waiting: int) -> None:
         """A link from its first idle moment to its end."""
-        since, carried, idle = time.monotonic(), service.carried, True
-        with self._condition:
-            self._links.add(link)
+        since, carried, idle, reason = time.monotonic(), service.carried, True, "unexpected error"
+        self._count_in(link, service, waiting)
         try:
+            self._tell_up(service, address)
             if isinstance(link, Stream):
                 reason, idle = self._serve_raw(link, service), False
             else:
@@ -515,8 +519,9 @@ class RelayClient(Relay):
             link.close()
         self._emit(LinkDown(service=service.name, peer=str(self._relay), client=self._id, reason=reason))
 
-    def _connect(self, service: Service) -> Link | Stream:
-        """Dial the relay server and bring the link to its idle state.
+    def _connect(self, service: Service) -> tuple[Link | Stream, str, int]:
+        """Dial the relay server and bring the link to its idle state; with the service's address there, and how many
+        service clients wait.
 
         Raises `OSError`, `EOFError`, and `RefusedByServer` with the server's reason.
         """
@@ -525,20 +530,17 @@ class RelayClient(Relay):
         try:
             if self.options.wire == "raw":
                 stream.send(self.options.secret.encode("utf-8", "surrogateescape"))
-                self._note_success(service, "")
-                return stream
+                return stream, "", 0
             link = Link(stream, CLIENT)
             welcome = self._greet(link, service, deadline)
             link.heartbeat = max(0.05, welcome.number("heartbeat", 15, 3600))
-            address, waiting = shown(welcome.text("address")), int(welcome.number("waiting", 0, 1e6))
+            return link, shown(welcome.text("address")), int(welcome.number("waiting", 0, 1e6))
         except BaseException as error:
             stream.close()
             if isinstance(error, TimeoutError):
                 question = f"is {self._relay} the relay port of a tcprelays?"
                 raise TimeoutError(f"no answer within {tcprelay.HANDSHAKE_TIMEOUT:g} s; {question}") from None
             raise
-        self._note_success(service, address, waiting)
-        return link
 
     def _dial_relay(self, deadline: Deadline) -> Stream:
         """Connect to the relay server, with TLS where it is asked for.  Raises `OSError`, `EOFError`."""
@@ -603,17 +605,21 @@ class RelayClient(Relay):
             raise RefusedByServer("the relay did not prove that it knows the token; is --token-file set there?")
         return answer
 
-    def _note_success(self, service: Service, address: str, waiting: int = 0) -> None:
+    def _count_in(self, link: Link | Stream, service: Service, waiting: int) -> None:
         """A link is up: it counts as idle, and others may follow it."""
         with self._condition:
+            self._links.add(link)
             service.connecting -= 1
             service.idle += 1
             service.asked = max(0, waiting - 1)  # this one serves the first
             if service.probing and service.failures:
                 service.pace.begin(time.monotonic())
             service.probing = False
-            tell, service.told = service.told != "", ""
             self._condition.notify_all()
+
+    def _tell_up(self, service: Service, address: str) -> None:
+        with self._condition:
+            tell, service.told = service.told != "", ""
         if tell:
             host, _, port = address.rpartition(":")
             where = address or f"the relay {self._relay}, on a port that it does not tell (--wire raw)"
@@ -745,8 +751,8 @@ class RelayClient(Relay):
         splice = Splice(record["id"], service.name, stream, link, ready)
         splice.from_link = len(early)
         self._splices.add(splice)
-        self._emit(ConnectionOpened(via=str(service.target), **record))
         try:
+            self._emit(ConnectionOpened(via=str(service.target), **record))
             try:
                 stream.send(early)
             except OSError as error:

@@ -70,6 +70,10 @@ MAX_HANDSHAKES = 256
 """Link handshakes under way at once; beyond it the oldest of the address that has the most of them gives way."""
 SPARE_TAKERS = 8
 """Threads of a worker that wait for connections, at most."""
+STANDSTILL = 5.0
+"""Seconds without a link for anybody after which a service counts as not served, where service clients wait."""
+LOOK_FOR_ROOM = 0.002
+"""Seconds from one look to the next whether the queue of a service has room again, while the kernel holds who comes."""
 SURPLUS_TIME = 60.0
 """Seconds after which an idle link beyond what its client asked for is retired."""
 
@@ -117,7 +121,8 @@ class ServerOptions(Options):
         20.0, parse_seconds, "seconds that a service client waits for a link and its service",
         group="Connections", metavar="SECONDS")  # fmt: skip
     max_pending: int = option(
-        512, parse_count, "service clients of one service that may wait for a link at once",
+        512, parse_count, "service clients of one service that may wait for a link at once; who comes next waits in the "
+        "system's queue, or is refused where no link comes free",
         group="Connections", metavar="N")  # fmt: skip
     max_connections: int = option(
         0, parse_count, "connections at once", group="Connections", metavar="N",
@@ -304,6 +309,8 @@ class RelayServer(Relay):
         self._bound: dict[str, tuple[str, int]] = {}
         self.hand_on = self._start_serving
         """What is done with a connection that was accepted."""
+        self.is_full: Callable[[str], bool] = lambda service: self._pool.is_full(service)
+        """Whether who comes to a service is left to the kernel for a moment."""
         self._gauges: WorkerGauges | None = None
         """In a worker process; see `ServerWorkers`."""
         self._intake_lock = threading.Lock()  # over the next
@@ -555,8 +562,17 @@ class RelayServer(Relay):
             self._tell_at = time.monotonic() + 1.0
             self._log.warning("cannot take a connection: %s", reason)
 
+    def _expect(self, client: ServiceClient) -> None:
+        """Count a service client in as one that has no link yet; up to `_settle`."""
+        if self._gauges is None and not client.expected:
+            client.expected = True
+            self._pool.expect(client.service, 1)
+
     def _settle(self, client: ServiceClient) -> None:
-        """What becomes of a service client that the parent has sent is known to the gauges."""
+        """A service client has a link, or is gone: the pool knows, and the gauges do where the parent has sent it."""
+        if client.expected:
+            client.expected = False
+            self._pool.expect(client.service, -1)
         if self._gauges is not None and not client.settled:
             client.settled = True
             self._gauges.settle(client.service)
@@ -600,13 +616,17 @@ class RelayServer(Relay):
             selector.register(self._stop.fileno(), selectors.EVENT_READ)
             for listener in self.listeners:
                 selector.register(listener, selectors.EVENT_READ, listener)
+            full: list[socket.socket] = []
             while not self._stop.requested:
-                for key, _ in selector.select():
+                for key, _ in selector.select(LOOK_FOR_ROOM if full else None):
                     if key.data is None:
                         continue
                     try:
                         self.accept_from(key.data)
                         pause = 0.005
+                        if self.is_full(self.listeners[key.data]):
+                            selector.unregister(key.data)
+                            full.append(key.data)
                     except (OSError, RuntimeError, MemoryError) as error:
                         # Out of descriptors, memory or threads: the connection stays queued, or is reset.
                         if time.monotonic() - told >= 1.0:
@@ -614,11 +634,16 @@ class RelayServer(Relay):
                             self._emit(AcceptPaused(reason=say_error(error)))
                         self._stop.wait(pause)
                         pause = min(2 * pause, 1.0)
+                for listener in [one for one in full if not self.is_full(self.listeners[one])]:
+                    full.remove(listener)
+                    selector.register(listener, selectors.EVENT_READ, listener)
 
     def accept_from(self, listener: socket.socket) -> None:
         """Take what has connected, and hand it on.  Raises `OSError` and `RuntimeError` where that cannot be done."""
         service = self.listeners[listener]
         for _ in range(64):  # then look at the other listeners
+            if self.is_full(service):
+                return
             try:
                 sock, address = listener.accept()
             except (BlockingIOError, ConnectionAbortedError):
@@ -639,7 +664,13 @@ class RelayServer(Relay):
     def _start_serving(self, service: str, sock: socket.socket, address: Any) -> None:
         if service:
             client = ServiceClient(service, sock, address, self._credentials.services)
-            self._threads.start(self._serve_client, client)
+            if not isinstance(client.stream, TLSStream):  # or silent handshakes would keep others out
+                self._expect(client)
+            try:
+                self._threads.start(self._serve_client, client)
+            except BaseException:
+                self._settle(client)
+                raise
         else:
             self._threads.start(self._serve_link, sock, address)
 
@@ -829,14 +860,18 @@ class RelayServer(Relay):
                     if frame.kind == tcprelay.REFUSED:
                         raise EOFError(f"the relay client gave it up: {shown(frame.text('reason'))}")
                     pooled.take_pong(frame.kind)
+            kept = self._pool.put(pooled)
         except LinkFault as error:
             if isinstance(link, Link):
                 link.refuse("protocol", str(error))
             self._drop_link(pooled, str(error))
         except (OSError, EOFError) as error:
             self._drop_link(pooled, say_error(error))
+        except BaseException:
+            self._drop_link(pooled, "unexpected error")
+            raise
         else:
-            if self._pool.put(pooled):
+            if kept:
                 self._tell_idle(pooled.service)
             else:
                 left = isinstance(link, Link) and link.machine.leaving
@@ -951,6 +986,7 @@ class RelayServer(Relay):
         try:
             if admitted:
                 self._shake_hands(client)
+                self._expect(client)
                 self._splice(client, self._find_link(client))
                 return
         except NoLinkHere:
@@ -1085,8 +1121,8 @@ class RelayServer(Relay):
             splice.break_off(client.gone)
         client.early = bytearray()
         self._splices.add(splice)
-        self._emit(ConnectionOpened(via=f"{pooled.name} at {pooled.host}", **client.record))
         try:
+            self._emit(ConnectionOpened(via=f"{pooled.name} at {pooled.host}", **client.record))
             splice.run(self._threads)
         finally:
             self._splices.remove(splice)
@@ -1162,6 +1198,8 @@ class ServiceClient:
         """Seconds that it has been in the parent and in other workers, and whether the parent had no link for it."""
         self.visited: list[int] = []
         """For the parent: the workers none of whose relay clients could reach the service."""
+        self.expected = False
+        """It counts among those that have no link yet; see `Pool.expect`."""
         self.settled = self.passed_on = False
         """The parent knows from the gauges what became of it; it has been sent back to the parent."""
         self.may_hold_more = True
@@ -1379,6 +1417,10 @@ class Pool:
         self._waiting: dict[str, deque[_Waiter]] = {name: deque() for name in services}
         self._idle: dict[str, OrderedDict[Origin, OrderedDict[PooledLink, None]]] = {n: OrderedDict() for n in services}
         self._idle_counts = dict.fromkeys(services, 0)
+        self._expected = dict.fromkeys(services, 0)
+        """Service clients that have come and have no link yet, those included that wait for one."""
+        self._given_at = dict.fromkeys(services, 0.0)
+        """When a service client was last given a link."""
         self._gauges = gauges
         self._settling: set[PooledLink] = set()
         self._members: dict[tuple[str, str], int] = {}  # links of (service, client), idle or not
@@ -1416,6 +1458,7 @@ class Pool:
             for waiter in self._waiting[pooled.service]:
                 if pooled.client not in waiter.failed:
                     self._waiting[pooled.service].remove(waiter)
+                    self._given_at[pooled.service] = time.monotonic()
                     waiter.pooled = pooled
                     waiter.condition.notify()
                     return True
@@ -1445,7 +1488,7 @@ class Pool:
             if failed:
                 raise Refusal(f"the service cannot be reached: {reason}")
             waiting = self._gauges.count_waiting(service) if self._gauges else len(self._waiting[service])
-            if waiting >= self._max_pending:
+            if waiting >= self._max_pending and not self._is_served(service):
                 raise Refusal("too many service clients wait for a link (--max-pending)")
             waiter = _Waiter(threading.Condition(self._lock), failed)
             self._waiting[service].append(waiter)
@@ -1460,6 +1503,26 @@ class Pool:
             if self._closed:
                 raise Refusal("the relay server is ending")
             raise Refusal("no link was idle in time (--pair-timeout); is a relay client connected?")
+
+    def expect(self, service: str, more: int) -> None:
+        """So many more service clients have no link yet, which has been found out before they ask for one."""
+        with self._lock:
+            self._expected[service] += more
+
+    def is_full(self, service: str) -> bool:
+        """Whether as many service clients have no link as may wait for one, while others still get theirs: then the
+        kernel holds who comes next.  Where nobody is served they are refused instead (see `take`)."""
+        if self._expected.get(service, 0) < self._max_pending:  # mostly, and "" for relay clients always
+            return False
+        with self._lock:
+            return not self._closed and self._is_served(service)
+
+    def _is_served(self, service: str) -> bool:
+        """Whether there is a relay client, and links are given out; under the lock."""
+        has_client = any(name == service for name, _ in self._members)
+        waiting = self._waiting[service]
+        oldest = waiting[0].since if waiting else math.inf
+        return has_client and are_links_given(self._max_pending, self._given_at[service], oldest)
 
     def hold(self, pooled: PooledLink) -> bool:
         """Take one certain link out of the pool; False where it is not in it."""
@@ -1520,6 +1583,7 @@ class Pool:
             if origin[0] not in failed:
                 pooled = next(reversed(links))
                 self._remove(pooled)
+                self._given_at[service] = time.monotonic()
                 if origin in origins:
                     origins.move_to_end(origin)
                 return pooled
@@ -1541,12 +1605,19 @@ class Pool:
             self._gauges.show(service, self._idle_counts[service], len(self._waiting[service]))
 
 
+def are_links_given(max_pending: int, last: float, oldest: float) -> bool:
+    """Whether those who wait for a link of a service can hope for one: somebody was given one of late, or nobody has
+    waited for long.  Where nobody may wait, nobody can."""
+    return max_pending > 0 and time.monotonic() - max(last, oldest) < STANDSTILL
+
+
 class _Waiter:
     """A service client that waits in the pool's queue."""
 
-    __slots__ = ("condition", "failed", "pooled")
+    __slots__ = ("condition", "failed", "pooled", "since")
 
     def __init__(self, condition: threading.Condition, failed: frozenset[str]) -> None:
+        self.since = time.monotonic()
         self.condition = condition
         self.failed = failed
         self.pooled: PooledLink | None = None
@@ -1705,11 +1776,15 @@ class ServerWorkers(Workers):
         """What of the addresses' shares is in each worker, by kind and address."""
         self._present: dict[tuple[str, str], tuple[ClientUp, set[int]]] = {}
         """The relay clients, and which workers have links of them."""
+        self._given_at = dict.fromkeys(services, 0.0)
+        """When a service client was last sent to a worker that has a link for it."""
+        self._watched: set[socket.socket] = set()
+        """The listeners that are accepted from now: not those of services whose queue is full."""
         self._resume_at = 0.0
         """When to accept again, after an error; 0 while nothing is wrong."""
         self._pause, self._told = 0.005, 0.0
         self._next_give_up = 0.0
-        server.hand_on = self._receive_connection
+        server.hand_on, server.is_full = self._receive_connection, self._is_full
 
     def open(self) -> None:
         self._watch_listeners()
@@ -1722,9 +1797,7 @@ class ServerWorkers(Workers):
         self.role.become_one_of(len(self.workers), self._gauges)
 
     def stop_intake(self) -> None:
-        if not self._resume_at:
-            for listener in self.role.listeners:
-                self.selector.unregister(listener)
+        self._ignore_listeners()
         self._resume_at = math.inf
         self.role.close_listeners()
         for service in self._queues:
@@ -1734,21 +1807,38 @@ class ServerWorkers(Workers):
     # Accepting
 
     def _watch_listeners(self) -> None:
-        for listener in self.role.listeners:
-            self.selector.register(listener, selectors.EVENT_READ, functools.partial(self._accept, listener))
+        """Accept from all listeners, without those of services whose queue is full."""
+        for listener, service in self.role.listeners.items():
+            if listener not in self._watched and not self._is_full(service):
+                self.selector.register(listener, selectors.EVENT_READ, functools.partial(self._accept, listener))
+                self._watched.add(listener)
+
+    def _ignore_listeners(self) -> None:
+        for listener in self._watched:
+            self.selector.unregister(listener)
+        self._watched.clear()
+
+    def _is_full(self, service: str) -> bool:
+        """As `Pool.is_full`."""
+        queue, most = self._queues.get(service, ()), self.role.options.max_pending
+        if not service or len(queue) < most or all(name != service for name, _ in self._present):
+            return False
+        return are_links_given(most, self._given_at[service], queue[0].since if queue else math.inf)
 
     def _accept(self, listener: socket.socket) -> None:
-        if self._resume_at:
-            return
+        if listener not in self._watched:
+            return  # since this round of events has begun
         try:
             self.role.accept_from(listener)
             self._pause = 0.005
+            if self._is_full(self.role.listeners[listener]):
+                self.selector.unregister(listener)
+                self._watched.discard(listener)
         except (OSError, RuntimeError, MemoryError) as error:
             if time.monotonic() - self._told >= 1.0:
                 self._told = time.monotonic()
                 self.emit(AcceptPaused(reason=say_error(error)))
-            for watched in self.role.listeners:
-                self.selector.unregister(watched)
+            self._ignore_listeners()
             self._resume_at = time.monotonic() + self._pause
             self._pause = min(2 * self._pause, 1.0)
 
@@ -1810,6 +1900,7 @@ class ServerWorkers(Workers):
         if not best.hand(tcprelay.encode_message(fields, visitor.early), visitor.sock.fileno()):
             return False
         self._sent[best.number][service] += 1
+        self._given_at[service] = time.monotonic()
         self._clients[best.number] += 1
         self._hold(best, "client", visitor.address, 1)
         visitor.sock.close()
@@ -1929,10 +2020,12 @@ class ServerWorkers(Workers):
 
     def look_at_time(self) -> float:
         now, wait = time.monotonic(), 1.0
-        if self._resume_at and now >= self._resume_at:
+        if now >= self._resume_at:
             self._resume_at = 0.0
             self._watch_listeners()
-        elif self._resume_at:
+            if len(self._watched) < len(self.role.listeners):
+                wait = LOOK_FOR_ROOM
+        else:
             wait = min(wait, self._resume_at - now)
         self.emit.tell_floods()
         for service, queue in self._queues.items():

@@ -32,10 +32,12 @@ from tcprelay import (
     SERVER,
     START,
     WELCOME,
+    ConnectionClosed,
     ConnectionFailed,
     Deadline,
     Link,
     LinkDown,
+    LinkUp,
     RelayClient,
     RelayServer,
     encode_frame,
@@ -149,6 +151,28 @@ def test_as_many_links_as_service_clients_wait(bench: Bench, server: FakeServer)
     server._listener.settimeout(0.3)
     with pytest.raises(TimeoutError):
         server.accept()
+
+
+def test_links_grow_as_they_are_really_started(bench: Bench, server: FakeServer) -> None:
+    """A server that says that a million wait, and starts nothing, gets a second pool and not one link more; each
+    START allows for four."""
+    client = client_of(bench, server, bench.service(), num_conn=3)
+    links: list[Link] = []
+
+    def welcome_all(count: int) -> None:
+        while len(links) < count:
+            links.append(server.accept())
+            server.welcome(links[-1], waiting=10**6)
+        wait_until(lambda: client.counters["links_idle"] == count - client.counters["open"])
+        server._listener.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            server.accept()
+        server._listener.settimeout(PATIENCE)
+
+    welcome_all(6)
+    links[0].send(START, {"id": "c1", "waiting": 10**6})
+    assert next_frame(links[0]).kind == READY
+    welcome_all(11)
 
 
 def test_max_conn_bounds_the_links(bench: Bench, server: FakeServer) -> None:
@@ -489,3 +513,57 @@ def test_when_no_port_is_free_the_client_goes_on_trying(bench: Bench, monkeypatc
     sock = bench.connect(server)
     sock.sendall(b"x")
     assert sock.recv(1) == b"x"
+
+
+def test_an_unexpected_error_loses_no_count_of_links(
+    bench: Bench, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever fails as a link comes up, it counts neither as connecting nor as idle afterwards."""
+    emit, failed = tcprelay.Events.__call__, threading.Event()
+
+    def fail_once(events: tcprelay.Events, event: tcprelay.Event) -> None:
+        if isinstance(event, LinkUp) and not failed.is_set():
+            failed.set()
+            raise MemoryError
+        emit(events, event)
+
+    monkeypatch.setattr(tcprelay.Events, "__call__", fail_once)
+    client = client_of(bench, server, unused_port())
+    first = server.accept()
+    server.welcome(first)
+    with pytest.raises((EOFError, ConnectionError)):
+        next_frame(first)
+    server.welcome(server.accept())
+    wait_until(lambda: client.counters["links_idle"] == 1)
+    [service] = client._services
+    assert (service.connecting, service.idle, service.busy) == (0, 1, 0)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_the_end_is_heard_out_before_a_link_is_given_up(
+    bench: Bench, server: FakeServer, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    """The service has closed, and two pieces are still on the way to it: the link goes on if END comes behind them."""
+    monkeypatch.setattr(tcprelay, "HEAR_OUT_TIME", PATIENCE if ends else 0.2)
+    client_of(bench, server, bench.service(lambda sock: None))
+    link = server.accept()
+    server.welcome(link)
+    link.send(START, {"id": "c1"})
+    assert next_frame(link).kind == READY
+    assert link.recv_into(memoryview(bytearray(1))) == 0
+    for piece in (b"first", b"second", b"third"):
+        link.send_buffer(memoryview(bytearray(4) + piece), len(piece))
+        wait_until(lambda: tcprelay.unsent_bytes(link.sock) == 0)
+    if not ends:
+        with pytest.raises((EOFError, ConnectionError)):
+            next_frame(link)
+        [closed] = bench.client_events.wait(ConnectionClosed)
+        assert closed.reason
+        return
+    link.send(END)
+    link.send(PING)
+    assert next_frame(link).kind == PONG
+    [closed] = bench.client_events.wait(ConnectionClosed)
+    assert (closed.reason, closed.bytes_in) == ("", 16)
+    link.send(START, {"id": "c2"})
+    assert next_frame(link).kind == READY

@@ -220,7 +220,7 @@ class Wire:
         fields = json.loads(body) if body else {}
         types = {"string": str, "number": (int, float), "boolean": bool}
         assert [key for key, value in fields.items() if not isinstance(value, types[FIELDS[name][key]])] == []  # type: ignore[arg-type]
-        assert set(FIELDS.get(name, ())) - set(fields) <= {"proof"}
+        assert set(FIELDS.get(name, ())) - set(fields) <= {"proof", "passed"}
         return fields
 
 
@@ -243,7 +243,7 @@ def test_another_relay_client(bench: Bench, token: str) -> None:
     server = bench.server(token=token)
     wire = Wire(bench.enter(connect(server.relay_address)))
     greet(wire, token)
-    for request, answer in ((b"hello", b"world"), (b"again", b"and again")):
+    for request, answer, end in ((b"hello", b"world", {}), (b"again", b"and again", {"passed": 5}), (b"", b"bye", {})):
         service_client = bench.connect(server)
         service_client.sendall(request)
         start = wire.receive("START")
@@ -253,10 +253,13 @@ def test_another_relay_client(bench: Bench, token: str) -> None:
         while len(got) < len(request):
             got += wire.receive("DATA")
         wire.send_body("DATA", answer)
-        wire.send("END")
+        wire.send("END", **end)
         assert (got, read_all(service_client)) == (request, answer)
         service_client.shutdown(socket.SHUT_WR)
         wire.receive("END")
+        if request and not end:  # the server cannot know that all of it has been passed on
+            wire.receive("PING")
+            wire.send("PONG")
     wire.send("BYE")
     assert read_all(wire.sock) == b""
 

@@ -612,6 +612,28 @@ def test_the_number_of_waiting_service_clients_is_bounded(bench: Bench) -> None:
     assert [sock.recv(1) for sock in waiting] == [b"x", b"x"]
 
 
+def test_who_waits_in_vain_keeps_nobody_in_the_kernel(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relay client is connected, but no link of it comes free: then there is no use in letting others wait, too."""
+    link = fake(bench, max_pending=1)
+    busy = bench.connect(link.server)
+    assert link.next().kind == START
+    waiting = bench.connect(link.server)
+    wait_until(lambda: link.server.counters["waiting"] == 1)
+    third = bench.connect(link.server)
+    third.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        third.recv(1)  # the kernel holds it
+    monkeypatch.setattr(tcprelay_server, "STANDSTILL", 0.1)
+    third.settimeout(PATIENCE)
+    with pytest.raises(ConnectionResetError):
+        third.recv(1)
+    [failed] = bench.server_events.wait(ConnectionFailed)
+    assert "--max-pending" in failed.reason
+    assert link.server.counters["waiting"] == 1
+    busy.close()
+    waiting.close()
+
+
 def test_the_number_of_connections_is_bounded(bench: Bench) -> None:
     """One more than --max-connections is refused; when one ends there is room again."""
     server = bench.server(max_connections=2)
@@ -820,3 +842,44 @@ def test_a_link_that_takes_nothing_costs_no_service_client(bench: Bench, monkeyp
     sock = bench.connect(server)
     sock.sendall(b"once")
     assert read_exactly(sock, 4) == b"once"
+
+
+def test_an_unexpected_error_loses_no_count(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever fails as a link goes back to the pool, or a connection opens, the link counts no longer."""
+    link = fake(bench)
+    server, put, emit = link.server, tcprelay_server.Pool.put, tcprelay.Events.__call__
+
+    def fail_to_put(pool: tcprelay_server.Pool, pooled: tcprelay_server.PooledLink) -> bool:
+        raise MemoryError
+
+    monkeypatch.setattr(tcprelay_server.Pool, "put", fail_to_put)
+    link.send_connection(bench.connect(server))
+    [down] = bench.server_events.wait(LinkDown)
+    assert down.reason == "unexpected error"
+    monkeypatch.setattr(tcprelay_server.Pool, "put", put)
+    again = pooled(bench, server, "again")
+
+    def fail_to_tell(events: tcprelay.Events, event: tcprelay.Event) -> None:
+        if isinstance(event, ConnectionOpened):
+            raise MemoryError
+        emit(events, event)
+
+    monkeypatch.setattr(tcprelay.Events, "__call__", fail_to_tell)
+    sock = bench.connect(server)
+    assert again.next().kind == START
+    again.send(READY)
+    with pytest.raises(ConnectionResetError):
+        sock.recv(1)
+    bench.server_events.wait(LinkDown, 2)
+    assert not server._pool._members
+    assert len(server._splices) == 0
+
+
+def test_looking_after_idle_links_makes_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tens of thousands of them do not keep pumps from the interpreter lock."""
+    pauses: list[float] = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    pieces = list(tcprelay.in_batches(list(range(1000))))
+    assert [len(piece) for piece in pieces] == [256, 256, 256, 232]
+    assert [item for piece in pieces for item in piece] == list(range(1000))
+    assert len(pauses) == 3

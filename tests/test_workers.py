@@ -740,6 +740,24 @@ def test_a_burst_on_one_idle_link_is_served(peers: Peers) -> None:
     assert not server.events("ConnectionFailed")
 
 
+@pytest.mark.parametrize("options", [("--workers", "0"), TWO])
+def test_a_burst_beyond_max_pending_waits_in_the_kernel(peers: Peers, options: tuple[str, ...]) -> None:
+    """While others are served nobody is refused: each of 120 that come at once and stay is served in its turn."""
+    witness = Witness(peers)
+    server = peers.server(*options, "--max-pending", "5")
+    peers.client(server.relay_port, witness.port, *options, "--num-conn", "2")
+    socks = [peers.connect(server.service_port) for _ in range(120)]
+    for number, sock in enumerate(socks):
+        sock.sendall(b"%08d" % number)
+    for number, sock in enumerate(socks):
+        assert read_exactly(sock, 8) == b"%08d" % number
+    for sock in socks:
+        sock.shutdown(socket.SHUT_WR)
+        assert read_all(sock) == b""
+    wait_events(server, "ConnectionClosed", 120)
+    assert not server.events("ConnectionFailed")
+
+
 # --- Failover -------------------------------------------------------------------------------------------------
 
 

@@ -101,6 +101,26 @@ def end(relays: Relays) -> None:
     relays.server.close()
 
 
+# --- A burst --------------------------------------------------------------------------------------------------
+
+
+@case(19, "burst", 300)
+def burst(run: Run) -> None:
+    """3,000 connections are opened as fast as possible, on the default pool, and all of them echo."""
+    for legs in (Legs(), Legs("tls")):
+        count, relays = run.scaled(3000, least=AT_ONCE), Relays(run, legs, start_echo(run))
+        with ExitStack() as stack:
+            connections = [stack.enter_context(relays.connect(PATIENT)) for _ in range(count)]
+            began = time.monotonic()
+            echoed = echoing(run, connections)
+            seconds = time.monotonic() - began
+            used = links_of(relays.relay_port)
+        run.tell(f"{legs}: of {count:,} opened at once, echo", echoed, least=count, most=count)
+        run.tell(f"{legs}: all of them, within", seconds, unit="s")
+        run.tell(f"{legs}: links then", used)
+        end(relays)
+
+
 # --- Leaks ----------------------------------------------------------------------------------------------------
 
 LATE = 30.0
