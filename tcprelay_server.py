@@ -121,8 +121,8 @@ class ServerOptions(Options):
         20.0, parse_seconds, "seconds that a service client waits for a link and its service",
         group="Connections", metavar="SECONDS")  # fmt: skip
     max_pending: int = option(
-        512, parse_count, "service clients of one service that may wait for a link at once; who comes next waits in the "
-        "system's queue, or is refused where no link comes free",
+        512, parse_count, "service clients of one service that may wait for a link at once; who comes next waits in "
+        "the system's queue, or is refused where no link comes free",
         group="Connections", metavar="N")  # fmt: skip
     max_connections: int = option(
         0, parse_count, "connections at once", group="Connections", metavar="N",
