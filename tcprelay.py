@@ -1496,7 +1496,8 @@ class Splice:
         self._broken_at = 0.0
         self._over = False
         self._halted = False  # the pumps stop, whatever there is to carry
-        # For `check_time` alone: what was carried when it last looked, and since when.
+        # For the sweep alone: what was carried when it last looked, and since when; when it saw that the stream was lost.
+        self._lost_at = 0.0
         self._seen = 0
         self._quiet_since = self.opened
 
@@ -1560,6 +1561,17 @@ class Splice:
             if not self.reason and not self._over:
                 self._broken_at = time.monotonic()
                 self.reason = reason
+
+    def lose(self, leg: Leg, now: float) -> None:
+        """A leg's connection was seen to be reset, at this moment and maybe before; for one thread.
+
+        A stream's peer that had ended its direction may merely have closed: see `_hear_out`.
+        """
+        if leg is self.stream and self._stream_has_ended() and isinstance(self.link, Link):
+            self._lost_at = self._lost_at or now
+            if now - self._lost_at < HEAR_OUT_TIME:
+                return
+        self.break_off(f"{leg.name}: connection lost", close_link=leg is self.link)
 
     def check_time(self, now: float, idle_timeout: float, half_close_timeout: float) -> None:
         """Break off what has carried no byte for too long, or is broken and does not leave; for one thread."""
@@ -1973,8 +1985,7 @@ class Splices:
         for fd, events in poller.poll(0):
             if events & (select.POLLERR | _RDHUP):
                 splice = by_fd[fd]
-                leg = splice.link if fd == splice.link.fd else splice.stream
-                splice.break_off(f"{leg.name}: connection lost", close_link=leg is splice.link)
+                splice.lose(splice.link if fd == splice.link.fd else splice.stream, now)
 
 
 _RDHUP: int = getattr(select, "POLLRDHUP", 0)

@@ -934,7 +934,7 @@ def test_an_end_that_cannot_be_passed_on_leaves_the_link_whole(rig: Rig) -> None
         rig.far.sock.recv(1, socket.MSG_DONTWAIT)
 
 
-def close_early(rig: Rig) -> None:
+def close_early(rig: Rig, more: bytes = b"second") -> None:
     """The stream's peer ends and closes, and what is sent to it then draws an RST: the stream takes no more."""
     rig.far_stream.close()
     assert rig.far.receive(Deadline(PATIENCE)).kind == END
@@ -942,7 +942,7 @@ def close_early(rig: Rig) -> None:
     poller = select.poll()
     poller.register(rig.stream.sock, 0)
     assert poller.poll(1000 * PATIENCE)
-    send(rig.far, b"second")
+    send(rig.far, more)
 
 
 def test_the_end_is_heard_out_when_the_stream_has_closed(rig: Rig) -> None:
@@ -977,6 +977,19 @@ def test_who_sends_much_to_somebody_who_has_closed_is_told_soon(rig: Rig, monkey
             send(rig.far, bytes(65536))
     assert rig.done.wait(PATIENCE)
     assert rig.splice.reason == "stream: broken pipe"
+
+
+def test_a_sweep_hears_the_end_out_too(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sees the RST of a peer that has closed, while END is on its way: that comes in time, or it does not."""
+    close_early(rig, b"")
+    splices = Splices(10, 0, 0)
+    splices.add(rig.splice)
+    splices.sweep()
+    splices.sweep()
+    assert not rig.splice.reason
+    monkeypatch.setattr(tcprelay, "HEAR_OUT_TIME", 0.01)
+    sweep_until_broken(splices)
+    assert rig.splice.reason == "stream: connection lost"
 
 
 def test_a_fin_is_believed_although_an_rst_came_behind_it() -> None:
