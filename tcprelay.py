@@ -1496,7 +1496,7 @@ class Splice:
         self._broken_at = 0.0
         self._over = False
         self._halted = False  # the pumps stop, whatever there is to carry
-        # For the sweep alone: what was carried when it last looked, and since when; when it saw that the stream was lost.
+        # For the sweep alone: what was carried when it last looked, since when; and when it saw the stream lost.
         self._lost_at = 0.0
         self._seen = 0
         self._quiet_since = self.opened
