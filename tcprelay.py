@@ -1991,8 +1991,8 @@ class Splices:
 _RDHUP: int = getattr(select, "POLLRDHUP", 0)
 
 
-def path_is_dead(sock: socket.socket) -> bool:
-    """Whether sent bytes have gone without any acknowledgement for `DEAD_PATH` seconds.
+def path_is_dead(sock: socket.socket, seconds: float | None = None) -> bool:
+    """Whether sent bytes have gone without any acknowledgement for so many seconds, `DEAD_PATH` where none are given.
 
     A living peer that does not read acknowledges the probes of its closed window, so it does not count.
     Reads `struct tcp_info` of Linux: tcpi_unacked at byte 24, tcpi_last_ack_recv (ms) at byte 56.
@@ -2002,7 +2002,7 @@ def path_is_dead(sock: socket.socket) -> bool:
         unacked, last_ack = struct.unpack_from("I", info, 24)[0], struct.unpack_from("I", info, 56)[0]
     except (OSError, AttributeError, struct.error):
         return False
-    return bool(unacked and last_ack > 1000 * DEAD_PATH)
+    return bool(unacked and last_ack > 1000 * (DEAD_PATH if seconds is None else seconds))
 
 
 # --- Threads --------------------------------------------------------------------------------------------------

@@ -70,6 +70,9 @@ MAX_HANDSHAKES = 256
 """Link handshakes under way at once; beyond it the oldest of the address that has the most of them gives way."""
 SPARE_TAKERS = 8
 """Threads of a worker that wait for connections, at most."""
+SUSPICION = 3.0
+"""Seconds without any acknowledgement of START after which its relay client's idle links are to be proven alive: two
+retransmissions of a path whose round trip is below a second (RFC 6298: 1 s at first, doubled each time)."""
 STANDSTILL = 5.0
 """Seconds without a link for anybody after which a service counts as not served, where service clients wait."""
 LOOK_FOR_ROOM = 0.002
@@ -266,6 +269,10 @@ class Refusal(Exception):
     def apart(self) -> Refusal:
         """The same without a traceback: kept in a variable, that would hold the connection until the collector runs."""
         return Refusal(str(self), self.code, self.told)
+
+
+class Unacknowledged(ConnectionError):
+    """Nothing that was sent on a link has been acknowledged for a while, and no byte of the service client's was."""
 
 
 class NoLinkHere(Exception):
@@ -554,7 +561,10 @@ class RelayServer(Relay):
         self._serve_client(client)
 
     def obey(self, order: dict[str, Any]) -> None:
-        self._give_up_one(order["give_up"])
+        if "suspect" in order:
+            self._suspect(order["suspect"])
+        else:
+            self._give_up_one(order["give_up"])
 
     def _cannot_take(self, reason: str) -> None:
         """Tell that a connection is reset for want of something, once a second at most."""
@@ -795,8 +805,10 @@ class RelayServer(Relay):
             "waiting": self._count_waiting(service),
         }
         self._join_pool(pooled)
+        pooled.pongs_due += 1  # until it has answered once, others are given out first: its client may have given up
         try:
-            link.send(WELCOME, {"proof": proof, **welcome} if proof else welcome)
+            out = link.pack_control(WELCOME, {"proof": proof, **welcome} if proof else welcome)
+            link.stream.send(out + link.pack_control(PING))
         except OSError as error:
             self._forget(pooled, say_error(error))
             raise
@@ -1017,16 +1029,18 @@ class RelayServer(Relay):
         """Offer the service client to one idle link after another until a service answers.  Raises `Refusal`."""
         deadline = Deadline(max(0.0, self.options.pair_timeout - client.waited))
         failed = client.failed  # relay clients, not links: what one cannot dial on one link it cannot on others
-        reason = client.reason
+        reason, again = client.reason, False
         while True:
+            wanted = client.service, failed, deadline, reason
             try:
-                pooled, waited = self._pool.take(client.service, failed, deadline, reason, wait=self._gauges is None)
+                pooled, waited = self._pool.take(*wanted, wait=self._gauges is None, first=again)
             except NoLinkHere:
                 if not isinstance(client.stream, TLSStream):
                     self._send_back(client, failed, reason)
                     raise
                 self.send_to_parent({"look": client.service})
-                pooled, waited = self._pool.take(client.service, failed, deadline, reason)
+                pooled, waited = self._pool.take(*wanted, first=again)
+            again = True
             self._settle(client)
             pooled.last_used = time.monotonic()
             try:
@@ -1041,6 +1055,8 @@ class RelayServer(Relay):
                 reason = self._start(pooled, pooled.link, client, deadline)
             except (OSError, EOFError) as error:
                 self._drop_link(pooled, say_error(error))
+                if isinstance(error, Unacknowledged):
+                    continue
                 if isinstance(error, TimeoutError):
                     raise Refusal(f"no answer from the service within {self.options.pair_timeout:g} s") from error
                 if (client.early and client.exposed) or isinstance(error, Stopping):
@@ -1069,6 +1085,7 @@ class RelayServer(Relay):
         out = bytearray(link.pack_control(START, fields))
         client.pass_early(link, out, 0)
         ready: dict[int, int] = {}
+        trust, suspicion = True, Deadline(SUSPICION)
         client.exposed = isinstance(link.stream, TLSStream)  # which may fail after it has sent some
         while True:
             sent = link.stream.send_now(out)
@@ -1092,9 +1109,17 @@ class RelayServer(Relay):
             poller.register(self._cut.fileno(), select.POLLIN)
             if sent and client.may_send_more:
                 poller.register(client.stream.fd, select.POLLIN)
-            left = deadline.remaining() or 0.0
+            left = min(deadline.remaining() or 0.0, suspicion.remaining() or 0.0 if trust else math.inf)
             ready = dict(poller.poll(left * 1000))
-            if not ready:
+            if trust and suspicion.remaining() == 0:
+                trust = False
+                if tcprelay.path_is_dead(link.sock, SUSPICION):
+                    self._suspect(pooled.client)
+                    if self._gauges is not None:
+                        self.send_to_parent({"suspect": pooled.client})
+                    if not client.early:
+                        raise Unacknowledged("START is not acknowledged")
+            if not ready and deadline.remaining() == 0:
                 raise TimeoutError("timed out")
             if self._cut.fileno() in ready:
                 raise Stopping("the relay server is ending")
@@ -1103,6 +1128,18 @@ class RelayServer(Relay):
         while not link.stream.send_now(out):
             tcprelay.wait_for(link.fd, select.POLLOUT, deadline, self._cut)
         return "" if frame.kind == READY else shown(frame.text("reason")) or "no reason given"
+
+    def _suspect(self, client: str) -> None:
+        """A relay client may be out of reach: have each of its idle links answer a PING before it is used."""
+        doubtful = self._pool.hold_all(client)
+        if doubtful:
+            self._log.warning(
+                "relay client %s at %s acknowledges nothing: its %d idle links are not used before they answer",
+                doubtful[0].name, doubtful[0].host, len(doubtful),
+            )  # fmt: skip
+        for pooled in doubtful:
+            pooled.unproven = True
+            self._ping(pooled)
 
     def _count_waiting(self, service: str) -> int:
         """How many service clients wait for a link, in all processes."""
@@ -1134,7 +1171,7 @@ class RelayServer(Relay):
             if isinstance(link, Link) and link.machine.state == IDLE:
                 pooled.last_heard = pooled.last_used = time.monotonic()
                 if link.passed < splice.to_link or splice.reason:
-                    pooled.settling = True
+                    pooled.unproven = pooled.settling = True
                     self._ping(pooled)
                 else:
                     self._give_back(pooled)
@@ -1360,10 +1397,11 @@ class PooledLink:
         self.last_heard = self.last_used = self.last_pinged = time.monotonic()
         self.pongs_due = 0
         """PINGs without an answer so far."""
+        self.unproven = False
+        """Not to be used before the PONG that is due."""
         self.settling = False
-        """Its connection is over here, but the relay client has not shown that it has passed all bytes on: to a
-        service that reads slowly, say, and hears nothing else meanwhile.  Not to be used before the PONG, however
-        long that takes."""
+        """Unproven since its connection is over here, but the relay client has not shown that it has passed all bytes
+        on: to a service that reads slowly, say, and hears nothing else meanwhile.  Silence says nothing then."""
         self.blocked = False
         """Its socket has not taken all of what `send` was given."""
         self._unsent = bytearray()  # of that; TLS keeps it itself
@@ -1390,7 +1428,8 @@ class PooledLink:
             self.pongs_due -= 1
             if self.pongs_due < 0:
                 raise LinkFault("PONG without PING")
-            self.settling = self.settling and self.pongs_due > 0
+            if not self.pongs_due:
+                self.unproven = self.settling = False
 
 
 Origin = tuple[str, int]
@@ -1422,7 +1461,8 @@ class Pool:
         self._given_at = dict.fromkeys(services, 0.0)
         """When a service client was last given a link."""
         self._gauges = gauges
-        self._settling: set[PooledLink] = set()
+        self._aside: set[PooledLink] = set()
+        """Idle links that are not to be given out now."""
         self._members: dict[tuple[str, str], int] = {}  # links of (service, client), idle or not
         self._closed = False
 
@@ -1450,10 +1490,10 @@ class Pool:
         with self._lock:
             if self._closed or (isinstance(pooled.link, Link) and pooled.link.machine.leaving):
                 return False
-            if pooled.settling or pooled.blocked:
+            if pooled.unproven or pooled.blocked:
                 events = selectors.EVENT_READ | (selectors.EVENT_WRITE if pooled.blocked else 0)
                 self.selector.register(pooled.link.fd, events, pooled)
-                self._settling.add(pooled)
+                self._aside.add(pooled)
                 return True
             for waiter in self._waiting[pooled.service]:
                 if pooled.client not in waiter.failed:
@@ -1471,12 +1511,19 @@ class Pool:
             return True
 
     def take(
-        self, service: str, failed: frozenset[str], deadline: Deadline, reason: str = "", *, wait: bool = True
+        self,
+        service: str,
+        failed: frozenset[str],
+        deadline: Deadline,
+        reason: str = "",
+        *,
+        wait: bool = True,
+        first: bool = False,
     ) -> tuple[PooledLink, bool]:
         """An idle link of a relay client that is not in `failed`, waited for until the deadline; and whether it was.
 
-        Where one has failed already nobody waits: `reason` says why the last one did.  Raises `Refusal`, and
-        without `wait` `NoLinkHere`.
+        Where one has failed already nobody waits: `reason` says why the last one did.  Who had a link before, in
+        vain, is `first` in the queue.  Raises `Refusal`, and without `wait` `NoLinkHere`.
         """
         with self._lock:
             if self._closed:
@@ -1488,10 +1535,10 @@ class Pool:
             if failed:
                 raise Refusal(f"the service cannot be reached: {reason}")
             waiting = self._gauges.count_waiting(service) if self._gauges else len(self._waiting[service])
-            if waiting >= self._max_pending and not self._is_served(service):
+            if waiting >= self._max_pending and not (first or self._is_served(service)):
                 raise Refusal("too many service clients wait for a link (--max-pending)")
             waiter = _Waiter(threading.Condition(self._lock), failed)
-            self._waiting[service].append(waiter)
+            self._waiting[service].insert(0 if first else len(self._waiting[service]), waiter)
             self._count(service, 0)
             try:
                 waiter.condition.wait_for(lambda: waiter.pooled or self._closed, deadline.remaining())
@@ -1527,14 +1574,28 @@ class Pool:
     def hold(self, pooled: PooledLink) -> bool:
         """Take one certain link out of the pool; False where it is not in it."""
         with self._lock:
-            if pooled in self._settling:
-                self._settling.discard(pooled)
+            if pooled in self._aside:
+                self._aside.discard(pooled)
                 self.selector.unregister(pooled.link.fd)
                 return True
             if pooled not in self._idle[pooled.service].get(pooled.origin, ()):
                 return False
             self._remove(pooled)
             return True
+
+    def hold_all(self, client: str) -> list[PooledLink]:
+        """Take all idle links of a relay client out of the pool, except those that are not given out anyway."""
+        with self._lock:
+            held = [
+                pooled
+                for origins in self._idle.values()
+                for origin, links in origins.items()
+                if origin[0] == client
+                for pooled in links
+            ]
+            for pooled in held:
+                self._remove(pooled)
+            return held
 
     def idle_links(self) -> list[PooledLink]:
         """All links that nobody uses, settling ones included."""
@@ -1568,26 +1629,33 @@ class Pool:
                     waiter.condition.notify()
             idle = self._all_idle()
             for pooled in idle:
-                if pooled not in self._settling:
+                if pooled not in self._aside:
                     self._remove(pooled)
-            self._settling.clear()
+            self._aside.clear()
             return idle
 
     def _all_idle(self) -> list[PooledLink]:
         idle = [p for clients in self._idle.values() for links in clients.values() for p in links]
-        return idle + list(self._settling)
+        return idle + list(self._aside)
 
     def _pick(self, service: str, failed: frozenset[str]) -> PooledLink | None:
-        origins = self._idle[service]
+        """The best link of the next origin in turn; one that still owes a PONG only if there is no other."""
+        origins, last_resort = self._idle[service], None
         for origin, links in origins.items():
             if origin[0] not in failed:
                 pooled = next(reversed(links))
-                self._remove(pooled)
-                self._given_at[service] = time.monotonic()
-                if origin in origins:
-                    origins.move_to_end(origin)
-                return pooled
-        return None
+                if not pooled.pongs_due:
+                    break
+                last_resort = last_resort or pooled
+        else:
+            if last_resort is None:
+                return None
+            pooled = last_resort
+        self._remove(pooled)
+        self._given_at[service] = time.monotonic()
+        if pooled.origin in origins:
+            origins.move_to_end(pooled.origin)
+        return pooled
 
     def _remove(self, pooled: PooledLink) -> None:
         origins = self._idle[pooled.service]
@@ -1952,6 +2020,10 @@ class ServerWorkers(Workers):
         if "look" in message:
             self._serve_queue(message["look"])
             self._balance(message["look"])
+        elif "suspect" in message:
+            for other in self._living():
+                if other is not worker:
+                    other.order(tcprelay.encode_message(message))
         elif "left" in message:
             address = tuple(message["address"])
             self._hold(worker, message["left"], address, -1)

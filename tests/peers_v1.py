@@ -10,6 +10,8 @@ from tcprelay import (
     CHALLENGE,
     CLIENT,
     HELLO,
+    PING,
+    PONG,
     PROTOCOL_VERSION,
     READY,
     SERVER,
@@ -55,6 +57,9 @@ class FakeClient(Link):
         if frame.kind == CHALLENGE:
             self.send(AUTH, {"proof": prove(token, CLIENT, nonce, frame.text("nonce"), service, client)})
             frame = self.next()
+        if frame.kind == WELCOME:
+            assert self.next().kind == PING
+            self.send(PONG)
         return frame
 
     def read(self, count: int) -> bytes:

@@ -234,6 +234,8 @@ def greet(wire: Wire, token: str = "") -> dict[str, Any]:
     welcome: dict[str, Any] = wire.receive("WELCOME")
     if token:
         assert welcome["proof"] == prove(token, "server", *parts)
+    wire.receive("PING")
+    wire.send("PONG")
     return welcome
 
 

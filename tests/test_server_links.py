@@ -58,6 +58,7 @@ def pooled(bench: Bench, server: RelayServer, client: str) -> FakeClient:
     link: FakeClient = bench.enter(FakeClient(server))
     assert link.hello(idle=8, client=client).kind == WELCOME
     wait_until(lambda: server.counters["links_idle"] == idle + 1)
+    wait_until(lambda: not any(known.pongs_due for known in server._pool.idle_links()))  # it has answered once
     return link
 
 
@@ -565,6 +566,55 @@ def test_an_unanswered_start_ends_with_the_pair_timeout(bench: Bench) -> None:
 
 
 # Waiting for links
+
+
+@pytest.mark.parametrize("early", [b"", b"early"])
+def test_a_start_that_nobody_acknowledges_makes_its_client_suspect(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, early: bytes
+) -> None:
+    """The other links of that relay client are not used before they have answered; who has sent nothing is offered to
+    another one, and who has sent something, which may have arrived, goes on waiting."""
+    monkeypatch.setattr(tcprelay_server, "SUSPICION", 0.2)
+    monkeypatch.setattr(tcprelay, "path_is_dead", lambda sock, seconds: seconds == 0.2)
+    server = bench.server()
+    idle, chosen = pooled(bench, server, "lost"), pooled(bench, server, "lost")
+    sock = bench.connect(server)
+    sock.sendall(early)
+    assert chosen.next().kind == START
+    assert idle.next().kind == PING
+    assert server.counters["links_idle"] == 0
+    if early:
+        assert chosen.read(len(early)) == early
+        chosen.send(READY)
+        wait_until(lambda: bench.server_events.of(ConnectionOpened))
+    else:
+        with pytest.raises(ConnectionResetError):
+            chosen.next()
+        wait_until(lambda: server.counters["waiting"] == 1)
+        later = bench.connect(server)
+        later.sendall(b"later")
+        wait_until(lambda: server.counters["waiting"] == 2)
+        idle.send(PONG)
+        assert idle.next().fields["client"] == "{}:{}".format(*sock.getsockname())
+        later.close()
+    sock.close()
+
+
+def test_a_link_that_has_never_answered_is_a_last_resort(bench: Bench) -> None:
+    """Others are given out before one whose client may have given up during the handshake."""
+    answered = fake(bench)
+    fresh = bench.enter(FakeClient(answered.server))
+    fresh.send(HELLO, {"version": 1, "service": "default", "client": "fresh", "nonce": "0"})
+    assert [fresh.next().kind for _ in range(2)] == [WELCOME, PING]
+    wait_until(lambda: answered.server.counters["links_idle"] == 2)
+    for _ in range(3):
+        answered.send_connection(bench.connect(answered.server))
+    busy = bench.connect(answered.server)
+    assert answered.next().kind == START
+    last = bench.connect(answered.server)
+    assert fresh.next().kind == START
+    busy.close()
+    last.close()
 
 
 def test_waiting_ends_with_the_pair_timeout(bench: Bench) -> None:
