@@ -46,6 +46,7 @@ import contextlib
 import dataclasses
 import errno
 import gc
+import glob
 import importlib
 import io
 import ipaddress
@@ -53,6 +54,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import select
 import selectors
 import signal
@@ -61,7 +63,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any, NoReturn, Protocol, TypeGuard, TypeVar
 
@@ -150,7 +152,7 @@ def parse_endpoint(text: str, default_host: str | None = None) -> Endpoint:
     Raises `ValueError` that says what is accepted.
     """
     if text.startswith("unix:"):
-        if not text[5:]:
+        if not text[5:] or has_controls(text):
             raise ValueError("unix:PATH")
         return Endpoint("", 0, text[5:])
     host, colon, port = text.rpartition(":")
@@ -159,7 +161,7 @@ def parse_endpoint(text: str, default_host: str | None = None) -> Endpoint:
     bracketed = host.startswith("[") and host.endswith("]")
     if not host or (":" in host and not bracketed):
         raise ValueError("HOST:PORT, of an IPv6 address [HOST]:PORT")
-    return Endpoint(host[1:-1] if bracketed else host, parse_port(port))
+    return Endpoint(parse_host(host), parse_port(port))
 
 
 def show_address(address: Any) -> str:
@@ -2348,10 +2350,17 @@ class Option:
     """node-tcp-relay's name for it, where it has one."""
     many: bool
     secret: bool
+    secures: bool
+    """It keeps somebody out.  A variable that is there and empty is then a mistake: whoever set it does not rely on the
+    default.  Other empty variables count as not given (Compose passes on what is not set as empty)."""
     default: str
     """The default in words."""
 
 
+LONGEST_SECRET = 65536
+"""Bytes of the line that holds a secret, at most."""
+EMPTY = " "
+"""Stands for an empty value, of which ConfigArgParse makes none at all where an option can stand alone."""
 OPTION_GROUPS = ("Addresses", "Trust", "TLS", "Links", "Connections", "Running")
 
 
@@ -2365,13 +2374,26 @@ def option(
     spelling: str = "",
     many: bool = False,
     secret: bool = False,
+    secures: bool = False,
     shown_default: str | None = None,
 ) -> Any:
-    """A field of an options class."""
+    """A field of an options class; those of the groups Trust and TLS all secure."""
     if shown_default is None:
         shown_default = "" if default in (None, (), "") else str(default).lower().removesuffix(".0")
-    info = Option(parse, help, group, metavar, spelling, many, secret, shown_default)
+    secures = secures or group in ("Trust", "TLS")
+    info = Option(parse, help, group, metavar, spelling, many, secret, secures, shown_default)
     return field(default=default, repr=not secret, metadata={"option": info})
+
+
+def trim(text: str) -> str:
+    """A value without what does not belong to it: blanks and line ends around it, and the byte order mark that some
+    editors and shells put first.  The same for every option from every source, and for what a secret's file holds:
+    else one side takes for a part of the token what the other leaves out."""
+    return text.strip(" \t\r\n\v\f\ufeff")
+
+
+def has_controls(text: str) -> bool:
+    return any(c < " " or c == "\x7f" for c in text)
 
 
 def parse_flag(text: str) -> bool:
@@ -2419,18 +2441,24 @@ def parse_workers(text: str) -> int:
 
 
 def parse_host(text: str) -> str:
-    """A host name or address; brackets around an IPv6 one are taken off."""
+    """A host name or address; brackets around an IPv6 one are taken off.  Or ``unix:PATH``."""
+    if text.startswith("unix:"):
+        return str(parse_endpoint(text))
+    if not text or not text.isprintable() or set(text) & set(" \"'/"):
+        raise ValueError("a host name or an address")
     return text[1:-1] if text.startswith("[") and text.endswith("]") else text
 
 
 def parse_secret(text: str) -> str:
-    if not text.strip():
+    if not text:
         raise ValueError("something that is not empty")
+    if "\n" in text or "\r" in text:
+        raise ValueError("one line of text")
     return text
 
 
 def parse_path(text: str) -> str:
-    if not text:
+    if not text or has_controls(text):
         raise ValueError("the path of a file")
     return text
 
@@ -2442,7 +2470,7 @@ def parse_tls(text: str) -> str:
     try:
         return "relay" if parse_flag(text) else ""
     except ValueError:
-        raise ValueError("nothing, both, service or false") from None
+        raise ValueError("true, both, service or false") from None
 
 
 def parse_name(text: str) -> str:
@@ -2552,7 +2580,7 @@ class Options:
                 value = item.default
             elif not info.many and value != item.default:
                 try:
-                    value = info.parse(str(value))
+                    value = info.parse(trim(str(value)))
                 except ValueError as error:
                     said = "" if info.secret else f" {shown(value)!r}"
                     raise ValueError(f"{item.name}{said}: expected {error}") from None
@@ -2572,14 +2600,21 @@ class Options:
 
 
 def read_secret(name: str, path: str) -> bytes:
-    """The first line of a file.  Raises `OSError`, and `ValueError` where there is nothing in it."""
+    """The first line of a file, trimmed.  Raises `OSError`, and `ValueError` where it is not a line of text."""
     try:
         with open(path, "rb") as file:
-            secret = file.readline(65536).strip()
+            line = file.readline(LONGEST_SECRET + 1)
     except OSError as error:
         raise OSError(error.errno, f"{name} {path}: {say_error(error)}") from error
+    # PowerShell writes UTF-16 with a mark, others without: then every other byte of ASCII is 0.
+    halves_are_zero = b"\0" in line and not (any(line[::2]) and any(line[1::2]))
+    if line.startswith((b"\xff\xfe", b"\xfe\xff")) or halves_are_zero:
+        raise ValueError(f"{name} {path}: it is UTF-16; save it as UTF-8 or ASCII")
+    secret = trim(line.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
     if not secret:
         raise ValueError(f"{name} {path}: its first line is empty")
+    if len(line) > LONGEST_SECRET:
+        raise ValueError(f"{name} {path}: its first line is longer than {LONGEST_SECRET:,} bytes")
     return secret
 
 
@@ -2593,38 +2628,116 @@ def options_of(cls: type[Options]) -> list[tuple[str, Option]]:
 
 def parse_options(
     prog: str, description: str, cls: type[OptionsT], argv: Sequence[str] | None
-) -> tuple[OptionsT, bool]:
-    """Options from the command line, the environment and the configuration file; and whether to check alone.
+) -> tuple[OptionsT, bool, list[str]]:
+    """Options from the command line, the environment and the configuration file; whether to check alone; and warnings
+    for the log.
 
     Ends the process for ``--help`` and ``--version``, with status 2 for a wrong option (one line that names the
     option, the value, where it came from and what is accepted), and 1 for a file that cannot be read.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _make_parser(prog, description, cls, argv)
-    given, unknown = parser.parse_known_args(argv)
+    environment, warnings = read_environment(cls)
+    parser = _make_parser(prog, description, cls, argv, warnings)
+    given, unknown = parser.parse_known_args(argv, env_vars=environment)
     if unknown:
         names = [word.partition("=")[0] for word in unknown if word.startswith("-")] or ["a word without an option"]
         fail(prog, 2, f"unknown option: {shown(' '.join(names))}")
     origins = _find_origins(parser)
     values: dict[str, Any] = {}
+
+    def wrong(name: str, value: str, expected: object) -> NoReturn:
+        origin = origins.get(name, "command line")
+        fail(prog, 2, f"--{name.replace('_', '-')}{value} (from {origin}): expected {expected}")
+
+    if given.config == "":
+        wrong("config", " ''", "the path of a file")
     for name, info in options_of(cls):
         text = getattr(given, name)
         if text is None:
             continue
-        words = [text]
-        if info.many:
-            words = [word.strip() for item in text for word in item.split(",") if word.strip()]
+        words = [trim(text)] if not info.many else [trim(word) for item in text for word in item.split(",")]
+        words = [word for word in words if word] or [""]
         try:
             parsed = [info.parse(word) for word in words]
         except ValueError as error:
-            value = "" if info.secret else f" {shown(','.join(words))!r}"
-            origin = origins.get(name, "command line")
-            fail(prog, 2, f"--{name.replace('_', '-')}{value} (from {origin}): expected {error}")
+            wrong(name, "" if info.secret else f" {shown(','.join(words))!r}", error)
         values[name] = tuple(parsed) if info.many else parsed[0]
     try:
-        return cls(**values), given.check
+        return cls(**values), given.check, warnings
     except ValueError as error:
-        fail(prog, 2, str(error))
+        fail(prog, 2, "; ".join([str(error), *warnings]))  # what is missing may stand where it was not taken from
+
+
+def read_environment(cls: type[Options]) -> tuple[dict[str, str], list[str]]:
+    """The environment as far as it is meant for options, and warnings about the rest of it."""
+    known = known_variables()
+    infos = {f"TCPRELAY_{name.upper()}": info for name, info in options_of(cls)}
+    foreign = service_variables(os.environ)
+    environment, warnings = {}, []
+    for name in sorted(name for name in os.environ if name.startswith("TCPRELAY_") and name not in foreign):
+        info, value = infos.get(name), trim(os.environ[name])
+        if known and name not in known:
+            warnings.append(f"there is no option for the environment variable {shown(name)}")
+        if info and info.secret and len(value) > 1 and value[0] in "\"'" and value[-1] == value[0]:
+            warnings.append(
+                f"the quotes around the value of {name} count as a part of it (docker --env-file keeps them)"
+            )
+        if value or name == "TCPRELAY_CONFIG":  # which may name all that secures: empty, it is refused, too
+            environment[name] = value
+        elif info and info.secures:
+            environment[name] = EMPTY
+    if ignored := sorted(foreign & (known | set(infos))):
+        warnings.append(
+            f"{', '.join(ignored)}: ignored, as made by Kubernetes (or docker --link) for a Service; "
+            "enableServiceLinks: false in the pod's spec keeps them away"
+        )
+    return environment, warnings
+
+
+def known_variables() -> set[str]:
+    """The variables that are options of either role; none where one of them is not here."""
+    known = {"TCPRELAY_CONFIG"}
+    for module, name in (("tcprelay_server", "ServerOptions"), ("tcprelay_client", "ClientOptions")):
+        try:
+            cls = getattr(importlib.import_module(module), name)
+        except ImportError:
+            return set()  # a single file holds one role; the variables may be meant for the other
+        known |= {f"TCPRELAY_{option_name.upper()}" for option_name, _ in options_of(cls)}
+    return known
+
+
+def service_variables(environ: Mapping[str, str]) -> set[str]:
+    """The variables that Kubernetes, or ``docker --link``, has made for a Service named tcprelay, or tcprelay-relay and
+    the like: some have the names of options.
+
+    What nobody sets by hand tells that they are there: ``TCPRELAY_PORT=tcp://10.0.0.1:1080``, or the same address in
+    ``TCPRELAY_PORT_1080_TCP``.  A variable of the pod's own replaces a made one of that name.  It can be told from it
+    unless both have the same value: ``TCPRELAY_PORT=22`` is no address, and in ``TCPRELAY_SERVICE_PORT`` Kubernetes
+    puts the port that is in the address of ``TCPRELAY_PORT``, the Service's first.
+    """
+    address = re.compile(r"(?:tcp|udp|sctp)://.+:(\d+)")
+    ports: dict[str, set[str]] = {}
+    """The ports of each Service, by what its variables begin with."""
+    for name, value in environ.items():
+        begun = re.fullmatch(r"(TCPRELAY(?:_\w+?)?)_PORT(?:_\d+_(?:TCP|UDP|SCTP))?", name)
+        if begun and (found := address.fullmatch(value)):
+            ports.setdefault(begun[1], set()).add(found[1])
+    made = set()
+    for service, all_ports in ports.items():
+        first = address.fullmatch(environ.get(f"{service}_PORT", ""))
+        forms = [
+            ("PORT", address.pattern),
+            ("SERVICE_PORT", first[1] if first else "|".join(all_ports)),
+            ("NAME", "/.*"),  # docker's, as in /web/tcprelay
+            (r"PORT_\d+_(TCP|UDP|SCTP)(_PROTO|_PORT|_ADDR)?|SERVICE_(HOST|PORT_\w+)|ENV_\w+", "(?s:.*)"),
+        ]
+        made |= {
+            name
+            for name, value in environ.items()
+            for ending, content in forms
+            if re.fullmatch(f"{service}_({ending})", name) and re.fullmatch(content, value)
+        }
+    return made
 
 
 def fail(prog: str, status: int, message: str) -> NoReturn:
@@ -2633,7 +2746,7 @@ def fail(prog: str, status: int, message: str) -> NoReturn:
     raise SystemExit(status)
 
 
-def _make_parser(prog: str, description: str, cls: type[Options], argv: list[str]) -> Any:
+def _make_parser(prog: str, description: str, cls: type[Options], argv: list[str], warnings: list[str]) -> Any:
     import argparse
 
     import configargparse  # here alone: what embeds the relay needs the standard library only
@@ -2648,31 +2761,22 @@ def _make_parser(prog: str, description: str, cls: type[Options], argv: list[str
             return ", ".join(names) + (f" {action.metavar}" if action.metavar else "")
 
     class ConfigFile(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
-        """``key = value`` lines; a repeated key makes a list instead of replacing what stood before."""
+        """The one of ConfigArgParse cuts a value off where a comment might begin, and takes one in brackets for a
+        list: secrets, too."""
 
         def parse(self, stream: IO[str]) -> dict[str, Any]:
             items: dict[str, Any] = {}
-            for number, line in enumerate(stream, 1):
+            for number, line in enumerate(map(trim, stream), 1):
+                if not line or line[0] in "#;[" or line.startswith("---"):
+                    continue
                 try:
-                    found = super().parse([line])
-                except configargparse.ConfigFileParserException:
-                    fail(prog, 2, f"{stream.name}, line {number}: not a line of the form key = value")
-                for written, value in found.items():
-                    key = written.strip("-").replace("_", "-")
-                    if key not in known:
-                        # Anything but "name = value" may be a secret: a token file taken for the configuration.
-                        named = "=" in line and key.replace("-", "").isalpha()
-                        what = f"unknown option {shown(written)}" if named else "unknown option"
-                        fail(prog, 2, f"{stream.name}, line {number}: {what}")
+                    key, value = read_setting(line, known)
                     if key in items and not known[key].many:
-                        fail(prog, 2, f"{stream.name}, line {number}: {key} stands there twice")
-                    if isinstance(value, list) and not known[key].many:
-                        fail(prog, 2, f"{stream.name}, line {number}: {key} takes one value")
-                    bare = line.split("#")[0].split(";")[0].strip()
-                    if bare in (written, f"--{written}") and known[key].parse not in (parse_flag, parse_tls):
-                        fail(prog, 2, f"{stream.name}, line {number}: {key} needs a value")
-                    items[key] = [*_as_list(items[key]), *_as_list(value)] if key in items else value
-                    lines[stream.name, key] = number
+                        raise ValueError(f"{key} stands there twice")
+                except ValueError as error:
+                    fail(prog, 2, f"{stream.name}, line {number}: {error}")
+                items[key] = items.get(key, []) + value if isinstance(value, list) else value or EMPTY
+                lines[stream.name, key] = number
             return items
 
     def open_file(path: str, mode: str = "r") -> IO[str]:
@@ -2689,11 +2793,12 @@ def _make_parser(prog: str, description: str, cls: type[Options], argv: list[str
     role = prog.removeprefix("tcprelay")
     file = {"s": "server.conf", "c": "client.conf"}.get(role, "tcprelay.conf")
     home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-    places = [f"/etc/tcprelay/{file}", os.path.join(home, "tcprelay", file)]
+    # Without HOME and a passwd entry "~" stays as it is, and would be a directory here.
+    places = [path for path in (f"/etc/tcprelay/{file}", os.path.join(home, "tcprelay", file)) if os.path.isabs(path)]
     chosen = "TCPRELAY_CONFIG" in os.environ or any(w.partition("=")[0] == "--config" for w in argv)
     parser = Parser(
         prog=prog, usage=f"{prog} [options]", description=description, allow_abbrev=False, add_help=False,
-        default_config_files=[] if chosen else places, config_file_parser_class=ConfigFile,
+        default_config_files=[] if chosen else list(find_files(places, warnings)), config_file_parser_class=ConfigFile,
         config_file_open_func=open_file, add_config_file_help=False, add_env_var_help=False,
         formatter_class=lambda prog: HelpFormatter(prog, max_help_position=30),
         epilog="Every option can also stand in the environment (--relay-port as TCPRELAY_RELAY_PORT) and in a "
@@ -2726,8 +2831,59 @@ def _make_parser(prog: str, description: str, cls: type[Options], argv: list[str
     return parser
 
 
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+def read_setting(line: str, known: Mapping[str, Option]) -> tuple[str, str | list[str]]:
+    """The key of a line ``key = value`` of a configuration file, and its value; a list where it may be repeated.
+
+    The value goes to the end of the line: where a comment might be meant the line is refused, and a secret is never cut
+    short.  Quotes around the value are taken off, and what stands in them is taken as it is.  Raises `ValueError` that
+    shows nothing of the value.
+    """
+    found = re.fullmatch(r"(?:--)?([^\s:=]+)(\s*[:=])?(.*)", line)
+    if not found:
+        raise ValueError("not a line of the form key = value")
+    written, equals, rest = found.groups()
+    key, value = written.strip("-").replace("_", "-"), trim(rest)
+    if key not in known:
+        # Anything but "name = value" may be a secret: a token file taken for the configuration.
+        named = "=" in line and key.replace("-", "").isalpha()
+        raise ValueError(f"unknown option {shown(written)}" if named else "unknown option")
+    if value[:1] in ("'", '"'):
+        if len(value) < 2 or value[-1] != value[0]:
+            raise ValueError(f"the value of {key} begins with a quote and does not end with the same one")
+        value = value[1:-1]
+    elif re.search(r"\s[#;]", rest):
+        raise ValueError("a comment needs a line of its own, and a value with # or ; behind a blank needs quotes")
+    elif not value and not equals:
+        if known[key].parse not in (parse_flag, parse_tls):
+            raise ValueError(f"{key} needs a value")
+        value = "true"
+    if not known[key].many:
+        return key, value
+    if value[:1] + value[-1:] == "[]":
+        return key, [trim(word).strip("'\"") for word in value[1:-1].split(",")]
+    return key, [value]
+
+
+def find_files(places: list[str], warnings: list[str]) -> Iterator[str]:
+    """The configuration files in default places, as patterns for `glob`.
+
+    One that this user may not read, or look for, is another's: that is a warning.  Whatever else is wrong with one, it
+    is meant for us, and reading it tells.
+    """
+    for path in places:
+        try:
+            os.lstat(path)  # a link to nowhere is there
+            try:
+                open(path, "rb").close()
+            except PermissionError:
+                raise
+            except OSError:
+                pass
+            yield glob.escape(path)
+        except PermissionError as error:
+            warnings.append(f"the configuration file {path} is left out: {say_error(error)}")
+        except OSError:
+            pass
 
 
 def _find_origins(parser: Any) -> dict[str, str]:
@@ -3150,10 +3306,10 @@ def run_command(
     argv: Sequence[str] | None,
 ) -> int:
     """The life of a command: options, log, start, signals, end.  Returns its exit status."""
-    options, check = parse_options(prog, description, cls, argv)
+    options, check, warnings = parse_options(prog, description, cls, argv)
     set_up_logging(options.log_level, options.log_format)
-    for name in unknown_variables():
-        logging.getLogger("tcprelay").warning("there is no option for the environment variable %s", shown(name))
+    for warning in warnings:
+        logging.getLogger("tcprelay").warning("%s", warning)
     raise_descriptor_limit()
     sys.setswitchinterval(SWITCH_INTERVAL)
     try:
@@ -3182,18 +3338,6 @@ def invite(role: Relay) -> None:
     """Say what the other side is to do, with secrets on a terminal only."""
     if invitation := role.invitation(with_secrets=sys.stderr.isatty()):
         print(invitation, file=sys.stderr, flush=True)
-
-
-def unknown_variables() -> list[str]:
-    """Variables of the environment that look like options and are none, of either role: mistyped, most likely."""
-    known = {"TCPRELAY_CONFIG"}
-    for module, name in (("tcprelay_server", "ServerOptions"), ("tcprelay_client", "ClientOptions")):
-        try:
-            cls = getattr(importlib.import_module(module), name)
-        except ImportError:
-            return []  # a single file holds one role; the variables may be meant for the other
-        known |= {f"TCPRELAY_{option_name.upper()}" for option_name, _ in options_of(cls)}
-    return sorted(variable for variable in os.environ if variable.startswith("TCPRELAY_") and variable not in known)
 
 
 def _run(role: Relay, signals: _Signals | _Orders) -> int:

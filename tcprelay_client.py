@@ -134,7 +134,7 @@ class ClientOptions(Options):
         True, parse_flag, "refuse a relay server whose certificate cannot be verified",
         group="TLS", metavar="true|false", spelling="rejectUnauthorized")  # fmt: skip
     tls_server_name: str = option(
-        "", str, "name that must stand in the relay server's certificate",
+        "", parse_host, "name that must stand in the relay server's certificate",
         group="TLS", metavar="NAME", shown_default="--relay-host")  # fmt: skip
     pin: str = option(
         "", parse_pin, "accept exactly the relay server's certificate with this SHA-256 digest, self-signed or not",

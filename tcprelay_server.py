@@ -118,7 +118,7 @@ class ServerOptions(Options):
         (), parse_service, "a further service and its port; may be repeated",
         group="Addresses", metavar="NAME=[ADDRESS:]PORT", many=True)  # fmt: skip
     hostname: str = option(
-        "", parse_host, "address to listen on", group="Addresses", metavar="ADDRESS",
+        "", parse_host, "address to listen on", group="Addresses", metavar="ADDRESS", secures=True,
         shown_default="all, IPv6 and IPv4")  # fmt: skip
     pair_timeout: float = option(
         20.0, parse_seconds, "seconds that a service client waits for a link and its service",
@@ -132,13 +132,13 @@ class ServerOptions(Options):
         shown_default="a quarter of the limit on open files")  # fmt: skip
     max_per_address: int = option(
         0, parse_count, "connections at once from one address (IPv6: one /64 network); 0 is no limit",
-        group="Connections", metavar="N")  # fmt: skip
+        group="Connections", metavar="N", secures=True)  # fmt: skip
     heartbeat: float = option(
         15.0, parse_heartbeat, "seconds between two PINGs on an idle link; it is dead after 2.5 silent ones",
         group="Links", metavar="SECONDS")  # fmt: skip
     max_links_per_address: int = option(
         0, parse_count, "connections to the relay port at once from one address (as above); 0 is no limit",
-        group="Links", metavar="N")  # fmt: skip
+        group="Links", metavar="N", secures=True)  # fmt: skip
     auth: bool = option(
         False, parse_flag, "ask relay clients for a certificate, verified against --ca-file; implies --tls",
         group="Trust", spelling="auth")  # fmt: skip

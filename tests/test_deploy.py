@@ -153,7 +153,7 @@ def test_an_example_configuration_is_valid_with_all_that_it_shows(role: Role, tm
     config = tmp_path / "all.conf"
     for left_out in ("pfx|service-pfx", "cert|key|service-cert|service-key"):
         config.write_text(re.sub(rf"(?m)^({left_out}) = .*$", "", text))
-        options, _ = parse_options(f"tcprelay{role[0]}", "", OPTIONS[role], ["--config", str(config)])
+        options = parse_options(f"tcprelay{role[0]}", "", OPTIONS[role], ["--config", str(config)])[0]
         assert (options.tls, bool(options.pfx)) == ("both", left_out != "pfx|service-pfx")
 
 

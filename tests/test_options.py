@@ -94,7 +94,9 @@ def test_the_default_places_of_the_file(tmp_path: Path, monkeypatch: pytest.Monk
 def test_repeated_keys_in_a_file_add_up(tmp_path: Path) -> None:
     """`service = …` may stand on several lines, or as a list; comments and sections are allowed."""
     config = tmp_path / "c.conf"
-    config.write_text("# server\n[server]\nrelay-port = 9\nservice = a=1\nservice = b=2 # two\nservice = [c=3, d=4]\n")
+    config.write_text(
+        "# server\n[server]\nrelay-port = 9\nservice = a=1\n; two:\nservice = b=2\nservice = [c=3, d=4]\n"
+    )
     assert [s.name for s in server("--config", str(config)).services] == ["a", "b", "c", "d"]
 
 

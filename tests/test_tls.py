@@ -494,7 +494,7 @@ def test_the_pasted_line_is_accepted_by_the_parser(bench: Bench, tmp_path: Path)
 
     server = bench.server(tls="relay", state_dir=str(tmp_path / "state"))
     line = server.invitation(with_secrets=True).splitlines()[1].replace("PORT", "22")
-    options, _ = tcprelay.parse_options("tcprelayc", "", ClientOptions, line.split()[1:])
+    options = tcprelay.parse_options("tcprelayc", "", ClientOptions, line.split()[1:])[0]
     assert options.pin
     assert options.tls == "relay"
 
