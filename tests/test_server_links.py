@@ -606,9 +606,10 @@ def test_a_link_that_has_never_answered_is_a_last_resort(bench: Bench) -> None:
     fresh = bench.enter(FakeClient(answered.server))
     fresh.send(HELLO, {"version": 1, "service": "default", "client": "fresh", "nonce": "0"})
     assert [fresh.next().kind for _ in range(2)] == [WELCOME, PING]
-    wait_until(lambda: answered.server.counters["links_idle"] == 2)
     for _ in range(3):
+        wait_until(lambda: answered.server.counters["links_idle"] == 2)
         answered.send_connection(bench.connect(answered.server))
+    wait_until(lambda: answered.server.counters["links_idle"] == 2)
     busy = bench.connect(answered.server)
     assert answered.next().kind == START
     last = bench.connect(answered.server)
