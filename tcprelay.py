@@ -1190,6 +1190,8 @@ class Link:
         """Seconds between the server's PINGs, as it said in WELCOME."""
         self.passed = 0
         """Bytes of the present connection, or the last, that the relay client had passed on when it sent END."""
+        self.spent = False
+        """Not to be used again, since a new link would be faster: see `is_held_back`."""
         self._buffer = bytearray(512)  # what has been received beyond the last frame: [_start:_end]
         self._start = self._end = 0
         self._left = 0  # bytes of the present DATA frame that are still to come out of here
@@ -1537,6 +1539,7 @@ class Splice:
                 leg.flush()
         if isinstance(self.link, Link):
             self.link.stream.rest()
+            self.link.spent = is_held_back(self.link.sock, self.to_link)
 
     def break_off(self, reason: str, force: bool = False, close_link: bool = False) -> None:
         """End both directions with an error; any thread, any number of times, the first reason counts.
@@ -2005,6 +2008,27 @@ def path_is_dead(sock: socket.socket, seconds: float | None = None) -> bool:
     except (OSError, AttributeError, struct.error):
         return False
     return bool(unacked and last_ack > 1000 * (DEAD_PATH if seconds is None else seconds))
+
+
+FEW_SEGMENTS = 20
+"""A slow-start threshold at which a connection is always held back: twice the window with which a new one begins
+(RFC 6928), which has no threshold.  Losses of 1 % lead to 8 or so, of 0.1 % to 27 (half of the window at which a
+packet is lost, 1.22 divided by the square root of the share: Mathis and others, 1997)."""
+
+
+def is_held_back(sock: socket.socket, sent: int) -> bool:
+    """Whether a connection that has lost packets would now take longer than a new one for as many bytes as it has just
+    sent: its threshold is below a quarter of them (measured over 40 ms and 100 Mbit/s: 2 MB take 0.21 s on a new
+    one, and 1.6 s at a threshold of 30 segments).
+
+    Reads `struct tcp_info` of Linux: tcpi_snd_mss at byte 16, tcpi_snd_ssthresh at 76, tcpi_total_retrans at 100.
+    """
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+        size, threshold, lost = (struct.unpack_from("I", info, offset)[0] for offset in (16, 76, 100))
+    except (OSError, AttributeError, struct.error):
+        return False
+    return bool(lost) and threshold <= max(FEW_SEGMENTS, sent // (4 * max(size, 1)))
 
 
 # --- Threads --------------------------------------------------------------------------------------------------

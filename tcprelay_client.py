@@ -648,24 +648,33 @@ class RelayClient(Relay):
             except TimeoutError:
                 if settled:
                     raise
-                # After a connection the server may still be passing bytes on to somebody who reads slowly, and
-                # has no PING for us meanwhile: only the server can close this link without losing them.
-                self._set_busy(service, waiting=0)
-                try:
-                    self._say_bye(link, service, Deadline(None))
-                finally:
-                    self._set_idle(service)
+                self._leave_to_server(link, service)
                 return "no PING in time after its connection", False
             if frame.kind == PING:
                 link.send_now(PONG)
             elif frame.kind == START:
                 if not self._serve(link, frame, service):
                     return "its connection was broken off", False
+                if link.spent:
+                    self._leave_to_server(link, service)
+                    return "it has lost packets, and a new one will be faster", False
                 settled = False
             elif frame.kind == BYE:
                 return "the relay server said BYE", True
             else:
                 raise RefusedByServer(f"refused by the relay: {shown(frame.text('reason'), 240)}")
+
+    def _leave_to_server(self, link: Link, service: Service) -> None:
+        """Give up a link after a connection, however long that takes.
+
+        The server may still be passing bytes on to somebody who reads slowly, and has nothing to say meanwhile: it
+        alone can close this link without losing them.
+        """
+        self._set_busy(service, waiting=0)
+        try:
+            self._say_bye(link, service, Deadline(None))
+        finally:
+            self._set_idle(service)
 
     def _say_bye(self, link: Link, service: Service, deadline: Deadline) -> None:
         """Give an idle link up, and wait for the server to close it: a START that crosses BYE is still served."""

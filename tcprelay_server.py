@@ -885,6 +885,8 @@ class RelayServer(Relay):
         else:
             if kept:
                 self._tell_idle(pooled.service)
+            elif isinstance(link, Link) and link.spent:
+                self._retire(pooled, "it has lost packets, and a new one will be faster")
             else:
                 left = isinstance(link, Link) and link.machine.leaving
                 self._retire(pooled, "the relay client gave it up" if left else "this relay server is ending")
@@ -1488,7 +1490,10 @@ class Pool:
     def put(self, pooled: PooledLink) -> bool:
         """Hand an idle link to the first who waits for one, or keep it; False where it is not wanted any more."""
         with self._lock:
-            if self._closed or (isinstance(pooled.link, Link) and pooled.link.machine.leaving):
+            link = pooled.link
+            if self._closed or (isinstance(link, Link) and link.machine.leaving):
+                return False
+            if isinstance(link, Link) and link.spent and not pooled.unproven:
                 return False
             if pooled.unproven or pooled.blocked:
                 events = selectors.EVENT_READ | (selectors.EVENT_WRITE if pooled.blocked else 0)
