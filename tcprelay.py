@@ -957,6 +957,13 @@ def ignore_oserror(function: Callable[..., Any], *args: Any) -> None:
         pass
 
 
+def tls_fault(error: ssl.SSLError) -> OSError:
+    """What the receiver of a TLS stream is to be told: `error`, or that the stream was cut off."""
+    # Only Pythons from 3.10.11 and 3.11.3 on have SSLEOFError for it with OpenSSL 3.
+    cut = isinstance(error, ssl.SSLEOFError) or error.reason == "UNEXPECTED_EOF_WHILE_READING"
+    return ConnectionResetError("cut off without TLS close_notify") if cut else error
+
+
 class TLSStream(Stream):
     """A TLS connection over one TCP socket: `ssl.SSLObject` between two memory BIOs.
 
@@ -1070,7 +1077,7 @@ class TLSStream(Stream):
             except ssl.SSLZeroReturnError:
                 self._peer_ended = True
             except ssl.SSLError as error:
-                self._error = error  # for the receiver, behind the stash
+                self._error = tls_fault(error)  # for the receiver, behind the stash
             try:
                 self.tls.unwrap()
             except ssl.SSLError:
@@ -1111,10 +1118,9 @@ class TLSStream(Stream):
                 return have
             except ssl.SSLError as error:
                 # Once only: after a fatal alert OpenSSL would call the next attempt a clean end.
-                cut = isinstance(error, ssl.SSLEOFError)
-                self._error = ConnectionResetError("cut off without TLS close_notify") if cut else error
+                self._error = tls_fault(error)
                 if not have:
-                    raise self._error from error
+                    raise self._error from None  # (an error that is its own cause would be a ring of its own)
             finally:
                 self._answers += self._outgoing.pending - before
                 if self._answers > MAX_ANSWERS:
@@ -2902,14 +2908,24 @@ def _find_origins(parser: Any) -> dict[str, str]:
 # --- Certificates ---------------------------------------------------------------------------------------------
 
 
+def new_context(server_side: bool) -> ssl.SSLContext:
+    """An empty TLS context: the only place where one is made, for what Pythons differ in must hold in all of them."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    # Pythons before 3.10.11 and 3.11.3, Debian 12's among them, set it where OpenSSL has it: a connection that is cut
+    # off without close_notify would look like one that has ended.
+    context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+    return context
+
+
 def make_context(options: Options, server_side: bool, cert: str = "", key: str = "", pfx: str = "") -> ssl.SSLContext:
     """A TLS context with the certificate from PEM files or a PFX file, if there is one; `options` say the rest.
 
     Raises `OSError` for files that cannot be read, `ValueError` for ones that do not hold what they should.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
-    context.options |= ssl.OP_NO_RENEGOTIATION
-    context.minimum_version = ssl.TLSVersion.TLSv1_3 if options.tls_min == "1.3" else ssl.TLSVersion.TLSv1_2
+    context = new_context(server_side)
+    wanted = ssl.TLSVersion.TLSv1_3 if options.tls_min == "1.3" else ssl.TLSVersion.TLSv1_2
+    context.minimum_version = max(context.minimum_version, wanted)  # the system's policy may ask for more
     passphrase = options.read_passphrase()
     if pfx:
         load_pfx(context, pfx, passphrase)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import re
 import select
 import socket
 import ssl
@@ -21,9 +22,10 @@ from tcprelay import ConnectionClosed, ConnectionFailed, RelayClient, RelayServe
 from tcprelay_client import Published, Unpublished
 from tcprelay_server import ClientUp, LinkRefused
 
-from .certificates import Certificates
+from .certificates import Certificates, tls_context
 from .conftest import PATIENCE, Bench, Service, connect, read_all, read_exactly, wait_until
 from .ends import TLSEnd
+from .peers import ROOT
 
 RESET = tcprelay.RESET_ON_CLOSE
 
@@ -87,12 +89,11 @@ class Rig:
             self.client_options |= {"cert": path("client.pem"), "key": path("client.key")}
 
     def context(self, server_side: bool) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
+        path = self._certificates.path
         if server_side:
-            context.load_cert_chain(self._certificates.path("server.pem"), self._certificates.path("server.key"))
+            context = tls_context(True, path("server.pem"), path("server.key"))
         else:
-            context.check_hostname = False
-            context.load_verify_locations(self._certificates.path("ca.pem"))
+            context = tls_context(ca=path("ca.pem"))
         if self._way.version == "1.2":
             context.maximum_version = ssl.TLSVersion.TLSv1_2
         return context
@@ -329,8 +330,7 @@ def until_broken(sock: socket.socket) -> bytes:
 
 def test_a_service_that_cannot_be_verified(bench: Bench, certificates: Certificates) -> None:
     """It counts as one that cannot be reached; --service-insecure accepts it."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificates.path("foreign.pem"), certificates.path("foreign.key"))
+    context = tls_context(True, certificates.path("foreign.pem"), certificates.path("foreign.key"))
 
     def serve(sock: socket.socket) -> None:
         end = TLSEnd(sock, context, True)
@@ -357,9 +357,7 @@ def test_a_separate_certificate_for_the_service_ports(bench: Bench, certificates
     server = bench.server(**{**tls_server(certificates, **service), "tls": "both"})
     names = []
     for address in (server.relay_address, server.service_addresses["default"]):
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.load_verify_locations(certificates.path("ca.pem"))
-        context.check_hostname = False
+        context = tls_context(ca=certificates.path("ca.pem"))
         with connect(address) as sock, context.wrap_socket(sock) as tls:
             names.append(tls.getpeercert()["subject"][0][0][1])  # type: ignore[index]
     assert names == ["server", "elsewhere"]
@@ -404,8 +402,7 @@ def test_a_key_never_lies_on_the_disk(
 
     monkeypatch.setattr("tcprelay.subprocess.run", run)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    tcprelay.load_pfx(context, pfx, "hunter2")
+    tcprelay.load_pfx(tls_context(True), pfx, "hunter2")
     assert seen
     for command, output in seen:
         assert "hunter2" not in " ".join(command)
@@ -430,7 +427,7 @@ def test_a_pfx_file_that_does_not_fit(certificates: Certificates, tmp_path: Path
     else:
         pfx, words = str(tmp_path / "none.pfx"), "No such file"
     with pytest.raises((ValueError, OSError), match=words):
-        tcprelay.load_pfx(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), pfx, passphrase)
+        tcprelay.load_pfx(tls_context(True), pfx, passphrase)
 
 
 def test_without_the_openssl_command(certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,7 +435,7 @@ def test_without_the_openssl_command(certificates: Certificates, monkeypatch: py
     pfx = certificates.make_pfx("noopenssl", "server", "x")
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(OSError, match="make PEM files where it is"):
-        tcprelay.load_pfx(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), pfx, "x")
+        tcprelay.load_pfx(tls_context(True), pfx, "x")
 
 
 @pytest.mark.parametrize(
@@ -509,9 +506,7 @@ def test_reloading(bench: Bench, certificates: Certificates, tmp_path: Path, cap
         token.write_text(secret)
 
     def pin_now() -> str:
-        context = ssl.create_default_context()
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        with connect(server.relay_address) as sock, context.wrap_socket(sock) as tls:
+        with connect(server.relay_address) as sock, tls_context().wrap_socket(sock) as tls:
             return pin_of(tls.getpeercert(binary_form=True) or b"")
 
     install("server", "old-token")
@@ -542,9 +537,8 @@ def tls_pair(stack: ExitStack, certificates: Certificates, version: str) -> tupl
     with socket.create_server(("127.0.0.1", 0)) as listener:
         far = stack.enter_context(socket.create_connection(listener.getsockname()))
         near = stack.enter_context(listener.accept()[0])
-    contexts = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    contexts[0].load_cert_chain(certificates.path("server.pem"), certificates.path("server.key"))
-    contexts[1].load_verify_locations(certificates.path("ca.pem"))
+    path = certificates.path
+    contexts = tls_context(True, path("server.pem"), path("server.key")), tls_context(ca=path("ca.pem"))
     if version == "1.2":
         contexts[0].maximum_version = ssl.TLSVersion.TLSv1_2
     one = TLSStream(near, "server", contexts[0], server_side=True)
@@ -638,6 +632,14 @@ def test_a_cut_at_a_record_boundary_is_no_end(certificates: Certificates, versio
                 one.recv_into(view)
 
 
+def test_contexts_are_made_in_one_place() -> None:
+    """One in the product and one in the tests: what must hold in every Python is set there."""
+    makers = re.compile(r"ssl\.(SSLContext|(_?create_\w+_context))\(")
+    sources = [*ROOT.glob("tcprelay*.py"), *ROOT.glob("deploy/*.py"), *ROOT.glob("tests/**/*.py")]
+    places = [path.name for path in sources for _ in makers.findall(path.read_text())]
+    assert sorted(places) == ["certificates.py", "tcprelay.py"]
+
+
 def test_a_damaged_record_stays_an_error(certificates: Certificates) -> None:
     """After a record that cannot be decrypted no further receive may look like an end."""
     with ExitStack() as stack:
@@ -679,8 +681,7 @@ def test_both_directions_at_once_from_two_threads(certificates: Certificates) ->
 
 def test_the_service_s_name_is_checked(bench: Bench, certificates: Certificates) -> None:
     """A certificate of the right CA for another host is not the service's."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificates.path("elsewhere.pem"), certificates.path("elsewhere.key"))
+    context = tls_context(True, certificates.path("elsewhere.pem"), certificates.path("elsewhere.key"))
     server = bench.server()
     service = bench.service(lambda sock: TLSEnd(sock, context, True))
     bench.client(server, service.port, tls="service", service_ca_file=certificates.path("ca.pem"))
@@ -805,8 +806,7 @@ def test_two_first_starts_agree(tmp_path: Path) -> None:
 def test_ending_while_bulk_data_comes_in(certificates: Certificates) -> None:
     """What `end` decrypts for the receiver counts as data: the peer's next half record is no flood."""
     data = random.Random(7).randbytes(1 << 20)
-    contexts = [ssl.SSLContext(kind) for kind in (ssl.PROTOCOL_TLS_CLIENT, ssl.PROTOCOL_TLS_SERVER)]
-    contexts[0].check_hostname, contexts[0].verify_mode = False, ssl.CERT_NONE
+    contexts = [tls_context(), tls_context(True)]
     contexts[1].load_cert_chain(certificates.path("server.pem"), certificates.path("server.key"))
     near, far = socket.socketpair()
     with near, far:
@@ -837,28 +837,32 @@ def test_broken_connections_leave_no_rings(bench: Bench, certificates: Certifica
     OpenSSL has allocated for it weighs much more than the collector knows."""
     path = certificates.path
     server = bench.server(tls="both", cert=path("server.pem"), key=path("server.key"), token="t")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(path("server.pem"), path("server.key"))
+    context = tls_context(True, path("server.pem"), path("server.key"))
 
     def serve(sock: socket.socket) -> None:
         with TLSEnd(sock, context, True) as end:
-            if end.recv(1) == b"r":
+            word = end.recv(1)
+            if word == b"r":
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            elif word == b"d":
+                until_broken(sock)
 
     trust = {"ca_file": path("ca.pem"), "service_ca_file": path("ca.pem")}
     bench.client(server, bench.service(serve).port, tls="both", token="t", **trust)
-    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+    trusting = tls_context()
 
     def leave(address: tuple[str, int], way: str) -> None:
         sock = connect(address)
         with sock:
             if way != "no handshake":
                 end = TLSEnd(sock, trusting, False)
-                end.sendall(b"r" if way == "reset by the service" else b"x")
+                end.sendall({"reset by the service": b"r", "damaged": b"d"}.get(way, b"x"))
                 if way == "reset by the service":
                     with pytest.raises(OSError):
                         end.recv(1)
+            if way == "damaged":
+                sock.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))
+                until_broken(sock)
             if way == "reset":
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
 
@@ -866,12 +870,12 @@ def test_broken_connections_leave_no_rings(bench: Bench, certificates: Certifica
     gc.disable()
     gc.set_debug(gc.DEBUG_SAVEALL)
     try:
-        for way in ("reset by the service", "reset", "cut off", "no handshake"):
+        for way in ("reset by the service", "reset", "cut off", "damaged", "no handshake"):
             leave(server.service_addresses["default"], way)
         leave(server.relay_address, "cut off")
         leave(server.relay_address, "no handshake")
         bench.server_events.wait(LinkRefused, 2)
-        wait_until(lambda: server.counters["broken"] + server.counters["failed"] == 4)
+        wait_until(lambda: server.counters["broken"] + server.counters["failed"] == 5)
         wait_until(lambda: len(server._threads._parked) == len(server._threads))
         gc.collect()
         kept = [repr(thing) for thing in gc.garbage if isinstance(thing, TLSStream)]

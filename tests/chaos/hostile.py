@@ -52,7 +52,7 @@ from tcprelay import (
 )  # fmt: skip
 from tcprelay_server import MAX_HANDSHAKES
 
-from ..certificates import Certificates
+from ..certificates import Certificates, tls_context
 from ..conftest import echo, wait_until
 from ..peers import HOST, RelayProcess
 from .relays import TOKEN, Legs, Relays, memory
@@ -646,8 +646,7 @@ def hellos(run: Run) -> None:
 
 def client_hello(version: ssl.TLSVersion) -> bytes:
     """The first message of a TLS handshake."""
-    context, outgoing = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), ssl.MemoryBIO()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context, outgoing = tls_context(), ssl.MemoryBIO()
     context.maximum_version = version
     with suppress(ssl.SSLWantReadError):
         context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="relay.example.net").do_handshake()
@@ -1013,12 +1012,9 @@ def certificate_attempts(certificates: Certificates, token: str) -> dict[str, At
 
 def member_context(certificates: Certificates, name: str, version: str) -> ssl.SSLContext:
     """Of a relay client with this certificate, or none."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.load_verify_locations(certificates.path("ca.pem"))
+    own = (certificates.path(f"{name}.pem"), certificates.path(f"{name}.key")) if name else ("", "")
+    context = tls_context(False, *own, ca=certificates.path("ca.pem"))
     context.minimum_version = context.maximum_version = VERSIONS[version]
-    if name:
-        context.load_cert_chain(certificates.path(f"{name}.pem"), certificates.path(f"{name}.key"))
     return context
 
 
