@@ -411,55 +411,12 @@ def test_a_key_never_lies_on_the_disk(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("case", ["wrong", "none", "no key", "not one", "missing"])
-def test_a_pfx_file_that_does_not_fit(certificates: Certificates, tmp_path: Path, case: str) -> None:
-    """One line says what is wrong and what to do."""
-    pfx = certificates.make_pfx(f"case-{tmp_path.name}", "server", "right")
-    passphrase, words = "right", ""
-    if case == "wrong":
-        passphrase, words = "left", "passphrase of .* is wrong: give it with --passphrase-file"
-    elif case == "none":
-        passphrase, words = "", "passphrase of .* is wrong: give it with --passphrase-file"
-    elif case == "no key":
-        pfx, words = certificates.make_pfx("nokey", "server", "right", "-nokeys"), "holds no private key"
-    elif case == "not one":
-        pfx, words = certificates.path("server.pem"), "is not a PFX file"
-    else:
-        pfx, words = str(tmp_path / "none.pfx"), "No such file"
-    with pytest.raises((ValueError, OSError), match=words):
-        tcprelay.load_pfx(tls_context(True), pfx, passphrase)
-
-
 def test_without_the_openssl_command(certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error says how to make PEM files where it is."""
     pfx = certificates.make_pfx("noopenssl", "server", "x")
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(OSError, match="make PEM files where it is"):
         tcprelay.load_pfx(tls_context(True), pfx, "x")
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"cert": "server.pem"}, "cannot use the certificate .*server.pem with its key"),
-        ({"cert": "server.pem", "key": "client.key"}, "key values mismatch"),
-        ({"cert": "server.key", "key": "server.key"}, "cannot use the certificate"),
-        ({"cert": "server.pem", "key": "locked.key"}, "does it need --passphrase-file"),
-        ({"cert": "server.pem", "key": "server.key", "auth": True, "ca_file": "server.key"}, "no CA certificates"),
-    ],
-)
-def test_pem_files_that_do_not_fit(certificates: Certificates, options: dict[str, Any], words: str) -> None:
-    """Each is a `ValueError` that names the file; nobody is asked for a passphrase on the terminal."""
-    locked = Path(certificates.path("locked.key"))
-    if not locked.exists():
-        text = subprocess.run(
-            ["openssl", "pkey", "-in", certificates.path("server.key"), "-aes256", "-passout", "pass:x"],
-            capture_output=True, check=True,
-        )  # fmt: skip
-        locked.write_bytes(text.stdout)
-    chosen = {name: certificates.path(value) if isinstance(value, str) else value for name, value in options.items()}
-    with pytest.raises(ValueError, match=words):
-        RelayServer(0, 0, **{"tls": "relay", **chosen})  # type: ignore[arg-type]
 
 
 # One paste, and reloading
@@ -792,15 +749,6 @@ def test_what_secures_nothing_is_refused(certificates: Certificates, options: di
     """A server that was given a certificate and would not use it does not start."""
     with pytest.raises(ValueError, match=words):
         RelayServer(0, 0, **options)  # type: ignore[arg-type]
-
-
-def test_two_first_starts_agree(tmp_path: Path) -> None:
-    """Whoever writes first wins, and the other uses that."""
-    path = tmp_path / "state" / "token"
-    tcprelay.write_private(str(path), b"first")
-    tcprelay.write_private(str(path), b"second")
-    assert path.read_bytes() == b"first"
-    assert [entry.name for entry in path.parent.iterdir()] == ["token"]
 
 
 def test_ending_while_bulk_data_comes_in(certificates: Certificates) -> None:
