@@ -40,6 +40,11 @@ Threads and sockets, in both roles:
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036  (RHEL 9's python3, of a source tree, which nothing else has checked)
+    raise ImportError(f"tcprelay needs Python 3.10 or later, and this is {sys.version_info[0]}.{sys.version_info[1]}")
+
 import _thread
 import abc
 import contextlib
@@ -61,7 +66,6 @@ import signal
 import socket
 import stat
 import struct
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -659,6 +659,23 @@ def test_tls_of_the_server_alone_is_no_guard(
     assert "accepts links from its own machine alone" in reason
 
 
+def test_the_system_s_policy_is_not_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where OpenSSL's configuration asks for TLS 1.3, --tls-min 1.2, which is the default, does not undo it."""
+    real = tcprelay.new_context
+
+    def strict(server_side: bool) -> ssl.SSLContext:
+        context = real(server_side)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        return context
+
+    def oldest(version: str) -> int:
+        return tcprelay.make_context(tcprelay.Options(tls_min=version), True).minimum_version
+
+    assert [oldest("1.2"), oldest("1.3")] == [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
+    monkeypatch.setattr(tcprelay, "new_context", strict)
+    assert [oldest("1.2"), oldest("1.3")] == [ssl.TLSVersion.TLSv1_3, ssl.TLSVersion.TLSv1_3]
+
+
 @pytest.mark.parametrize("side", ["server", "client"])
 def test_the_oldest_version_can_be_raised(bench: Bench, certificates: Certificates, side: str) -> None:
     """With --tls-min 1.3 on one side, a peer that speaks no more than 1.2 is refused."""
