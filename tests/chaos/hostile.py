@@ -49,6 +49,7 @@ from tcprelay import (
     encode_header,
     new_nonce,
     prove,
+    tls_fault,
 )  # fmt: skip
 from tcprelay_server import MAX_HANDSHAKES
 
@@ -138,7 +139,12 @@ class Peer:
         return bytes(self.heard[self._taken - count : self._taken])
 
     def _hear(self) -> None:
-        piece = self.sock.recv(65536)
+        try:
+            piece = self.sock.recv(65536)
+        except ssl.SSLError as error:
+            if tls_fault(error) is error:
+                raise
+            piece = b""  # `ssl.SSLSocket` takes a cut for an end, but not in the Pythons where it cannot tell
         if not piece:
             raise EOFError("the end")
         self.heard += piece
