@@ -442,7 +442,8 @@ def test_sighup_renews_the_certificate_of_a_server(peers: Peers, files: Path, tr
     assert [name_shown(port, trust) for port in ports] == ["server", "server"], "not yet"
     server.signal(signal.SIGHUP)
     server.wait_message("certificates and token are reloaded")
-    assert [name_shown(port, trust) for port in ports] == ["rsa", "rsa"]
+    # Workers hear of it from the parent, who says so first.
+    wait_until(lambda: [name_shown(port, trust) for port in ports] == ["rsa", "rsa"])
     transfer.finish()
     assert {record["reason"] for record in client.events("ConnectionClosed")} <= {""}
 
