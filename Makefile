@@ -35,7 +35,7 @@ dist: $(VENV)/.runtime  ## dist/tcprelays and dist/tcprelayc, one executable fil
 	$(RUN) deploy/make_dist.py
 
 clean:
-	rm -rf $(VENV) .venv-3.* dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-* dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.runtime: pyproject.toml

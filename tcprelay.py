@@ -40,6 +40,11 @@ Threads and sockets, in both roles:
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036  (RHEL 9's python3, of a source tree, which nothing else has checked)
+    raise ImportError(f"tcprelay needs Python 3.10 or later, and this is {sys.version_info[0]}.{sys.version_info[1]}")
+
 import _thread
 import abc
 import contextlib
@@ -59,8 +64,8 @@ import select
 import selectors
 import signal
 import socket
+import stat
 import struct
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -957,6 +962,13 @@ def ignore_oserror(function: Callable[..., Any], *args: Any) -> None:
         pass
 
 
+def tls_fault(error: ssl.SSLError) -> OSError:
+    """What the receiver of a TLS stream is to be told: `error`, or that the stream was cut off."""
+    # Only Pythons from 3.10.11 and 3.11.3 on have SSLEOFError for it with OpenSSL 3.
+    cut = isinstance(error, ssl.SSLEOFError) or error.reason == "UNEXPECTED_EOF_WHILE_READING"
+    return ConnectionResetError("cut off without TLS close_notify") if cut else error
+
+
 class TLSStream(Stream):
     """A TLS connection over one TCP socket: `ssl.SSLObject` between two memory BIOs.
 
@@ -1070,7 +1082,7 @@ class TLSStream(Stream):
             except ssl.SSLZeroReturnError:
                 self._peer_ended = True
             except ssl.SSLError as error:
-                self._error = error  # for the receiver, behind the stash
+                self._error = tls_fault(error)  # for the receiver, behind the stash
             try:
                 self.tls.unwrap()
             except ssl.SSLError:
@@ -1111,10 +1123,9 @@ class TLSStream(Stream):
                 return have
             except ssl.SSLError as error:
                 # Once only: after a fatal alert OpenSSL would call the next attempt a clean end.
-                cut = isinstance(error, ssl.SSLEOFError)
-                self._error = ConnectionResetError("cut off without TLS close_notify") if cut else error
+                self._error = tls_fault(error)
                 if not have:
-                    raise self._error from error
+                    raise self._error from None  # (an error that is its own cause would be a ring of its own)
             finally:
                 self._answers += self._outgoing.pending - before
                 if self._answers > MAX_ANSWERS:
@@ -2926,29 +2937,47 @@ def _find_origins(parser: Any) -> dict[str, str]:
 # --- Certificates ---------------------------------------------------------------------------------------------
 
 
-def make_context(options: Options, server_side: bool, cert: str = "", key: str = "", pfx: str = "") -> ssl.SSLContext:
-    """A TLS context with the certificate from PEM files or a PFX file, if there is one; `options` say the rest.
-
-    Raises `OSError` for files that cannot be read, `ValueError` for ones that do not hold what they should.
-    """
+def new_context(server_side: bool) -> ssl.SSLContext:
+    """An empty TLS context: the only place where one is made, for what Pythons differ in must hold in all of them."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
     context.options |= ssl.OP_NO_RENEGOTIATION
-    context.minimum_version = ssl.TLSVersion.TLSv1_3 if options.tls_min == "1.3" else ssl.TLSVersion.TLSv1_2
+    # Pythons before 3.10.11 and 3.11.3, Debian 12's among them, set it where OpenSSL has it: a connection that is cut
+    # off without close_notify would look like one that has ended.
+    context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+    return context
+
+
+def make_context(
+    options: Options, server_side: bool, cert: str = "", key: str = "", pfx: str = "", prefix: str = "--"
+) -> ssl.SSLContext:
+    """A TLS context with the certificate from PEM files or a PFX file, if there is one; `options` say the rest.
+
+    `prefix` is what the options that name the files begin with.  Raises `OSError` for files that cannot be read,
+    `ValueError` for ones that do not hold what they should.
+    """
+    context = new_context(server_side)
+    wanted = ssl.TLSVersion.TLSv1_3 if options.tls_min == "1.3" else ssl.TLSVersion.TLSv1_2
+    context.minimum_version = max(context.minimum_version, wanted)  # the system's policy may ask for more
     passphrase = options.read_passphrase()
     if pfx:
         load_pfx(context, pfx, passphrase)
     elif cert:
-        for path in (cert, key):
-            if path:
-                with open(path, "rb"):
-                    pass  # OpenSSL's own error does not name the file
-        try:
-            # Always a password: without one OpenSSL would ask on the terminal.
-            context.load_cert_chain(cert, key or None, password=passphrase.encode("utf-8", "surrogateescape"))
-        except (ssl.SSLError, ValueError) as error:
-            hint = "" if passphrase else "; does it need --passphrase-file?"
-            raise ValueError(f"cannot use the certificate {cert} with its key: {say_error(error)}{hint}") from error
+        load_pair(context, cert, key, passphrase, prefix)
     return context
+
+
+def load_pair(context: ssl.SSLContext, cert: str, key: str, passphrase: str, prefix: str = "--") -> None:
+    """Load a certificate, its chain and its key from PEM files.  Raises `OSError` and `ValueError`."""
+    for path in (cert, key):
+        if path:
+            with open(path, "rb"):
+                pass  # OpenSSL's own error does not name the file
+    # Always a password: without one OpenSSL would ask on the terminal.
+    password = passphrase.encode("utf-8", "surrogateescape")
+    try:
+        context.load_cert_chain(cert, key or None, password=password)
+    except ssl.SSLError as error:
+        raise ValueError(explain_pair(cert, key, password, prefix, error)) from error
 
 
 def trust(context: ssl.SSLContext, ca_file: str) -> None:
@@ -2964,7 +2993,8 @@ def trust(context: ssl.SSLContext, ca_file: str) -> None:
     try:
         context.load_verify_locations(ca_file)
     except ssl.SSLError as error:
-        raise ValueError(f"{ca_file} holds no CA certificates in PEM form: {say_error(error)}") from error
+        found = look_into(ca_file)
+        raise ValueError(f"{ca_file} is damaged" if CERT in found else say_wrong(ca_file, found, CA)) from error
 
 
 def load_pfx(context: ssl.SSLContext, path: str, passphrase: str) -> None:
@@ -3002,8 +3032,122 @@ def _openssl_pkcs12(path: str, what: list[str], passphrase: str, password: str) 
     if answer.returncode and (b"mac verify" in said or b"invalid password" in said or b"bad decrypt" in said):
         raise ValueError(f"the passphrase of {path} is wrong: give it with --passphrase-file or --passphrase")
     if answer.returncode:
-        raise ValueError(f"{path} is not a PFX file that openssl can read")
+        found = look_into(path)
+        raise ValueError(f"{path} cannot be read by openssl" if found == [PFX] else say_wrong(path, found, PFX))
     return answer.stdout
+
+
+CERT, KEY, LOCKED, CSR = "a certificate", "a private key", "an encrypted private key", "a certificate request (CSR)"
+PFX, BUNDLE, SSH_KEY, PUBLIC_KEY = "a PFX file", "a PKCS #7 bundle", "a private key in OpenSSH's form", "a public key"
+CA, DER_CERT, DER_KEY = "CA certificates", "a certificate in DER form", "a private key in DER form"
+UTF16, MISPLACED, NOTHING, OTHER = "UTF-16 text", "-----BEGIN within a line", "nothing", "neither PEM nor DER"
+PEM_LABELS = {
+    "CERTIFICATE": CERT, "X509 CERTIFICATE": CERT, "TRUSTED CERTIFICATE": CERT, "CERTIFICATE REQUEST": CSR,
+    "NEW CERTIFICATE REQUEST": CSR, "PRIVATE KEY": KEY, "RSA PRIVATE KEY": KEY, "EC PRIVATE KEY": KEY,
+    "ENCRYPTED PRIVATE KEY": LOCKED, "OPENSSH PRIVATE KEY": SSH_KEY, "PUBLIC KEY": PUBLIC_KEY, "PKCS7": BUNDLE,
+}  # fmt: skip
+"""What PEM calls the blocks of a file, and we."""
+REMEDIES = {
+    (CERT, CSR): "a CA makes the certificate of it",
+    (CERT, PFX): "give it with {prefix}pfx",
+    (CERT, DER_CERT): "openssl x509 -inform DER -in FILE -out FILE.pem",
+    (CERT, BUNDLE): "openssl pkcs7 -print_certs -in FILE -out FILE.pem",
+    (CA, DER_CERT): "openssl x509 -inform DER -in FILE -out FILE.pem",
+    (CA, BUNDLE): "openssl pkcs7 -print_certs -in FILE -out FILE.pem",
+    (KEY, DER_KEY): "openssl pkey -inform DER -in FILE -out FILE.pem",
+    (KEY, SSH_KEY): "make a copy and change it by ssh-keygen -p -m PEM -f COPY",
+    (PFX, CERT): "give PEM files with {prefix}cert and {prefix}key",
+    (PFX, KEY): "give PEM files with {prefix}cert and {prefix}key",
+}
+"""What helps whoever has given the second where the first belongs."""
+
+
+def explain_pair(cert: str, key: str, password: bytes, prefix: str, error: ssl.SSLError) -> str:
+    """Why a certificate and its key could not be loaded, in one line, from what the files hold."""
+    key_file = key or cert
+    found, held = look_into(cert), look_into(key_file)
+    if CERT not in found:
+        if CERT in held and (KEY in found or LOCKED in found):
+            return f"{cert} holds the private key and {key} the certificate: {prefix}cert and {prefix}key are exchanged"
+        return say_wrong(cert, found, CERT, prefix)
+    if KEY not in held and LOCKED not in held:
+        if key:
+            return say_wrong(key, held, KEY, prefix)
+        return f"{cert} holds a certificate without its private key: give that with {prefix}key"
+    # The second is said where they are of different kinds, RSA and EC.
+    if (error.reason or str(error)).endswith(("VALUES_MISMATCH", "TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")):
+        if place := _place_of_own(cert, key_file, password):
+            return f"{cert} is in the wrong order: the certificate of the key, number {place} in it, must be the first"
+        return f"the private key in {key_file} is another one than that of the certificate in {cert}"
+    if LOCKED in held and not password:
+        return f"the private key in {key_file} is encrypted: give its passphrase with --passphrase-file"
+    if (error.reason or "").endswith(("TOO_SMALL", "TOO_WEAK")):
+        return f"{cert} is too weak for this system's openssl: {say_error(error)}"
+    try:
+        new_context(False).load_verify_locations(cert)
+    except ssl.SSLError:
+        return f"the certificate in {cert} is damaged"
+    if LOCKED in held:
+        return f"the passphrase of {key_file} is wrong: give it with --passphrase-file or --passphrase"
+    return f"the private key in {key_file} is damaged"
+
+
+def say_wrong(path: str, found: list[str], wanted: str, prefix: str = "--") -> str:
+    """One line about a file in which something else stands than what is wanted."""
+    remedies = [REMEDIES[wanted, kind] for kind in found if (wanted, kind) in REMEDIES]
+    if UTF16 in found:
+        remedies = ["save it as UTF-8"]
+    elif MISPLACED in found:
+        remedies = ["take away what stands before it"]
+    remedy = f" ({remedies[0].format(prefix=prefix)})" if remedies else ""
+    form = "" if wanted == PFX else " in PEM form"
+    return f"{path} holds {' and '.join(dict.fromkeys(found))}, not {wanted}{form}{remedy}"
+
+
+def look_into(path: str) -> list[str]:
+    """What a file of certificates or keys holds: the PEM blocks in it, or the one thing that it is otherwise."""
+    if not os.path.isfile(path):
+        return ["what openssl cannot use"]  # a pipe, which is empty by now
+    with open(path, "rb") as file:
+        content = file.read(1 << 20)
+    if not content.strip():
+        return [NOTHING]
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"-\0-\0" in content:
+        return [UTF16]
+    labels = re.findall(r"^-----BEGIN ([A-Z0-9 ]+)-----", content.decode("latin-1"), re.MULTILINE)
+    if labels:
+        locked = b"\nProc-Type: 4,ENCRYPTED" in content
+        kinds = [PEM_LABELS.get(label, f"a PEM block named {label}") for label in labels if "PARAMETERS" not in label]
+        return [LOCKED if kind == KEY and locked else kind for kind in kinds] or [OTHER]
+    return [MISPLACED if b"-----BEGIN " in content else _look_into_der(content)]
+
+
+def _look_into_der(content: bytes) -> str:
+    """Told by how its first elements begin: each is a tag, a length of one or more bytes, and what it holds."""
+    first = content[_header_size(content) :]
+    second = first[_header_size(first) :]
+    if content[0] != 0x30 or first[:1] not in (b"\x02", b"\x30"):
+        return OTHER
+    if first[0] == 0x02:  # a version
+        return PFX if first[:3] == b"\x02\x01\x03" else DER_KEY
+    if second[:1] == b"\x06":  # the name of a cipher
+        return DER_KEY
+    return CSR if second[:3] == b"\x02\x01\x00" else DER_CERT
+
+
+def _header_size(element: bytes) -> int:
+    return 2 + (element[1] & 0x7F if element[1:2] > b"\x80" else 0)
+
+
+def _place_of_own(cert: str, key_file: str, password: bytes) -> int:
+    """Which certificate of a file the key belongs to; 0 is none."""
+    with open(cert, "rb") as file:
+        blocks = re.findall(rb"^-----BEGIN CERTIFICATE-----.*?^-----END CERTIFICATE-----", file.read(), re.M | re.S)
+    for number, block in enumerate(blocks, 1):
+        with _private_file(block + b"\n") as path, contextlib.suppress(ssl.SSLError):
+            new_context(True).load_cert_chain(path, key_file, password=password)
+            return number
+    return 0
 
 
 def _run_openssl(words: list[str], *passwords: str) -> subprocess.CompletedProcess[bytes]:
@@ -3020,6 +3164,8 @@ def _run_openssl(words: list[str], *passwords: str) -> subprocess.CompletedProce
             ["openssl", *words, *places], stdin=subprocess.DEVNULL, capture_output=True, pass_fds=[reader],
             timeout=60, check=False,
         )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise OSError(errno.ETIMEDOUT, "the openssl command does not come to an end") from error
     except FileNotFoundError as error:
         raise OSError(
             errno.ENOENT, "the openssl command, which reads PFX files and makes certificates, is not here: "
@@ -3050,42 +3196,118 @@ def _private_file(content: bytes) -> Iterator[str]:
 def make_self_signed(directory: str) -> str:
     """The path of a self-signed certificate with its key in `directory`, made there if it is not yet.
 
-    It is readable by its owner alone.  Raises `OSError` and `ValueError`.
+    Raises `OSError` and `ValueError`, as `private_file` does.
     """
-    path = os.path.join(directory, "identity.pem")
-    if not os.path.exists(path):
+
+    def make() -> bytes:
         made = _run_openssl([
             "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "36500",
             "-subj", "/CN=tcprelay", "-addext", "subjectAltName=DNS:tcprelay", "-keyout", "-", "-out", "-",
         ])  # fmt: skip
         if made.returncode:
             raise ValueError(f"openssl cannot make a certificate: {shown(made.stderr.decode(errors='replace'))}")
-        write_private(path, made.stdout)
+        return made.stdout
+
+    return private_file(os.path.join(directory, "identity.pem"), make)
+
+
+def private_file(path: str, make: Callable[[], bytes]) -> str:
+    """The path of a file that this user alone can read, with what `make` returns if it is not there yet.
+
+    Several that start together end up with one file.  Raises `OSError`, with the path and what to do, for what
+    cannot be made, and for what others could have put there or read.
+    """
+    content = None if os.path.lexists(path) else make()
+    try:
+        if content is not None:
+            _make_private(path, content)
+        _check_directory(os.path.dirname(path))
+        _check_file(path)
+    except OSError as error:
+        place = error.filename if isinstance(error.filename, str) else path
+        raise OSError(error.errno, f"{say_error(error)} (--state-dir names another place)", place) from error
     return path
 
 
-def write_private(path: str, content: bytes) -> None:
-    """Write a new file that its owner alone can read, all of it at once; one that is there already stays.
+def _make_private(path: str, content: bytes) -> None:
+    """Write a new file, all of it at once; one that is there already stays.  Raises `OSError`."""
+    directory, new = os.path.dirname(path), f"{path}.{random_id(8)}"
+    with contextlib.suppress(FileExistsError):  # something else than a directory, which the check names
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+    _check_directory(directory)
+    with _locked(directory):
+        if os.path.lexists(path):
+            return
+        try:
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                if _who_else(os.fstat(file.fileno()), 0o077):
+                    raise PermissionError(errno.EPERM, "the file system here cannot keep a file from others")
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, path)
+        except OSError as error:
+            ignore_oserror(os.unlink, new)
+            raise OSError(error.errno, say_error(error), path) from error
 
-    So two that start together both end up with what the first has written.  Raises `OSError`.
-    """
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    new = f"{path}.{random_id(8)}"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+
+@contextlib.contextmanager
+def _locked(directory: str) -> Iterator[None]:
+    """Alone among the processes of this host.  Not by a hard link: some file systems have none, but all have this,
+    as the kernel keeps the locks of directories itself."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with open(os.open(new, flags, 0o600), "wb") as file:
-            file.write(content)
-        os.link(new, path)
-    except FileExistsError:
-        pass
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # nobody holds it for longer than it takes to write a small file
+        yield
     finally:
-        os.unlink(new)
+        os.close(descriptor)
+
+
+def _check_directory(path: str) -> None:
+    """Raises `OSError` where others could put files there."""
+    found = os.stat(path)  # follows links: systemd's state directory may be one
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, "this is not a directory", path)
+    if who := _who_else(found, 0o022):
+        raise PermissionError(
+            errno.EPERM, f"{who} can put files there: have it owned and written by this user alone", path
+        )
+
+
+def _check_file(path: str) -> None:
+    """Raises `OSError` where others could know or have changed what is in it."""
+    found = os.lstat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "this is not a regular file: remove it", path)
+    if who := _who_else(found, 0o077):
+        raise PermissionError(errno.EPERM, f"{who} may know or have changed it: remove it, a new one is made", path)
+
+
+def _who_else(found: os.stat_result, forbidden: int) -> str:
+    """Who beside this user and root may do to a file what the bits of its mode in `forbidden` allow; "" is nobody."""
+    if not hasattr(os, "geteuid"):
+        return ""
+    if found.st_uid not in (os.geteuid(), 0):
+        return f"user {found.st_uid}, its owner,"
+    if found.st_uid != os.geteuid():
+        forbidden &= ~0o040  # what root has put there for a service is read by its group
+    mode = stat.S_IMODE(found.st_mode)
+    return f"others (its mode is {mode:04o})" if mode & forbidden else ""
 
 
 def state_directory() -> str:
-    """Where things are kept by default: systemd's state directory, or the user's (XDG)."""
+    """Where things are kept by default: systemd's state directory, or the user's (XDG).  Raises `OSError`."""
     systemd = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
-    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    home = os.environ.get("XDG_STATE_HOME", "")
+    if not os.path.isabs(home):
+        home = os.path.expanduser("~/.local/state")
+    if not (systemd or os.path.isabs(home)):
+        raise OSError(
+            errno.ENOENT, "this user has no home directory to keep a certificate in: name one with --state-dir"
+        )
     return systemd or os.path.join(home, "tcprelay")
 
 
@@ -3117,6 +3339,8 @@ class Credentials:
     """For TLS on the links; ``None`` for plain ones."""
     services: ssl.SSLContext | None
     """For TLS on the service ports, or to the service."""
+    pin: str = ""
+    """Of the certificate that was made here."""
 
 
 class Relay(abc.ABC):

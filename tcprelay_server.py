@@ -341,7 +341,7 @@ class RelayServer(Relay):
         on_services = options.tls in ("both", "service")
         if not (on_links or on_services):
             return Credentials(token, None, None)
-        cert, key = options.cert, options.key
+        cert, key, pin = options.cert, options.key, ""
         if options.is_improvised:
             directory = options.state_dir or tcprelay.state_directory()
             cert, key = tcprelay.make_self_signed(directory), ""
@@ -359,8 +359,12 @@ class RelayServer(Relay):
             files = (
                 (options.service_cert, options.service_key, options.service_pfx) if own else (cert, key, options.pfx)
             )
-            services = tcprelay.make_context(options, True, *files)
-        return Credentials(token, links, services)
+            services = tcprelay.make_context(options, True, *files, prefix="--service-" if own else "--")
+        if options.is_improvised:
+            with open(cert) as file:
+                certificate = file.read().partition("-----BEGIN CERTIFICATE")[1:]
+            pin = tcprelay.pin_of(ssl.PEM_cert_to_DER_cert("".join(certificate)))
+        return Credentials(token, links, services, pin)
 
     def invitation(self, with_secrets: bool) -> str:
         """After a start with ``--tls`` alone: the command for the other side."""
@@ -368,11 +372,9 @@ class RelayServer(Relay):
         if not options.is_improvised or self._credentials.links is None:
             return ""
         directory = options.state_dir or tcprelay.state_directory()
-        with open(tcprelay.make_self_signed(directory)) as file:
-            certificate = file.read().partition("-----BEGIN CERTIFICATE")[1:]
-        pin = tcprelay.pin_of(ssl.PEM_cert_to_DER_cert("".join(certificate)))
         host = options.hostname or socket.gethostname()
-        words = ["tcprelayc", "--relay-host", host, "--relay-port", str(self.relay_address[1]), "--tls", "--pin", pin]
+        words = ["tcprelayc", "--relay-host", host, "--relay-port", str(self.relay_address[1]), "--tls"]
+        words += ["--pin", self._credentials.pin]
         note = ""
         token_path = os.path.join(directory, "token")
         if options.token_file:
@@ -1191,9 +1193,7 @@ def make_stream(sock: socket.socket, name: str, address: Any, context: ssl.SSLCo
 
 def make_token(directory: str) -> bytes:
     """The token kept in `directory`, made there if it is not yet.  Raises `OSError` and `ValueError`."""
-    path = os.path.join(directory, "token")
-    if not os.path.exists(path):
-        tcprelay.write_private(path, tcprelay.random_id(32).encode() + b"\n")
+    path = tcprelay.private_file(os.path.join(directory, "token"), lambda: tcprelay.random_id(32).encode() + b"\n")
     return tcprelay.read_secret("--state-dir", path)
 
 

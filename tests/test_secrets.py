@@ -48,7 +48,7 @@ from tcprelay import (
     options_of,
 )
 
-from .certificates import EC, Certificates, openssl
+from .certificates import EC, Certificates, openssl, tls_context
 from .conftest import PATIENCE, Bench, connect, echo, read_exactly, wait_until
 from .peers import HOST, Program
 from .peers_v1 import FakeClient, FakeServer
@@ -614,7 +614,7 @@ def test_the_name_that_a_tls_client_asks_for_is_not_in_the_log(
     """SNI, on the relay port and the service port, as a ClientHello can have it and as it must not."""
     paths = {"cert": certificates.path("server.pem"), "key": certificates.path("server.key")}
     server = bench.server(tls="both", token=CANARY, **paths)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context = tls_context()
     outgoing, innocent, evil = ssl.MemoryBIO(), b"x" * 60, f"\n{FORGED}\x1b[31m".encode().ljust(60, b"!")
     with pytest.raises(ssl.SSLWantReadError):
         context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname=innocent.decode()).do_handshake()
@@ -685,8 +685,7 @@ def test_names_in_a_service_s_certificate_are_escaped(
     bench: Bench, log: Log, certificates: Certificates, evil: tuple[str, str]
 ) -> None:
     """The service client is refused, and the reason passes through both logs."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(*evil)
+    context = tls_context(True, *evil)
 
     def serve(sock: socket.socket) -> None:
         with context.wrap_socket(sock, server_side=True):

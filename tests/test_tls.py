@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import re
 import select
 import socket
 import ssl
@@ -21,9 +22,10 @@ from tcprelay import ConnectionClosed, ConnectionFailed, RelayClient, RelayServe
 from tcprelay_client import Published, Unpublished
 from tcprelay_server import ClientUp, LinkRefused
 
-from .certificates import Certificates
+from .certificates import Certificates, tls_context
 from .conftest import PATIENCE, Bench, Service, connect, read_all, read_exactly, wait_until
 from .ends import TLSEnd
+from .peers import ROOT
 
 RESET = tcprelay.RESET_ON_CLOSE
 
@@ -87,12 +89,11 @@ class Rig:
             self.client_options |= {"cert": path("client.pem"), "key": path("client.key")}
 
     def context(self, server_side: bool) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
+        path = self._certificates.path
         if server_side:
-            context.load_cert_chain(self._certificates.path("server.pem"), self._certificates.path("server.key"))
+            context = tls_context(True, path("server.pem"), path("server.key"))
         else:
-            context.check_hostname = False
-            context.load_verify_locations(self._certificates.path("ca.pem"))
+            context = tls_context(ca=path("ca.pem"))
         if self._way.version == "1.2":
             context.maximum_version = ssl.TLSVersion.TLSv1_2
         return context
@@ -329,8 +330,7 @@ def until_broken(sock: socket.socket) -> bytes:
 
 def test_a_service_that_cannot_be_verified(bench: Bench, certificates: Certificates) -> None:
     """It counts as one that cannot be reached; --service-insecure accepts it."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificates.path("foreign.pem"), certificates.path("foreign.key"))
+    context = tls_context(True, certificates.path("foreign.pem"), certificates.path("foreign.key"))
 
     def serve(sock: socket.socket) -> None:
         end = TLSEnd(sock, context, True)
@@ -357,9 +357,7 @@ def test_a_separate_certificate_for_the_service_ports(bench: Bench, certificates
     server = bench.server(**{**tls_server(certificates, **service), "tls": "both"})
     names = []
     for address in (server.relay_address, server.service_addresses["default"]):
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.load_verify_locations(certificates.path("ca.pem"))
-        context.check_hostname = False
+        context = tls_context(ca=certificates.path("ca.pem"))
         with connect(address) as sock, context.wrap_socket(sock) as tls:
             names.append(tls.getpeercert()["subject"][0][0][1])  # type: ignore[index]
     assert names == ["server", "elsewhere"]
@@ -404,8 +402,7 @@ def test_a_key_never_lies_on_the_disk(
 
     monkeypatch.setattr("tcprelay.subprocess.run", run)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    tcprelay.load_pfx(context, pfx, "hunter2")
+    tcprelay.load_pfx(tls_context(True), pfx, "hunter2")
     assert seen
     for command, output in seen:
         assert "hunter2" not in " ".join(command)
@@ -414,55 +411,12 @@ def test_a_key_never_lies_on_the_disk(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("case", ["wrong", "none", "no key", "not one", "missing"])
-def test_a_pfx_file_that_does_not_fit(certificates: Certificates, tmp_path: Path, case: str) -> None:
-    """One line says what is wrong and what to do."""
-    pfx = certificates.make_pfx(f"case-{tmp_path.name}", "server", "right")
-    passphrase, words = "right", ""
-    if case == "wrong":
-        passphrase, words = "left", "passphrase of .* is wrong: give it with --passphrase-file"
-    elif case == "none":
-        passphrase, words = "", "passphrase of .* is wrong: give it with --passphrase-file"
-    elif case == "no key":
-        pfx, words = certificates.make_pfx("nokey", "server", "right", "-nokeys"), "holds no private key"
-    elif case == "not one":
-        pfx, words = certificates.path("server.pem"), "is not a PFX file"
-    else:
-        pfx, words = str(tmp_path / "none.pfx"), "No such file"
-    with pytest.raises((ValueError, OSError), match=words):
-        tcprelay.load_pfx(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), pfx, passphrase)
-
-
 def test_without_the_openssl_command(certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error says how to make PEM files where it is."""
     pfx = certificates.make_pfx("noopenssl", "server", "x")
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(OSError, match="make PEM files where it is"):
-        tcprelay.load_pfx(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), pfx, "x")
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"cert": "server.pem"}, "cannot use the certificate .*server.pem with its key"),
-        ({"cert": "server.pem", "key": "client.key"}, "key values mismatch"),
-        ({"cert": "server.key", "key": "server.key"}, "cannot use the certificate"),
-        ({"cert": "server.pem", "key": "locked.key"}, "does it need --passphrase-file"),
-        ({"cert": "server.pem", "key": "server.key", "auth": True, "ca_file": "server.key"}, "no CA certificates"),
-    ],
-)
-def test_pem_files_that_do_not_fit(certificates: Certificates, options: dict[str, Any], words: str) -> None:
-    """Each is a `ValueError` that names the file; nobody is asked for a passphrase on the terminal."""
-    locked = Path(certificates.path("locked.key"))
-    if not locked.exists():
-        text = subprocess.run(
-            ["openssl", "pkey", "-in", certificates.path("server.key"), "-aes256", "-passout", "pass:x"],
-            capture_output=True, check=True,
-        )  # fmt: skip
-        locked.write_bytes(text.stdout)
-    chosen = {name: certificates.path(value) if isinstance(value, str) else value for name, value in options.items()}
-    with pytest.raises(ValueError, match=words):
-        RelayServer(0, 0, **{"tls": "relay", **chosen})  # type: ignore[arg-type]
+        tcprelay.load_pfx(tls_context(True), pfx, "x")
 
 
 # One paste, and reloading
@@ -509,9 +463,7 @@ def test_reloading(bench: Bench, certificates: Certificates, tmp_path: Path, cap
         token.write_text(secret)
 
     def pin_now() -> str:
-        context = ssl.create_default_context()
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        with connect(server.relay_address) as sock, context.wrap_socket(sock) as tls:
+        with connect(server.relay_address) as sock, tls_context().wrap_socket(sock) as tls:
             return pin_of(tls.getpeercert(binary_form=True) or b"")
 
     install("server", "old-token")
@@ -542,9 +494,8 @@ def tls_pair(stack: ExitStack, certificates: Certificates, version: str) -> tupl
     with socket.create_server(("127.0.0.1", 0)) as listener:
         far = stack.enter_context(socket.create_connection(listener.getsockname()))
         near = stack.enter_context(listener.accept()[0])
-    contexts = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    contexts[0].load_cert_chain(certificates.path("server.pem"), certificates.path("server.key"))
-    contexts[1].load_verify_locations(certificates.path("ca.pem"))
+    path = certificates.path
+    contexts = tls_context(True, path("server.pem"), path("server.key")), tls_context(ca=path("ca.pem"))
     if version == "1.2":
         contexts[0].maximum_version = ssl.TLSVersion.TLSv1_2
     one = TLSStream(near, "server", contexts[0], server_side=True)
@@ -638,6 +589,14 @@ def test_a_cut_at_a_record_boundary_is_no_end(certificates: Certificates, versio
                 one.recv_into(view)
 
 
+def test_contexts_are_made_in_one_place() -> None:
+    """One in the product and one in the tests: what must hold in every Python is set there."""
+    makers = re.compile(r"ssl\.(SSLContext|(_?create_\w+_context))\(")
+    sources = [*ROOT.glob("tcprelay*.py"), *ROOT.glob("deploy/*.py"), *ROOT.glob("tests/**/*.py")]
+    places = [path.name for path in sources for _ in makers.findall(path.read_text())]
+    assert sorted(places) == ["certificates.py", "tcprelay.py"]
+
+
 def test_a_damaged_record_stays_an_error(certificates: Certificates) -> None:
     """After a record that cannot be decrypted no further receive may look like an end."""
     with ExitStack() as stack:
@@ -679,8 +638,7 @@ def test_both_directions_at_once_from_two_threads(certificates: Certificates) ->
 
 def test_the_service_s_name_is_checked(bench: Bench, certificates: Certificates) -> None:
     """A certificate of the right CA for another host is not the service's."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificates.path("elsewhere.pem"), certificates.path("elsewhere.key"))
+    context = tls_context(True, certificates.path("elsewhere.pem"), certificates.path("elsewhere.key"))
     server = bench.server()
     service = bench.service(lambda sock: TLSEnd(sock, context, True))
     bench.client(server, service.port, tls="service", service_ca_file=certificates.path("ca.pem"))
@@ -699,6 +657,23 @@ def test_tls_of_the_server_alone_is_no_guard(
     server = bench.server(**tls_server(certificates))
     reason = refused(bench, server, bench.service(), tls="relay", ca_file=certificates.path("ca.pem"))
     assert "accepts links from its own machine alone" in reason
+
+
+def test_the_system_s_policy_is_not_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where OpenSSL's configuration asks for TLS 1.3, --tls-min 1.2, which is the default, does not undo it."""
+    real = tcprelay.new_context
+
+    def strict(server_side: bool) -> ssl.SSLContext:
+        context = real(server_side)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        return context
+
+    def oldest(version: str) -> int:
+        return tcprelay.make_context(tcprelay.Options(tls_min=version), True).minimum_version
+
+    assert [oldest("1.2"), oldest("1.3")] == [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
+    monkeypatch.setattr(tcprelay, "new_context", strict)
+    assert [oldest("1.2"), oldest("1.3")] == [ssl.TLSVersion.TLSv1_3, ssl.TLSVersion.TLSv1_3]
 
 
 @pytest.mark.parametrize("side", ["server", "client"])
@@ -793,20 +768,10 @@ def test_what_secures_nothing_is_refused(certificates: Certificates, options: di
         RelayServer(0, 0, **options)  # type: ignore[arg-type]
 
 
-def test_two_first_starts_agree(tmp_path: Path) -> None:
-    """Whoever writes first wins, and the other uses that."""
-    path = tmp_path / "state" / "token"
-    tcprelay.write_private(str(path), b"first")
-    tcprelay.write_private(str(path), b"second")
-    assert path.read_bytes() == b"first"
-    assert [entry.name for entry in path.parent.iterdir()] == ["token"]
-
-
 def test_ending_while_bulk_data_comes_in(certificates: Certificates) -> None:
     """What `end` decrypts for the receiver counts as data: the peer's next half record is no flood."""
     data = random.Random(7).randbytes(1 << 20)
-    contexts = [ssl.SSLContext(kind) for kind in (ssl.PROTOCOL_TLS_CLIENT, ssl.PROTOCOL_TLS_SERVER)]
-    contexts[0].check_hostname, contexts[0].verify_mode = False, ssl.CERT_NONE
+    contexts = [tls_context(), tls_context(True)]
     contexts[1].load_cert_chain(certificates.path("server.pem"), certificates.path("server.key"))
     near, far = socket.socketpair()
     with near, far:
@@ -837,28 +802,32 @@ def test_broken_connections_leave_no_rings(bench: Bench, certificates: Certifica
     OpenSSL has allocated for it weighs much more than the collector knows."""
     path = certificates.path
     server = bench.server(tls="both", cert=path("server.pem"), key=path("server.key"), token="t")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(path("server.pem"), path("server.key"))
+    context = tls_context(True, path("server.pem"), path("server.key"))
 
     def serve(sock: socket.socket) -> None:
         with TLSEnd(sock, context, True) as end:
-            if end.recv(1) == b"r":
+            word = end.recv(1)
+            if word == b"r":
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            elif word == b"d":
+                until_broken(sock)
 
     trust = {"ca_file": path("ca.pem"), "service_ca_file": path("ca.pem")}
     bench.client(server, bench.service(serve).port, tls="both", token="t", **trust)
-    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+    trusting = tls_context()
 
     def leave(address: tuple[str, int], way: str) -> None:
         sock = connect(address)
         with sock:
             if way != "no handshake":
                 end = TLSEnd(sock, trusting, False)
-                end.sendall(b"r" if way == "reset by the service" else b"x")
+                end.sendall({"reset by the service": b"r", "damaged": b"d"}.get(way, b"x"))
                 if way == "reset by the service":
                     with pytest.raises(OSError):
                         end.recv(1)
+            if way == "damaged":
+                sock.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))
+                until_broken(sock)
             if way == "reset":
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
 
@@ -866,12 +835,12 @@ def test_broken_connections_leave_no_rings(bench: Bench, certificates: Certifica
     gc.disable()
     gc.set_debug(gc.DEBUG_SAVEALL)
     try:
-        for way in ("reset by the service", "reset", "cut off", "no handshake"):
+        for way in ("reset by the service", "reset", "cut off", "damaged", "no handshake"):
             leave(server.service_addresses["default"], way)
         leave(server.relay_address, "cut off")
         leave(server.relay_address, "no handshake")
         bench.server_events.wait(LinkRefused, 2)
-        wait_until(lambda: server.counters["broken"] + server.counters["failed"] == 4)
+        wait_until(lambda: server.counters["broken"] + server.counters["failed"] == 5)
         wait_until(lambda: len(server._threads._parked) == len(server._threads))
         gc.collect()
         kept = [repr(thing) for thing in gc.garbage if isinstance(thing, TLSStream)]

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -227,12 +228,82 @@ def test_a_dialogue_of_s_client_with_s_server(peers: Peers, trust: Trust, versio
     wait_closed(server, client)
 
 
+@pytest.fixture
+def lax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every Python take a cut for an end unless it is told otherwise, as Debian 12's does by itself."""
+    (tmp_path / "sitecustomize.py").write_text("""
+import ssl
+real = ssl.SSLContext.__new__
+def new(*words, **more):
+    context = real(*words, **more)
+    context.options |= ssl.OP_IGNORE_UNEXPECTED_EOF
+    return context
+ssl.SSLContext.__new__ = new
+""")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+@pytest.mark.usefixtures("lax")
+@pytest.mark.peer("openssl")
+@TLS
+def test_an_s_server_that_is_killed_has_not_ended(peers: Peers, trust: Trust, version: str) -> None:
+    """Its system ends the TCP connection in good order, without close_notify: what came arrives, then an error."""
+    with keyboard() as (keys, stdin):
+        service, port = start_s_server(peers, trust, version, stdin=stdin.fileno())
+        server = peers.server()
+        peers.client(server.relay_port, port, "--tls", "service", "--service-ca-file", trust.ca)
+        sock = peers.connect(server.service_port)
+        keys.send(b"half a file\n")
+        assert read_exactly(sock, 12) == b"half a file\n"
+        service.process.kill()
+        with pytest.raises(ConnectionResetError):
+            sock.recv(1)
+    assert "cut off without TLS close_notify" in wait_events(server, "ConnectionClosed", 1)[0]["reason"]
+
+
+@pytest.mark.usefixtures("lax")
+@pytest.mark.peer("openssl")
+@TLS
+def test_an_s_client_that_is_killed_has_not_ended(peers: Peers, trust: Trust, version: str) -> None:
+    """Likewise towards the service."""
+    got: Future[bytes] = Future()
+
+    def serve(sock: socket.socket) -> None:
+        got.set_result(read_exactly(sock, 12))
+        ended.set_result(until_error(sock))
+
+    def until_error(sock: socket.socket) -> str:
+        try:
+            return f"the end, after {len(read_all(sock))} more bytes"
+        except ConnectionResetError:
+            return "reset"
+
+    ended: Future[str] = Future()
+    server = peers.server("--tls", "service", *trust.server)
+    peers.client(server.relay_port, peers.service(serve).port)
+    with keyboard() as (keys, stdin):
+        command = s_client(server.service_port, trust, version, "-quiet", "-no_ign_eof")
+        talking = peers.program(*command, stdin=stdin.fileno())
+        keys.send(b"half a file\n")
+        assert got.result(PATIENCE) == b"half a file\n"
+        talking.process.kill()
+        assert ended.result(PATIENCE) == "reset"
+    assert "cut off without TLS close_notify" in wait_events(server, "ConnectionClosed", 1)[0]["reason"]
+
+
 def s_server(peers: Peers, trust: Trust, version: str, *more: str) -> int:
     """openssl s_server; returns its port."""
+    return start_s_server(peers, trust, version, *more)[1]
+
+
+def start_s_server(
+    peers: Peers, trust: Trust, version: str, *more: str, stdin: int = subprocess.DEVNULL
+) -> tuple[Program, int]:
+    """openssl s_server and its port."""
     command = [find("openssl"), "s_server", "-cert", trust.pair[0], "-key", trust.pair[1], *more]
-    program = peers.program(*command, f"-tls{version.replace('.', '_')}", "-accept", f"{HOST}:0")
+    program = peers.program(*command, f"-tls{version.replace('.', '_')}", "-accept", f"{HOST}:0", stdin=stdin)
     # ACCEPT 127.0.0.1:12345
-    return int(program.wait_for(lambda line: line.startswith("ACCEPT ") and line.rpartition(":")[2]))
+    return program, int(program.wait_for(lambda line: line.startswith("ACCEPT ") and line.rpartition(":")[2]))
 
 
 # --- ssh ------------------------------------------------------------------------------------------------------
@@ -371,7 +442,8 @@ def test_sighup_renews_the_certificate_of_a_server(peers: Peers, files: Path, tr
     assert [name_shown(port, trust) for port in ports] == ["server", "server"], "not yet"
     server.signal(signal.SIGHUP)
     server.wait_message("certificates and token are reloaded")
-    assert [name_shown(port, trust) for port in ports] == ["rsa", "rsa"]
+    # Workers hear of it from the parent, who says so first.
+    wait_until(lambda: [name_shown(port, trust) for port in ports] == ["rsa", "rsa"])
     transfer.finish()
     assert {record["reason"] for record in client.events("ConnectionClosed")} <= {""}
 

@@ -23,7 +23,7 @@ import pytest
 
 from tcprelay import CLIENT, FAIL, HELLO, START, WELCOME, Deadline, Link, Stream
 
-from .certificates import Certificates
+from .certificates import Certificates, tls_context
 from .conftest import PATIENCE, echo, read_all, read_exactly, wait_until
 from .ends import TLSEnd
 from .peers import HOST, Peers, RelayProcess, is_listening
@@ -611,8 +611,7 @@ def test_sighup_reaches_workers_of_today_and_tomorrow(peers: Peers, tmp_path: Pa
     def shown() -> dict[int, bytes]:
         """The certificate that each worker shows on the relay port."""
         found: dict[int, bytes] = {}
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context = tls_context()
         with ExitStack() as stack:
             while len(found) < 2:
                 sock = stack.enter_context(socket.create_connection((HOST, server.relay_port), PATIENCE))
@@ -840,8 +839,7 @@ def test_so_many_connections_and_not_one_more(peers: Peers, certificates: Certif
     pair = "--tls", "service", "--cert", certificates.path("server.pem"), "--key", certificates.path("server.key")
     server = peers.server(*TWO, "--max-connections", "30", *(pair if tls else ()))
     peers.client(server.relay_port, witness.port, *TWO, "--num-conn", "32")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context = tls_context()
     for turn in (1, 2):
         socks = []
         for _ in range(60):
@@ -899,9 +897,7 @@ class Secure:
         own = "--cert", path("server.pem"), "--key", path("server.key"), "--auth", "--ca-file", ca
         self.server = peers.server(*TWO, "--tls", "both", *own, *options)
         self.trust = "--tls", "--ca-file", ca, "--cert", path("client.pem"), "--key", path("client.key")
-        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        self.context.check_hostname = False
-        self.context.load_verify_locations(ca)
+        self.context = tls_context(ca=ca)
         self._peers, self._port = peers, port
 
     def client(self, *options: str) -> RelayProcess:

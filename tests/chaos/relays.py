@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bench.processes import find_family, usage
-from ..certificates import Certificates
+from ..certificates import Certificates, tls_context
 from ..conftest import wait_until
 from ..ends import TLSEnd
 from ..peers import HOST, RelayProcess
@@ -77,12 +77,11 @@ class Legs:
     # The tests' own ends
 
     def context(self, certificates: Certificates, server_side: bool) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
+        path = certificates.path
         if server_side:
-            context.load_cert_chain(certificates.path("server.pem"), certificates.path("server.key"))
+            context = tls_context(True, path("server.pem"), path("server.key"))
         else:
-            context.check_hostname = False
-            context.load_verify_locations(certificates.path("ca.pem"))
+            context = tls_context(ca=path("ca.pem"))
         if self.version == "1.2":
             context.maximum_version = ssl.TLSVersion.TLSv1_2
         return context
