@@ -203,7 +203,8 @@ class ServerOptions(Options):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listening(Event):
-    """The server listens for the clients of `service`, or for relay clients where that is empty."""
+    """The server listens for the clients of `service`, or for relay clients where that is empty.  Told of each address
+    where ``hostname`` has several."""
 
     service: str
     address: str
@@ -371,7 +372,7 @@ class RelayServer(Relay):
         with open(tcprelay.make_self_signed(directory)) as file:
             certificate = file.read().partition("-----BEGIN CERTIFICATE")[1:]
         pin = tcprelay.pin_of(ssl.PEM_cert_to_DER_cert("".join(certificate)))
-        host = options.hostname or socket.gethostname()
+        host = socket.gethostname() if options.hostname in ("", "::", "0.0.0.0") else options.hostname
         words = ["tcprelayc", "--relay-host", host, "--relay-port", str(self.relay_address[1]), "--tls", "--pin", pin]
         note = ""
         token_path = os.path.join(directory, "token")
@@ -391,12 +392,12 @@ class RelayServer(Relay):
 
     @property
     def relay_address(self) -> tuple[str, int]:
-        """The bound host and port for relay clients, after `start`."""
+        """The bound host and port for relay clients, after `start`; the first of several (see `Listening`)."""
         return self._bound[""]
 
     @property
     def service_addresses(self) -> dict[str, tuple[str, int]]:
-        """The bound host and port of each service, after `start`."""
+        """The bound host and port of each service, after `start`; the first of several (see `Listening`)."""
         return {name: address for name, address in self._bound.items() if name}
 
     @property
@@ -415,13 +416,14 @@ class RelayServer(Relay):
         wanted += [(service.name, service.host or options.hostname, service.port) for service in options.services]
         for name, host, port in wanted:
             try:
-                self.listeners[tcprelay.listen(host, port)] = name
+                self.listeners.update(dict.fromkeys(tcprelay.listen(host, port), name))
             except OSError as error:
                 raise OSError(
                     error.errno, f"cannot listen on {Endpoint(host or '*', port)}: {say_error(error)}"
                 ) from error
-        self._bound = {name: listener.getsockname()[:2] for listener, name in self.listeners.items()}
-        for name, address in self._bound.items():
+        for listener, name in self.listeners.items():
+            address = listener.getsockname()
+            self._bound.setdefault(name, address[:2])
             self._emit(Listening(service=name, address=show_address(address)))
         if not self._credentials.token and not options.auth:
             self._warn_about_trust()
@@ -450,7 +452,8 @@ class RelayServer(Relay):
         elif self.options.allow_unauthenticated:
             self._log.warning("--allow-unauthenticated: any host that reaches the relay port can become a relay client")
         else:
-            local = tcprelay.is_loopback(self.relay_address)
+            addresses = [listener.getsockname() for listener, name in self.listeners.items() if not name]
+            local = all(tcprelay.is_loopback(address) for address in addresses)
             level = logging.INFO if local else logging.WARNING
             self._log.log(
                 level, "no token is set: links are accepted from this machine alone; others need --token-file"
