@@ -169,7 +169,18 @@ def show_address(address: Any) -> str:
     """A socket address as users write it; an IPv4 address mapped into IPv6 as the IPv4 one."""
     if not isinstance(address, tuple):
         return f"unix:{address}" if address else "a Unix socket"
-    return str(Endpoint(address[0].removeprefix("::ffff:"), address[1]))
+    return str(Endpoint(host_of(address), address[1]))
+
+
+def host_of(address: Any) -> str:
+    """The host of an Internet socket address, with the zone that a link-local one needs to be connected to."""
+    host = str(address[0].removeprefix("::ffff:"))
+    if len(address) < 4 or not address[3] or "%" in host:
+        return host
+    try:
+        return f"{host}%{socket.if_indextoname(address[3])}"
+    except OSError:  # that interface is gone
+        return f"{host}%{address[3]}"
 
 
 def is_loopback(address: Any) -> bool:
@@ -193,7 +204,8 @@ def address_group(address: Any) -> str:
     return str(ipaddress.ip_network(f"{host}/64", strict=False))
 
 
-"".encode("unicode_escape")  # imports that codec now: later descriptors may have run out
+for codec in ("unicode_escape", "idna"):  # the latter is what host names are encoded with
+    "".encode(codec)  # imports it now: later descriptors may have run out
 
 
 def shown(text: object, limit: int = 120) -> str:
@@ -268,10 +280,10 @@ class Stopping(ConnectionError):
     """A wait was cut short because this role is ending."""
 
 
-def wait_for(fd: int, events: int, deadline: Deadline, stop: Stop | None = None) -> None:
+def wait_for(fd: int, events: int, deadline: Deadline, stop: Stop | _Signals | None = None) -> None:
     """Block until `fd` has one of the poll `events` (or an error, or its end).
 
-    Raises `TimeoutError` at the deadline and `Stopping` when `stop` is requested first.
+    Raises `TimeoutError` at the deadline and `Stopping` when `stop` is requested (or a signal comes) first.
     """
     poller = select.poll()
     poller.register(fd, events)
@@ -356,7 +368,7 @@ class Name:
         self._waiters: set[Stop] = set()
         """Who waits for it; each owns what wakes it."""
 
-    def addresses(self, deadline: Deadline, patience: float, stop: Stop | None = None) -> Addresses:
+    def addresses(self, deadline: Deadline, patience: float, stop: Stop | _Signals | None = None) -> Addresses:
         """What is known, at once; where that is nothing, what the name server says.
 
         Waits until the deadline, but for no look-up that has gone on for `patience` seconds.  Raises `OSError` that
@@ -404,7 +416,7 @@ class Name:
             for waiter in self._waiters:
                 waiter.request()
 
-    def _wait(self, deadline: Deadline, patience: float, stop: Stop | None) -> Addresses:
+    def _wait(self, deadline: Deadline, patience: float, stop: Stop | _Signals | None) -> Addresses:
         """What the look-up under way finds, or the last one has found."""
         if self._asking:
             self._wait_for_answer(deadline, patience, stop)
@@ -416,7 +428,7 @@ class Name:
             raise type(problem)(*problem.args)  # several may raise it, each with a traceback of its own
         return known
 
-    def _wait_for_answer(self, deadline: Deadline, patience: float, stop: Stop | None) -> None:
+    def _wait_for_answer(self, deadline: Deadline, patience: float, stop: Stop | _Signals | None) -> None:
         answered, left = Stop(), deadline.remaining()
         try:
             with self._lock:
@@ -434,18 +446,18 @@ class Name:
             answered.close()
 
 
-def listen(host: str, port: int) -> list[socket.socket]:
+def listen(host: str, port: int, stop: Stop | _Signals | None = None) -> list[socket.socket]:
     """Non-blocking listening TCP sockets, one for each address of the host that this machine has, all with the same
     port; host "" is every address, IPv6 and IPv4 together where both exist.
 
     Accepted sockets inherit their options (Linux and BSD copy them): no delay, keepalive (see `spread_keepalive`),
-    and RST on close until somebody disarms it.  Raises `OSError`.
+    and RST on close until somebody disarms it.  Raises `OSError`, and `Stopping` while a name is looked up.
     """
     if not host:
         both = socket.has_dualstack_ipv6()
         addresses: Addresses = [(socket.AF_INET6, ("::", port)) if both else (socket.AF_INET, ("", port))]
     else:
-        addresses = Name(host, port).addresses(Deadline(DIAL_TIMEOUT), DIAL_TIMEOUT)
+        addresses = Name(host, port).addresses(Deadline(DIAL_TIMEOUT), DIAL_TIMEOUT, stop)
     for _ in range(16):
         try:
             return _listen_at(addresses)
@@ -3375,6 +3387,8 @@ class Relay(abc.ABC):
         self._credentials = self._load_credentials()
         if self._credentials.token or options.secret:
             prove(b"", "", "", "", "", "")  # imports what it needs now
+        self.signals: _Signals | None = None
+        """In a command: those that come while `prepare` waits end it."""
         self._threads = Threads()
         self._splices = Splices(most or from_descriptor_limit(), options.idle_timeout, options.half_close_timeout)
         self._stop: Stop
@@ -3588,13 +3602,16 @@ def run_command(
             print(f"{prog}: the configuration is valid")
             return 0
         count = default_workers() if options.workers is None else options.workers
-        with _Signals() as signals:
+        with _Signals() as role.signals:
+            signals = role.signals
             if count and can_fork_workers() and (workers := role.make_workers(count)) is not None:
                 return workers.run(signals)
             role.choose_processor(0)
             role.start()
             invite(role)
             return _run(role, signals)
+    except Stopping:
+        return 0  # a signal came before anything was served
     except OSError as error:
         name = f"{error.filename}: " if isinstance(error.filename, str) else ""
         fail(prog, 1, f"{name}{say_error(error)}")

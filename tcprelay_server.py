@@ -118,7 +118,8 @@ class ServerOptions(Options):
         (), parse_service, "a further service and its port; may be repeated",
         group="Addresses", metavar="NAME=[ADDRESS:]PORT", many=True)  # fmt: skip
     hostname: str = option(
-        "", parse_host, "address to listen on", group="Addresses", metavar="ADDRESS", secures=True,
+        "", parse_host, "address to listen on; a name is all its addresses, :: is IPv4 too",
+        group="Addresses", metavar="ADDRESS", secures=True,
         shown_default="all, IPv6 and IPv4")  # fmt: skip
     pair_timeout: float = option(
         20.0, parse_seconds, "seconds that a service client waits for a link and its service",
@@ -410,20 +411,22 @@ class RelayServer(Relay):
         }
 
     def prepare(self) -> None:
-        """Bind all ports.  Raises `OSError` that names the address."""
+        """Bind all ports.  Raises `OSError` that names the address, and `Stopping` at a signal."""
         options = self.options
         wanted = [("", options.hostname, options.relay_port or 0)]
         wanted += [(service.name, service.host or options.hostname, service.port) for service in options.services]
         for name, host, port in wanted:
             try:
-                self.listeners.update(dict.fromkeys(tcprelay.listen(host, port), name))
+                self.listeners.update(dict.fromkeys(tcprelay.listen(host, port, self.signals), name))
+            except Stopping:
+                raise
             except OSError as error:
                 raise OSError(
                     error.errno, f"cannot listen on {Endpoint(host or '*', port)}: {say_error(error)}"
                 ) from error
         for listener, name in self.listeners.items():
             address = listener.getsockname()
-            self._bound.setdefault(name, address[:2])
+            self._bound.setdefault(name, (tcprelay.host_of(address), address[1]))
             self._emit(Listening(service=name, address=show_address(address)))
         if not self._credentials.token and not options.auth:
             self._warn_about_trust()
