@@ -319,8 +319,8 @@ def resolve(host: str, port: int) -> Addresses:
 
 def say_why_not_found(host: str, error: socket.gaierror) -> str:
     """Why a host has no addresses, from the error of getaddrinfo."""
-    nowhere = [getattr(socket, name, None) for name in ("EAI_NONAME", "EAI_NODATA", "EAI_ADDRFAMILY")]
-    if error.errno in nowhere:
+    nowhere = ("EAI_NONAME", "EAI_NODATA", "EAI_ADDRFAMILY")  # not every system has all of them
+    if any(error.errno == getattr(socket, name, 0) for name in nowhere):
         return f"unknown host {shown(host)}"
     reasons = {socket.EAI_AGAIN: NO_ANSWER, socket.EAI_FAIL: "the name server has failed"}
     return f"cannot look up {shown(host)}: {reasons.get(error.errno or 0) or say_error(error)}"
@@ -585,7 +585,8 @@ def connect_to_path(path: str, deadline: Deadline, stop: Stop | None) -> socket.
 class Race:
     """Connects to whichever of several TCP addresses answers first ("happy eyeballs", RFC 8305).
 
-    Each is begun `HEAD_START` after the one before it, or as soon as one has failed.  The losers are closed.
+    Each is begun `HEAD_START` after the one before it, or as soon as one has failed.  The losers are closed.  Where
+    there is one address, or the first answers in time, all is over with one call.
     """
 
     HEAD_START = 0.25

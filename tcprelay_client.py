@@ -7,6 +7,8 @@ Threads, beside the second one of each connection that lasts:
     keeper     waits on a condition; opens links where some are missing, sweeps over the connections; joined by
                `RelayClient.end`
     links      one each, from dialling to its end; an idle one blocks in ``poll`` on its link and on `_stop`
+    look-ups   one for each name at most, while a name server is asked; blocks in getaddrinfo, which nothing ends
+               early, so nobody joins it (see `tcprelay.Name`)
 
 A link's life, in one thread:
 
