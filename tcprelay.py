@@ -308,7 +308,7 @@ def resolve(host: str, port: int) -> Addresses:
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except UnicodeError as error:  # a label that is empty or too long
+    except ValueError as error:  # a label that is empty or too long
         raise socket.gaierror(socket.EAI_NONAME, f"{shown(host)} is not a host name") from error
     except socket.gaierror as error:
         raise socket.gaierror(error.errno, say_why_not_found(host, error)) from error
@@ -336,7 +336,7 @@ def resolve_here(host: str, port: int) -> Addresses:
     try:
         found = [socket.getaddrinfo(number, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
                  for number in numbers]  # fmt: skip
-    except (OSError, UnicodeError):
+    except (OSError, ValueError):
         return []
     return [(family, address) for [(family, _, _, _, address), *_] in found]
 
@@ -390,24 +390,22 @@ class Name:
             if self._asking or not is_old:
                 return
             self._asked_at, self._asking = now, True
-        if here := resolve_here(self._host, self._port):
-            self._settle(here, None)
-            return
         try:
-            _thread.start_new_thread(self._look_up, ())  # interpreters wait for some of those of `threading`
+            if here := resolve_here(self._host, self._port):
+                self._settle(here, None)
+            else:  # not one of `threading`, whose start waits for the new thread: see `Threads`
+                _thread.start_new_thread(self._look_up, ())
         except (RuntimeError, MemoryError) as error:
-            self._settle([], OSError(errno.EAGAIN, f"cannot look up {shown(self._host)}: {error}"))
+            self._settle([], OSError(f"cannot look up {shown(self._host)}: {say_error(error)}"))
 
     def _look_up(self) -> None:
         """The life of the thread: it ends, and that is known, whatever happens."""
-        found: Addresses = []
-        problem: OSError | None = OSError(errno.ENOMEM, f"cannot look up {shown(self._host)}: out of memory")
         try:
-            found, problem = resolve(self._host, self._port), None
+            self._settle(resolve(self._host, self._port), None)
         except OSError as error:
-            problem = error
-        finally:
-            self._settle(found, problem)
+            self._settle([], error)
+        except Exception as error:  # out of memory, most likely
+            self._settle([], OSError(f"cannot look up {shown(self._host)}: {say_error(error)}"))
 
     def _settle(self, found: Addresses, problem: OSError | None) -> None:
         with self._lock:

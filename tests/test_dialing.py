@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import tcprelay
-from tcprelay import Addresses, Dialer, Endpoint, Stop, Stopping
+from tcprelay import Addresses, Dialer, Endpoint, RelayClient, Stop, Stopping
 
 from .conftest import PATIENCE, Bench, wait_until
 
@@ -28,8 +28,9 @@ class Names:
         monkeypatch.setattr(tcprelay, "resolve", self._resolve)
 
     def _resolve(self, host: str, port: int) -> Addresses:
+        answering = self.answering
         self.asked += 1
-        assert self.answering.wait(2 * PATIENCE)
+        assert answering.wait(2 * PATIENCE)
         if not self.addresses:
             raise socket.gaierror(socket.EAI_AGAIN, f"cannot look up {host}: the name server does not answer")
         return self.addresses
@@ -115,7 +116,8 @@ def test_a_silent_name_server_takes_nothing_away(bench: Bench, names: Names) -> 
     for _ in range(20):
         dialer.dial().close()
     assert time.monotonic() - began < 2
-    assert names.asked == 2
+    wait_until(lambda: names.asked == 2)
+    assert dialer._name._asking
 
 
 def test_with_a_silent_name_server_what_is_down_fails_soon(bench: Bench, names: Names) -> None:
@@ -159,6 +161,50 @@ def test_an_end_cuts_looking_up_short(names: Names) -> None:
         Dialer(Endpoint("service.example", 1), 60.0).dial(stop)
     assert time.monotonic() - began < PATIENCE
     stop.close()
+
+
+def test_a_look_up_ends_whatever_happens(names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also without memory, or a thread: the next dial asks again, and does not wait for one that is not there."""
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    dialer = Dialer(Endpoint("service.example", 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(names, "answering", None)  # an AttributeError in the thread
+        with pytest.raises(OSError, match=r"cannot look up service.example: 'NoneType'"):
+            dialer.dial()
+    make_old(dialer)
+    with monkeypatch.context() as patch:
+        patch.setattr(tcprelay, "resolve_here", fail)
+        with pytest.raises(OSError, match=r"cannot look up service.example: MemoryError"):
+            dialer.dial()
+    make_old(dialer)
+    names.addresses = at(unused_port())
+    with pytest.raises(ConnectionRefusedError):
+        dialer.dial()
+
+
+def test_what_can_be_no_name() -> None:
+    """Whatever stands in an option, it is an error with the name in it."""
+    for host in ("a..b", "x" * 64, "a\0b"):
+        with pytest.raises(OSError, match="is not a host name|unknown host"):
+            Dialer(Endpoint(host, 1)).dial()
+
+
+def test_a_worker_does_not_wait_for_a_look_up_of_its_parent(names: Names) -> None:
+    """The thread of one that was under way at the fork is not in the new process: it has to ask itself."""
+    client = RelayClient("localhost", 1, "relay.example", 1, 2)
+    names.answering.clear()
+    client._dialer._name._refresh()
+    wait_until(lambda: names.asked == 1)
+    silent, names.answering = names.answering, threading.Event()  # the first look-up goes on waiting
+    names.answering.set()
+    names.addresses = at(unused_port())
+    client.become_one_of(0, 2)
+    with pytest.raises(ConnectionRefusedError):
+        client._dialer.dial()
+    silent.set()
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "LocalHost."])
