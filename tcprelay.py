@@ -68,6 +68,7 @@ import stat
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any, NoReturn, Protocol, TypeGuard, TypeVar
@@ -173,7 +174,18 @@ def show_address(address: Any) -> str:
     """A socket address as users write it; an IPv4 address mapped into IPv6 as the IPv4 one."""
     if not isinstance(address, tuple):
         return f"unix:{address}" if address else "a Unix socket"
-    return str(Endpoint(address[0].removeprefix("::ffff:"), address[1]))
+    return str(Endpoint(host_of(address), address[1]))
+
+
+def host_of(address: Any) -> str:
+    """The host of an Internet socket address, with the zone that a link-local one needs to be connected to."""
+    host = str(address[0].removeprefix("::ffff:"))
+    if len(address) < 4 or not address[3] or "%" in host:
+        return host
+    try:
+        return f"{host}%{socket.if_indextoname(address[3])}"
+    except OSError:  # that interface is gone
+        return f"{host}%{address[3]}"
 
 
 def is_loopback(address: Any) -> bool:
@@ -197,7 +209,8 @@ def address_group(address: Any) -> str:
     return str(ipaddress.ip_network(f"{host}/64", strict=False))
 
 
-"".encode("unicode_escape")  # imports that codec now: later descriptors may have run out
+for codec in ("unicode_escape", "idna"):  # the latter is what host names are encoded with
+    "".encode(codec)  # imports it now: later descriptors may have run out
 
 
 def shown(text: object, limit: int = 120) -> str:
@@ -272,10 +285,10 @@ class Stopping(ConnectionError):
     """A wait was cut short because this role is ending."""
 
 
-def wait_for(fd: int, events: int, deadline: Deadline, stop: Stop | None = None) -> None:
+def wait_for(fd: int, events: int, deadline: Deadline, stop: Stop | _Signals | None = None) -> None:
     """Block until `fd` has one of the poll `events` (or an error, or its end).
 
-    Raises `TimeoutError` at the deadline and `Stopping` when `stop` is requested first.
+    Raises `TimeoutError` at the deadline and `Stopping` when `stop` is requested (or a signal comes) first.
     """
     poller = select.poll()
     poller.register(fd, events)
@@ -289,28 +302,201 @@ def wait_for(fd: int, events: int, deadline: Deadline, stop: Stop | None = None)
         raise Stopping("ending")
 
 
-def resolve(host: str, port: int) -> list[tuple[int, Any]]:
-    """The addresses of a host, as pairs of family and socket address.  Raises `OSError`."""
+Addresses = list[tuple[int, Any]]
+"""Pairs of family and socket address."""
+
+
+def resolve(host: str, port: int) -> Addresses:
+    """The addresses of a host, each once.  May ask a name server, and wait for it.
+
+    Raises `OSError` that says in words why there are none.
+    """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except UnicodeError as error:  # a label that is empty or too long
-        raise OSError(socket.EAI_NONAME, f"{shown(host)} is not a host name") from error
-    return [(family, address) for family, _, _, _, address in found]
+    except ValueError as error:  # a label that is empty or too long
+        raise socket.gaierror(socket.EAI_NONAME, f"{shown(host)} is not a host name") from error
+    except socket.gaierror as error:
+        raise socket.gaierror(error.errno, say_why_not_found(host, error)) from error
+    except OSError as error:
+        raise OSError(error.errno, f"cannot look up {shown(host)}: {say_error(error)}") from error
+    return list(dict.fromkeys((family, address) for family, _, _, _, address in found))
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A non-blocking listening TCP socket; host "" is every address, IPv6 and IPv4 together where both exist.
+def say_why_not_found(host: str, error: socket.gaierror) -> str:
+    """Why a host has no addresses, from the error of getaddrinfo."""
+    nowhere = ("EAI_NONAME", "EAI_NODATA", "EAI_ADDRFAMILY")  # not every system has all of them
+    if any(error.errno == getattr(socket, name, 0) for name in nowhere):
+        return f"unknown host {shown(host)}"
+    reasons = {socket.EAI_AGAIN: NO_ANSWER, socket.EAI_FAIL: "the name server has failed"}
+    return f"cannot look up {shown(host)}: {reasons.get(error.errno or 0) or say_error(error)}"
 
-    Accepted sockets inherit its options (Linux and BSD copy them): no delay, keepalive (see `spread_keepalive`),
-    and RST on close until somebody disarms it.  Raises `OSError`.
+
+NO_ANSWER = "the name server does not answer"
+
+
+def resolve_here(host: str, port: int) -> Addresses:
+    """The addresses of a host for which nobody has to be asked: numeric ones, and those of localhost (RFC 6761).
+    None for other hosts."""
+    numbers = ["::1", "127.0.0.1"] if host.lower().removesuffix(".") == "localhost" else [host]
+    try:
+        found = [socket.getaddrinfo(number, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+                 for number in numbers]  # fmt: skip
+    except (OSError, ValueError):
+        return []
+    return [(family, address) for [(family, _, _, _, address), *_] in found]
+
+
+class Name:
+    """The addresses of a host, as far as they are known.
+
+    The name server is asked beside, in a thread of its own: getaddrinfo takes as long as that lets it, and cannot be
+    interrupted.  Nobody waits for this thread longer than he means to, not even the interpreter at its end, and there
+    is one for each name at most.  Addresses that need no name server never come near it.
     """
-    if host:
-        family, address = resolve(host, port)[0]
-        listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
-    elif socket.has_dualstack_ipv6():
-        listener = socket.create_server(("::", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True)
+
+    KNOWN_TIME = 30.0
+    """Seconds after which the name server is asked again; meanwhile what is known is used."""
+    FAILED_TIME = 2.0
+    """Seconds for which a failure is remembered: a connection every millisecond need not ask as often."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._host, self._port = host, port
+        self._lock = threading.Lock()  # over what follows
+        self._known: Addresses = []
+        """What was found last."""
+        self._problem: OSError | None = None
+        """Why the last look-up has failed."""
+        self._asked_at, self._due = 0.0, 0.0
+        """When the last look-up began, and when the next one is to begin."""
+        self._asking = False
+        """A look-up is under way."""
+        self._waiters: set[Stop] = set()
+        """Who waits for it; each owns what wakes it."""
+
+    def addresses(self, deadline: Deadline, patience: float, stop: Stop | _Signals | None = None) -> Addresses:
+        """What is known, at once; where that is nothing, what the name server says.
+
+        Waits until the deadline, but for no look-up that has gone on for `patience` seconds.  Raises `OSError` that
+        names the name server, and `Stopping`.
+        """
+        self._refresh()
+        return self._known or self._wait(deadline, patience, stop)
+
+    def ask_again(self, since: float, deadline: Deadline, patience: float, stop: Stop | None = None) -> Addresses:
+        """The same, but what was found before the moment `since` (of the monotonic clock) does not count."""
+        self._refresh(since)
+        return self._wait(deadline, patience, stop)
+
+    def _refresh(self, since: float = 0.0) -> None:
+        """Begin a look-up where one is due, or the last that succeeded had begun before `since`."""
+        now = time.monotonic()
+        with self._lock:
+            is_old = now >= self._due or (self._asked_at < since and self._problem is None)
+            if self._asking or not is_old:
+                return
+            self._asked_at, self._asking = now, True
+        try:
+            if here := resolve_here(self._host, self._port):
+                self._settle(here, None)
+            else:  # not one of `threading`, whose start waits for the new thread: see `Threads`
+                _thread.start_new_thread(self._look_up, ())
+        except (RuntimeError, MemoryError) as error:
+            self._settle([], OSError(f"cannot look up {shown(self._host)}: {say_error(error)}"))
+
+    def _look_up(self) -> None:
+        """The life of the thread: it ends, and that is known, whatever happens."""
+        try:
+            self._settle(resolve(self._host, self._port), None)
+        except OSError as error:
+            self._settle([], error)
+        except Exception as error:  # out of memory, most likely
+            self._settle([], OSError(f"cannot look up {shown(self._host)}: {say_error(error)}"))
+
+    def _settle(self, found: Addresses, problem: OSError | None) -> None:
+        with self._lock:
+            self._asking, self._problem, self._known = False, problem, found or self._known
+            self._due = time.monotonic() + (self.FAILED_TIME if problem else self.KNOWN_TIME)
+            for waiter in self._waiters:
+                waiter.request()
+
+    def _wait(self, deadline: Deadline, patience: float, stop: Stop | _Signals | None) -> Addresses:
+        """What the look-up under way finds, or the last one has found."""
+        if self._asking:
+            self._wait_for_answer(deadline, patience, stop)
+        with self._lock:
+            asking, problem, known = self._asking, self._problem, self._known
+        if asking:
+            raise socket.gaierror(socket.EAI_AGAIN, f"cannot look up {shown(self._host)}: {NO_ANSWER}")
+        if problem is not None:
+            raise type(problem)(*problem.args)  # several may raise it, each with a traceback of its own
+        return known
+
+    def _wait_for_answer(self, deadline: Deadline, patience: float, stop: Stop | _Signals | None) -> None:
+        answered, left = Stop(), deadline.remaining()
+        try:
+            with self._lock:
+                if not self._asking:
+                    return
+                self._waiters.add(answered)
+                patience = max(0.0, self._asked_at + patience - time.monotonic())
+            patient = Deadline(patience if left is None else min(patience, left))
+            wait_for(answered.fileno(), select.POLLIN, patient, stop)
+        except TimeoutError:
+            pass
+        finally:
+            with self._lock:
+                self._waiters.discard(answered)
+            answered.close()
+
+
+def listen(host: str, port: int, stop: Stop | _Signals | None = None) -> list[socket.socket]:
+    """Non-blocking listening TCP sockets, one for each address of the host that this machine has, all with the same
+    port; host "" is every address, IPv6 and IPv4 together where both exist.
+
+    Accepted sockets inherit their options (Linux and BSD copy them): no delay, keepalive (see `spread_keepalive`),
+    and RST on close until somebody disarms it.  Raises `OSError`, and `Stopping` while a name is looked up.
+    """
+    if not host:
+        both = socket.has_dualstack_ipv6()
+        addresses: Addresses = [(socket.AF_INET6, ("::", port)) if both else (socket.AF_INET, ("", port))]
     else:
-        listener = socket.create_server(("", port), backlog=BACKLOG)
+        addresses = Name(host, port).addresses(Deadline(DIAL_TIMEOUT), DIAL_TIMEOUT, stop)
+    for _ in range(16):
+        try:
+            return _listen_at(addresses)
+        except OSError as error:
+            if port or error.errno != errno.EADDRINUSE:
+                raise
+    return _listen_at(addresses)  # a port that was free at one address was taken at another each time
+
+
+def _listen_at(addresses: Addresses) -> list[socket.socket]:
+    """Listen at all the addresses, at the port that the first one gets.  Raises `OSError` where one is taken, or
+    none is this machine's."""
+    listeners: list[socket.socket] = []
+    problem = OSError("no address")
+    try:
+        for family, (host, port, *scope) in addresses:
+            if listeners:
+                port = listeners[0].getsockname()[1]
+            try:
+                listeners.append(_listen_on(family, (host, port, *scope)))
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                problem = error  # localhost has an IPv6 address where this machine has none
+        if not listeners:
+            raise problem
+        return listeners
+    except BaseException:
+        for listener in listeners:
+            listener.close()
+        raise
+
+
+def _listen_on(family: int, address: Any) -> socket.socket:
+    both = address[0] == "::" and socket.has_dualstack_ipv6()
+    listener = socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=both)
     limit_sends(listener)
     set_tcp_options(listener)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
@@ -319,95 +505,189 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Dialer:
-    """Connects to one endpoint again and again.
+    """Connects to one endpoint again and again, first to the address where that succeeded last."""
 
-    Its name is looked up once, and again when that was `KNOWN_TIME` seconds ago or nothing answers there.
-    """
-
-    KNOWN_TIME = 30.0
+    MOVING_TIME = 1.0
+    """Seconds that a name server has to say other addresses, where none of the known ones answers."""
 
     def __init__(self, target: Endpoint, timeout: float = DIAL_TIMEOUT) -> None:
         self._target = target
         self._timeout = timeout
-        self._known: tuple[list[tuple[int, Any]], float] = [], 0.0
-        """The addresses, and when they are to be looked up again."""
-
-    def look_up(self) -> list[tuple[int, Any]]:
-        """The endpoint's addresses.  Raises `OSError`."""
-        target = self._target
-        if target.path:
-            return [(socket.AF_UNIX, target.path)]
-        found = resolve(target.host, target.port)
-        self._known = found, time.monotonic() + self.KNOWN_TIME
-        return found
+        self._name = Name(target.host, target.port)
+        self._favourite: tuple[int, Any] | None = None
+        """The address that was connected to last."""
 
     def dial(self, stop: Stop | None = None) -> socket.socket:
-        """Connect, trying the addresses in turn, all within the time-out.
+        """Connect, trying the addresses as RFC 8305 says, all within the time-out.
 
-        Raises `OSError` (the last address's error) and `Stopping`.
+        Raises `OSError` (of the last address that failed, or the name server's) and `Stopping`.
         """
-        deadline = Deadline(self._timeout)
-        known, until = self._known
-        if not known:
-            return self._try(self.look_up(), deadline, stop)
+        deadline, began = Deadline(self._timeout), time.monotonic()
+        if self._target.path:
+            return connect_to_path(self._target.path, deadline, stop)
+        known = self._name.addresses(deadline, self._timeout, stop)
         try:
-            if time.monotonic() > until:
-                known = self.look_up()
-        except OSError:
-            pass  # the way to the name server may be what is down
-        try:
-            return self._try(known, deadline, stop)
+            return self._connect(known, deadline, stop)
+        except Stopping:
+            raise
+        except OSError as error:
+            problem = error
+        try:  # it may have moved
+            found = self._name.ask_again(began, deadline, self.MOVING_TIME, stop)
         except Stopping:
             raise
         except OSError:
-            # It may have moved; where time was up already, another attempt will follow.
-            if deadline.remaining() == 0 or set(found := self.look_up()) <= set(known):
-                raise
-            return self._try(found, deadline, stop)
+            raise problem from None
+        if set(found) <= set(known):
+            raise problem
+        return self._connect(found, deadline, stop)
 
-    def _try(self, addresses: list[tuple[int, Any]], deadline: Deadline, stop: Stop | None) -> socket.socket:
-        problem = OSError("no address")
-        for number, (family, address) in enumerate(addresses):
-            # One that swallows packets must leave time for the others.
-            share = Deadline((deadline.remaining() or 0.0) / (len(addresses) - number))
-            try:
-                return _connect(family, address, share, stop)
-            except Stopping:
-                raise
-            except OSError as error:
-                problem = error
-        raise problem
+    def _connect(self, addresses: Addresses, deadline: Deadline, stop: Stop | None) -> socket.socket:
+        race = Race(in_turns(addresses, self._favourite), deadline, stop)
+        sock = race.run()
+        self._favourite = race.winner
+        return sock
 
 
-def _connect(family: int, address: Any, deadline: Deadline, stop: Stop | None) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
+def in_turns(addresses: Addresses, favourite: tuple[int, Any] | None = None) -> Addresses:
+    """The addresses in the order in which they are tried: the favourite first, then IPv6 and IPv4 in turns."""
+    if len(addresses) == 1:
+        return addresses
+    addresses = sorted(addresses, key=lambda address: address != favourite)
+    same = [address for address in addresses if address[0] == addresses[0][0]]
+    other = [address for address in addresses if address[0] != addresses[0][0]]
+    return [address for pair in itertools.zip_longest(same, other) for address in pair if address is not None]
+
+
+def connect_to_path(path: str, deadline: Deadline, stop: Stop | None) -> socket.socket:
+    """Connect to a Unix socket.  Raises `OSError`, `TimeoutError` and `Stopping`.
+
+    Where its backlog is full that fails with EAGAIN, on Linux after the time-out of sends; it is not under way then,
+    so that nothing could be polled for.
+    """
+    pause = 0.01
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        _finish_connecting(sock, address, deadline, stop)
+        limit_sends(sock)
+        sock.setblocking(True)  # whatever default a program has set
+        while (code := sock.connect_ex(path)) == errno.EAGAIN:
+            if stop is not None and stop.requested:
+                raise Stopping("ending")
+            if not (left := deadline.remaining() or 0.0):
+                raise TimeoutError("timed out, its queue of connections is full")
+            (time.sleep if stop is None else stop.wait)(min(pause, left))
+            pause = min(2 * pause, 0.25)
+        if code:
+            raise OSError(code, os.strerror(code))
         return sock
     except BaseException:
         sock.close()
         raise
 
 
-def _finish_connecting(sock: socket.socket, address: Any, deadline: Deadline, stop: Stop | None) -> None:
-    # Linux limits a blocking connect like a send, and then it goes on by itself: most are over with this one call.
-    limit_sends(sock)
-    if sock.gettimeout() is not None or not LINUX:
-        sock.setblocking(LINUX)
-    code = sock.connect_ex(address)
-    if code == errno.EINPROGRESS:
-        wait_for(sock.fileno(), select.POLLOUT, deadline, stop)
-        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if code:
-        raise OSError(code, os.strerror(code))
-    if not LINUX:
-        sock.setblocking(True)
-    if sock.family == socket.AF_UNIX:
-        return
-    # A port of the ephemeral range on this host where nobody listens can connect to itself.
-    if address[1] in EPHEMERAL_PORTS and connected_to_itself(sock):
-        raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
-    set_tcp_options(sock)
+class Race:
+    """Connects to whichever of several TCP addresses answers first ("happy eyeballs", RFC 8305).
+
+    Each is begun `HEAD_START` after the one before it, or as soon as one has failed.  The losers are closed.  Where
+    there is one address, or the first answers in time, all is over with one call.
+    """
+
+    HEAD_START = 0.25
+    """Seconds, as RFC 8305 recommends.  It is the time-out of sends, too: see `_begin`."""
+
+    def __init__(self, addresses: Addresses, deadline: Deadline, stop: Stop | None) -> None:
+        self._rest = deque(addresses)
+        """Those that are not begun yet."""
+        self._deadline = deadline
+        self._stop = stop
+        self._running: dict[int, tuple[socket.socket, tuple[int, Any]]] = {}
+        """The connections that are under way, by their descriptors, and to where."""
+        self.winner: tuple[int, Any] | None = None
+
+    def run(self) -> socket.socket:
+        """The first connection that comes about, on a blocking socket.
+
+        Raises the `OSError` of the address that has failed last; `TimeoutError` where none has; and `Stopping`.
+        """
+        problem: OSError = TimeoutError("timed out")
+        try:
+            while self._rest or self._running:
+                try:
+                    if sock := self._advance():
+                        return sock
+                except Stopping:
+                    raise
+                except OSError as error:
+                    problem = error
+                if self._deadline.remaining() == 0:
+                    break
+            raise problem
+        finally:
+            for sock, _ in self._running.values():
+                sock.close()
+
+    def _advance(self) -> socket.socket | None:
+        """Begin the next connection, if one is left, and wait for any of them; ``None`` when the next is to begin."""
+        patience = Deadline(self.HEAD_START)
+        if self._rest and (sock := self._begin(self._rest.popleft())):
+            return sock
+        return self._wait(patience if self._rest else self._deadline)
+
+    def _begin(self, to: tuple[int, Any]) -> socket.socket | None:
+        """Begin to connect; ``None`` where that goes on.  Raises `OSError`."""
+        family, address = to
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            # Linux limits a blocking connect like a send, and then it goes on by itself: most are over with this call.
+            limit_sends(sock)
+            alone = LINUX and not self._running
+            if sock.gettimeout() is not None or not alone:
+                sock.setblocking(alone)
+            code = sock.connect_ex(address)
+            if code == errno.EINPROGRESS:
+                self._running[sock.fileno()] = sock, to
+                return None
+            return self._finish(sock, to, code)
+        except BaseException:
+            sock.close()
+            raise
+
+    def _wait(self, patience: Deadline) -> socket.socket | None:
+        """Wait until a connection has come about, which is returned, or has failed: raises `OSError`."""
+        poller = select.poll()
+        for fd in self._running:
+            poller.register(fd, select.POLLOUT)
+        if self._stop is not None:
+            poller.register(self._stop.fileno(), select.POLLIN)
+        left = patience.remaining()
+        for fd, _ in poller.poll(None if left is None else left * 1000):
+            if fd not in self._running:
+                raise Stopping("ending")
+            sock, to = self._running.pop(fd)
+            try:
+                return self._finish(sock, to, sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+            except BaseException:
+                sock.close()
+                raise
+        return None
+
+    def _finish(self, sock: socket.socket, to: tuple[int, Any], code: int) -> socket.socket:
+        """Make a connection ready for use, or raise the `OSError` with which it has failed."""
+        if code:
+            raise OSError(code, os.strerror(code))
+        if sock.gettimeout() is not None:
+            sock.setblocking(True)
+        # A port of the ephemeral range on this host where nobody listens can connect to itself.
+        if to[1][1] in EPHEMERAL_PORTS and connected_to_itself(sock):
+            raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+        set_tcp_options(sock)
+        self.winner = to
+        return sock
+
+
+def name_in_certificate(host: str) -> str:
+    """A host as its certificate names it: without a trailing dot, or the zone of an IPv6 address."""
+    return host.partition("%")[0].removesuffix(".")
 
 
 LINUX = sys.platform == "linux"
@@ -997,8 +1277,9 @@ class TLSStream(Stream):
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         try:
             self.tls = context.wrap_bio(
-                self._incoming, self._outgoing, server_side=server_side, server_hostname=server_hostname
-            )
+                self._incoming, self._outgoing, server_side=server_side,
+                server_hostname=server_hostname and name_in_certificate(server_hostname),
+            )  # fmt: skip
         except ValueError as error:
             raise OSError(f"{shown(server_hostname)} cannot be the name in a certificate") from error
         self._tls_lock = threading.Lock()  # over tls, both BIOs, _stash, _error, _answers
@@ -3353,6 +3634,8 @@ class Relay(abc.ABC):
         self._credentials = self._load_credentials()
         if self._credentials.token or options.secret:
             prove(b"", "", "", "", "", "")  # imports what it needs now
+        self.signals: _Signals | None = None
+        """In a command: those that come while `prepare` waits end it."""
         self._threads = Threads()
         self._splices = Splices(most or from_descriptor_limit(), options.idle_timeout, options.half_close_timeout)
         self._stop: Stop
@@ -3566,13 +3849,16 @@ def run_command(
             print(f"{prog}: the configuration is valid")
             return 0
         count = default_workers() if options.workers is None else options.workers
-        with _Signals() as signals:
+        with _Signals() as role.signals:
+            signals = role.signals
             if count and can_fork_workers() and (workers := role.make_workers(count)) is not None:
                 return workers.run(signals)
             role.choose_processor(0)
             role.start()
             invite(role)
             return _run(role, signals)
+    except Stopping:
+        return 0  # a signal came before anything was served
     except OSError as error:
         name = f"{error.filename}: " if isinstance(error.filename, str) else ""
         fail(prog, 1, f"{name}{say_error(error)}")

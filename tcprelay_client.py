@@ -7,6 +7,8 @@ Threads, beside the second one of each connection that lasts:
     keeper     waits on a condition; opens links where some are missing, sweeps over the connections; joined by
                `RelayClient.end`
     links      one each, from dialling to its end; an idle one blocks in ``poll`` on its link and on `_stop`
+    look-ups   one for each name at most, while a name server is asked; blocks in getaddrinfo, which nothing ends
+               early, so nobody joins it (see `tcprelay.Name`)
 
 A link's life, in one thread:
 
@@ -305,7 +307,7 @@ class RelayClient(Relay):
         self._id = tcprelay.random_id(8)
         self._name = (checked.name or socket.gethostname())[:64]
         self._relay = Endpoint(relay_host, relay_port)
-        self._dialer = tcprelay.Dialer(self._relay, RELAY_DIAL_TIMEOUT)
+        self._dialer = self._make_dialer()
         self._worker = 0
         """Which of several worker processes this is."""
         self._num_conn = checked.num_conn
@@ -340,12 +342,7 @@ class RelayClient(Relay):
         return Credentials(token, links, services)
 
     def prepare(self) -> None:
-        """Raises `OSError` where the relay server's name does not exist; anything else is tried again."""
-        try:
-            self._dialer.look_up()
-        except OSError as error:
-            if error.errno == socket.EAI_NONAME:
-                raise OSError(error.errno, f"unknown relay host {shown(self._relay.host)}") from error
+        """Warns of what is not secure.  No name is looked up here: at boot the name server may not answer yet."""
         options = self.options
         if options.tls in ("relay", "both") and not options.reject_unauthorized and not options.pin:
             self._log.warning("--reject-unauthorized false: whoever is on the way can pose as the relay server")
@@ -353,7 +350,7 @@ class RelayClient(Relay):
             self._log.warning("--service-insecure: whoever is on the way can pose as the service")
 
     def _open(self) -> None:
-        """Begin.  Raises `OSError`, as `prepare` does."""
+        """Begin."""
         if self._channel is None:
             self.prepare()
         self._keeper.start()
@@ -367,6 +364,9 @@ class RelayClient(Relay):
         count = min(count, options.num_conn, options.max_conn or count)
         return ClientWorkers(self, count) if count > 1 else None
 
+    def _make_dialer(self) -> tcprelay.Dialer:
+        return tcprelay.Dialer(self._relay, RELAY_DIAL_TIMEOUT)
+
     def _make_threads(self) -> None:
         self._keeper = threading.Thread(target=self._keep, name="tcprelay-client keeper", daemon=True)
         self._own_threads = [self._keeper]
@@ -379,6 +379,7 @@ class RelayClient(Relay):
             return whole // count + (number < whole % count)
 
         self._make_threads()  # since Python 3.13 those that were made before the fork cannot be started
+        self._dialer = self._make_dialer()  # a look-up that was under way is not, in this process
         self._worker = number
         self._num_conn = share(options.num_conn)
         self._services = [Service(publication, self._num_conn) for publication in options.services]

@@ -118,7 +118,8 @@ class ServerOptions(Options):
         (), parse_service, "a further service and its port; may be repeated",
         group="Addresses", metavar="NAME=[ADDRESS:]PORT", many=True)  # fmt: skip
     hostname: str = option(
-        "", parse_host, "address to listen on", group="Addresses", metavar="ADDRESS", secures=True,
+        "", parse_host, "address to listen on; a name is all its addresses, :: is IPv4 too",
+        group="Addresses", metavar="ADDRESS", secures=True,
         shown_default="all, IPv6 and IPv4")  # fmt: skip
     pair_timeout: float = option(
         20.0, parse_seconds, "seconds that a service client waits for a link and its service",
@@ -203,7 +204,8 @@ class ServerOptions(Options):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listening(Event):
-    """The server listens for the clients of `service`, or for relay clients where that is empty."""
+    """The server listens for the clients of `service`, or for relay clients where that is empty.  Told of each address
+    where ``hostname`` has several."""
 
     service: str
     address: str
@@ -372,7 +374,7 @@ class RelayServer(Relay):
         if not options.is_improvised or self._credentials.links is None:
             return ""
         directory = options.state_dir or tcprelay.state_directory()
-        host = options.hostname or socket.gethostname()
+        host = socket.gethostname() if options.hostname in ("", "::", "0.0.0.0") else options.hostname
         words = ["tcprelayc", "--relay-host", host, "--relay-port", str(self.relay_address[1]), "--tls"]
         words += ["--pin", self._credentials.pin]
         note = ""
@@ -393,12 +395,12 @@ class RelayServer(Relay):
 
     @property
     def relay_address(self) -> tuple[str, int]:
-        """The bound host and port for relay clients, after `start`."""
+        """The bound host and port for relay clients, after `start`; the first of several (see `Listening`)."""
         return self._bound[""]
 
     @property
     def service_addresses(self) -> dict[str, tuple[str, int]]:
-        """The bound host and port of each service, after `start`."""
+        """The bound host and port of each service, after `start`; the first of several (see `Listening`)."""
         return {name: address for name, address in self._bound.items() if name}
 
     @property
@@ -411,19 +413,22 @@ class RelayServer(Relay):
         }
 
     def prepare(self) -> None:
-        """Bind all ports.  Raises `OSError` that names the address."""
+        """Bind all ports.  Raises `OSError` that names the address, and `Stopping` at a signal."""
         options = self.options
         wanted = [("", options.hostname, options.relay_port or 0)]
         wanted += [(service.name, service.host or options.hostname, service.port) for service in options.services]
         for name, host, port in wanted:
             try:
-                self.listeners[tcprelay.listen(host, port)] = name
+                self.listeners.update(dict.fromkeys(tcprelay.listen(host, port, self.signals), name))
+            except Stopping:
+                raise
             except OSError as error:
                 raise OSError(
                     error.errno, f"cannot listen on {Endpoint(host or '*', port)}: {say_error(error)}"
                 ) from error
-        self._bound = {name: listener.getsockname()[:2] for listener, name in self.listeners.items()}
-        for name, address in self._bound.items():
+        for listener, name in self.listeners.items():
+            address = listener.getsockname()
+            self._bound.setdefault(name, (tcprelay.host_of(address), address[1]))
             self._emit(Listening(service=name, address=show_address(address)))
         if not self._credentials.token and not options.auth:
             self._warn_about_trust()
@@ -452,7 +457,8 @@ class RelayServer(Relay):
         elif self.options.allow_unauthenticated:
             self._log.warning("--allow-unauthenticated: any host that reaches the relay port can become a relay client")
         else:
-            local = tcprelay.is_loopback(self.relay_address)
+            addresses = [listener.getsockname() for listener, name in self.listeners.items() if not name]
+            local = all(tcprelay.is_loopback(address) for address in addresses)
             level = logging.INFO if local else logging.WARNING
             self._log.log(
                 level, "no token is set: links are accepted from this machine alone; others need --token-file"

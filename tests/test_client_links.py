@@ -420,16 +420,28 @@ def test_after_a_failure_one_link_probes(bench: Bench, server: FakeServer) -> No
     wait_until(lambda: client.counters["links_idle"] == 5)
 
 
-def test_an_unknown_relay_host_is_an_error_at_start(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that does not exist is told at once, with nothing left running."""
+def test_an_unknown_relay_host_is_tried_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At boot a name server may only not know it yet: that is told, once, and the client goes on trying."""
+    real, asked, known = tcprelay.resolve, threading.Semaphore(0), threading.Event()
 
-    def unknown(*_: object, **__: object) -> None:
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    def resolve(host: str, port: int) -> tcprelay.Addresses:
+        asked.release()
+        if known.is_set():
+            return real("127.0.0.1", port)
+        raise socket.gaierror(socket.EAI_NONAME, f"unknown host {host}")
 
-    client = RelayClient("localhost", 1, "no-such-host.invalid", 1)
-    monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    with pytest.raises(OSError, match="unknown relay host no-such-host"):
-        client.start()
+    monkeypatch.setattr(tcprelay, "resolve", resolve)
+    monkeypatch.setattr(tcprelay.Name, "FAILED_TIME", 0.0)
+    monkeypatch.setattr("tcprelay_client.FIRST_BACKOFF", 0.05)
+    server = bench.server()
+    port = server.relay_address[1]
+    client = bench.enter(RelayClient("localhost", 1, "relay.example", port, 1, on_event=bench.client_events))
+    for _ in range(3):
+        assert asked.acquire(timeout=PATIENCE)
+    [event] = bench.client_events.of(Unpublished)
+    assert event.reason == "unknown host relay.example"
+    known.set()
+    wait_until(lambda: client.counters["links_idle"])
 
 
 def test_log_lines_of_a_connection_bear_its_id(
@@ -488,14 +500,14 @@ def test_silence_after_a_connection_is_no_loss(bench: Bench, server: FakeServer)
 def test_when_no_port_is_free_the_client_goes_on_trying(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """EADDRNOTAVAIL, which a host gets that has used up its ephemeral ports, is no reason to end: it is told,
     a service client meanwhile is refused, and both come back."""
-    real, broken = tcprelay._connect, threading.Event()
+    real, broken = tcprelay.Race._begin, threading.Event()
 
-    def connect_unless_broken(*words: Any) -> socket.socket:
+    def connect_unless_broken(*words: Any) -> socket.socket | None:
         if broken.is_set():
             raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
         return real(*words)
 
-    monkeypatch.setattr(tcprelay, "_connect", connect_unless_broken)
+    monkeypatch.setattr(tcprelay.Race, "_begin", connect_unless_broken)
     server = bench.server()
     broken.set()
     port = server.relay_address[1]

@@ -7,40 +7,44 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any
+from pathlib import Path
 
 import pytest
 
 import tcprelay
-from tcprelay import Dialer, Endpoint, Stop, Stopping
+from tcprelay import Addresses, Dialer, Endpoint, RelayClient, Stop, Stopping
 
-from .conftest import PATIENCE, Bench
-
-Addresses = list[tuple[int, Any]]
+from .conftest import PATIENCE, Bench, wait_until
 
 
 class Names:
-    """Stands in for the system's resolver, and counts what it is asked."""
+    """Stands in for the system's resolver, counts what it is asked, and can be silent."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.addresses: Addresses = []
         self.asked = 0
+        self.answering = threading.Event()
+        self.answering.set()
         monkeypatch.setattr(tcprelay, "resolve", self._resolve)
 
     def _resolve(self, host: str, port: int) -> Addresses:
+        answering = self.answering
         self.asked += 1
+        assert answering.wait(2 * PATIENCE)
         if not self.addresses:
-            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+            raise socket.gaierror(socket.EAI_AGAIN, f"cannot look up {host}: the name server does not answer")
         return self.addresses
 
 
 @pytest.fixture
-def names(monkeypatch: pytest.MonkeyPatch) -> Names:
-    return Names(monkeypatch)
+def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[Names]:
+    names = Names(monkeypatch)
+    yield names
+    names.answering.set()
 
 
-def at(port: int) -> Addresses:
-    return [(socket.AF_INET, ("127.0.0.1", port))]
+def at(port: int, host: str = "127.0.0.1") -> Addresses:
+    return [(socket.AF_INET, (host, port))]
 
 
 def unused_port() -> int:
@@ -48,16 +52,22 @@ def unused_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def test_a_name_is_looked_up_once(bench: Bench, names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And again when what is known is old."""
+def make_old(dialer: Dialer) -> None:
+    """Have what the dialer knows be old, so that it asks again."""
+    wait_until(lambda: not dialer._name._asking)
+    dialer._name._due = 0.0
+
+
+def test_a_name_is_looked_up_once(bench: Bench, names: Names) -> None:
+    """And again, beside, when what is known is old."""
     dialer = Dialer(Endpoint("service.example", 1))
     names.addresses = at(bench.service().port)
     for _ in range(3):
         dialer.dial().close()
     assert names.asked == 1
-    dialer._known = dialer._known[0], 0.0
+    make_old(dialer)
     dialer.dial().close()
-    assert names.asked == 2
+    wait_until(lambda: names.asked == 2)
 
 
 def test_what_has_moved_is_looked_up_again(bench: Bench, names: Names) -> None:
@@ -82,47 +92,199 @@ def test_what_is_down_fails_with_its_own_error(names: Names) -> None:
     assert names.asked == 2
 
 
-def test_a_resolver_that_fails_is_asked_again(bench: Bench, names: Names) -> None:
+def test_a_resolver_that_fails_is_asked_again(bench: Bench, names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not by each of many connections: the failure is remembered for a while."""
     dialer = Dialer(Endpoint("service.example", 1))
-    with pytest.raises(socket.gaierror):
-        dialer.dial()
+    for _ in range(3):
+        with pytest.raises(socket.gaierror, match=r"cannot look up service.example: the name server does not answer"):
+            dialer.dial()
+    assert names.asked == 1
     names.addresses = at(bench.service().port)
-    dialer.dial().close()
-
-
-def test_without_a_resolver_the_old_address_does(bench: Bench, names: Names) -> None:
-    """The way to the name server may be down, and that to the service not."""
-    dialer = Dialer(Endpoint("service.example", 1))
-    names.addresses = at(bench.service().port)
-    dialer.dial().close()
-    dialer._known = dialer._known[0], 0.0
-    names.addresses = []
+    make_old(dialer)
     dialer.dial().close()
     assert names.asked == 2
 
 
+def test_a_silent_name_server_takes_nothing_away(bench: Bench, names: Names) -> None:
+    """What is known is used at once while the name server is asked, by one look-up for all."""
+    dialer = Dialer(Endpoint("service.example", 1))
+    names.addresses = at(bench.service().port)
+    dialer.dial().close()
+    make_old(dialer)
+    names.answering.clear()
+    began = time.monotonic()
+    for _ in range(20):
+        dialer.dial().close()
+    assert time.monotonic() - began < 2
+    wait_until(lambda: names.asked == 2)
+    assert dialer._name._asking
+
+
+def test_with_a_silent_name_server_what_is_down_fails_soon(bench: Bench, names: Names) -> None:
+    """The first waits a moment, whether it has moved; those after it know that nobody answers that."""
+    dialer = Dialer(Endpoint("service.example", 1))
+    service = bench.service()
+    names.addresses = at(service.port)
+    dialer.dial().close()
+    service.close()
+    names.answering.clear()
+    began = time.monotonic()
+    for _ in range(5):
+        with pytest.raises(ConnectionRefusedError):
+            dialer.dial()
+    assert time.monotonic() - began < 3 * Dialer.MOVING_TIME
+    assert names.asked == 2
+
+
+def test_a_silent_name_server_is_named(names: Names) -> None:
+    """Nobody waits for it beyond the deadline, whenever he came; and what it says later is used."""
+    dialer = Dialer(Endpoint("service.example", 1), 0.5)
+    names.answering.clear()
+    for limit in (PATIENCE, 0.4):  # the second one asks a name server that has been silent for that long
+        began = time.monotonic()
+        with pytest.raises(OSError, match=r"cannot look up service.example: the name server does not answer"):
+            dialer.dial()
+        assert time.monotonic() - began < limit
+    assert names.asked == 1
+    names.addresses = at(unused_port())
+    names.answering.set()
+    wait_until(lambda: dialer._name._known)
+    with pytest.raises(ConnectionRefusedError):
+        dialer.dial()
+
+
+def test_an_end_cuts_looking_up_short(names: Names) -> None:
+    names.answering.clear()
+    stop, began = Stop(), time.monotonic()
+    threading.Timer(0.1, stop.request).start()
+    with pytest.raises(Stopping):
+        Dialer(Endpoint("service.example", 1), 60.0).dial(stop)
+    assert time.monotonic() - began < PATIENCE
+    stop.close()
+
+
+def test_a_look_up_ends_whatever_happens(names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also without memory, or a thread: the next dial asks again, and does not wait for one that is not there."""
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    dialer = Dialer(Endpoint("service.example", 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(names, "answering", None)  # an AttributeError in the thread
+        with pytest.raises(OSError, match=r"cannot look up service.example: 'NoneType'"):
+            dialer.dial()
+    make_old(dialer)
+    with monkeypatch.context() as patch:
+        patch.setattr(tcprelay, "resolve_here", fail)
+        with pytest.raises(OSError, match=r"cannot look up service.example: MemoryError"):
+            dialer.dial()
+    make_old(dialer)
+    names.addresses = at(unused_port())
+    with pytest.raises(ConnectionRefusedError):
+        dialer.dial()
+
+
+def test_what_can_be_no_name() -> None:
+    """Whatever stands in an option, it is an error with the name in it."""
+    for host in ("a..b", "x" * 64, "a\0b"):
+        with pytest.raises(OSError, match=r"is not a host name|unknown host"):
+            Dialer(Endpoint(host, 1)).dial()
+
+
+def test_a_worker_does_not_wait_for_a_look_up_of_its_parent(names: Names) -> None:
+    """The thread of one that was under way at the fork is not in the new process: it has to ask itself."""
+    client = RelayClient("localhost", 1, "relay.example", 1, 2)
+    names.answering.clear()
+    client._dialer._name._refresh()
+    wait_until(lambda: names.asked == 1)
+    silent, names.answering = names.answering, threading.Event()  # the first look-up goes on waiting
+    names.answering.set()
+    names.addresses = at(unused_port())
+    client.become_one_of(0, 2)
+    with pytest.raises(ConnectionRefusedError):
+        client._dialer.dial()
+    silent.set()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "LocalHost."])
+def test_who_needs_no_name_server_does_not_ask(host: str, names: Names) -> None:
+    """Numeric addresses, and localhost, which works without a network and a file of hosts."""
+    with pytest.raises(OSError, match=r"refused|assign|Address family"):
+        Dialer(Endpoint(host, unused_port())).dial()
+    assert not names.asked
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("EAI_NONAME", "unknown host db.example"),
+        ("EAI_AGAIN", "cannot look up db.example: the name server does not answer"),
+        ("EAI_FAIL", "cannot look up db.example: the name server has failed"),
+        ("EAI_MEMORY", "cannot look up db.example: memory allocation failure"),
+    ],
+)
+def test_why_a_name_is_not_found(code: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In words that say whom to ask."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise socket.gaierror(getattr(socket, code), "Memory allocation failure")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    with pytest.raises(socket.gaierror) as raised:
+        Dialer(Endpoint("db.example", 1)).dial()
+    assert tcprelay.say_error(raised.value) == words
+
+
 def test_all_addresses_are_tried(bench: Bench, names: Names) -> None:
-    """In turn: where nobody listens the next one is taken."""
+    """In turn: where nobody listens the next one is taken at once."""
     dialer = Dialer(Endpoint("service.example", 1))
     names.addresses = at(unused_port()) + at(bench.service().port)
     dialer.dial().close()
 
 
-def test_each_address_has_its_share_of_the_time(bench: Bench, names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that swallows packets leaves time for the others."""
-    shares: list[float] = []
-    real = tcprelay._connect
+def test_families_take_turns() -> None:
+    """RFC 8305: a family that goes nowhere costs one head start, however many addresses it has."""
+    six: Addresses = [(socket.AF_INET6, (f"2001:db8::{number}", 1, 0, 0)) for number in (1, 2, 3)]
+    four = at(1, "192.0.2.1") + at(1, "192.0.2.2")
+    assert tcprelay.in_turns(six + four) == [six[0], four[0], six[1], four[1], six[2]]
+    assert tcprelay.in_turns(six + four, four[1]) == [four[1], six[0], four[0], six[1], six[2]]
 
-    def connect(family: int, address: Any, deadline: tcprelay.Deadline, stop: Any) -> socket.socket:
-        shares.append(deadline.remaining() or 0.0)
-        if len(shares) < 3:
-            raise TimeoutError("timed out")
-        return real(family, address, deadline, stop)
 
-    monkeypatch.setattr(tcprelay, "_connect", connect)
-    names.addresses = at(1) + at(2) + at(bench.service().port)
-    Dialer(Endpoint("service.example", 1), timeout=9.0).dial().close()
-    assert shares == [pytest.approx(3.0, abs=0.2), pytest.approx(4.5, abs=0.2), pytest.approx(9.0, abs=0.2)]
+def test_an_address_that_swallows_packets_costs_little(
+    bench: Bench, names: Names, busy: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one is begun beside it, and is the first from then on; a loser is closed."""
+    dialer = Dialer(Endpoint("service.example", 1))
+    names.addresses = [*at(busy.getsockname()[1]), *at(bench.service().port)]
+    for limit in (1.0, 0.2):
+        began = time.monotonic()
+        with dialer.dial() as sock:
+            assert time.monotonic() - began < limit
+            assert sock.gettimeout() is None
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, 16) != bytes(16)
+            sock.sendall(b"x")
+            assert sock.recv(1) == b"x"
+
+
+def test_a_late_first_address_may_still_win(names: Names, busy: socket.socket) -> None:
+    """It is not given up while the next one is tried, and a refusal of that one is not the end."""
+    names.addresses = [*at(busy.getsockname()[1]), *at(unused_port())]
+    accepted: list[socket.socket] = []
+
+    def accept() -> None:
+        time.sleep(0.5)  # meanwhile the other one has been begun, and was refused
+        accepted.extend(busy.accept()[0] for _ in range(2))
+
+    thread = threading.Thread(target=accept)
+    thread.start()
+    with Dialer(Endpoint("service.example", 1)).dial() as sock:
+        assert sock.gettimeout() is None
+        assert sock.getpeername() == busy.getsockname()
+    thread.join(PATIENCE)
+    for end in accepted:
+        end.close()
 
 
 @pytest.fixture
@@ -203,3 +365,47 @@ def test_a_connection_to_itself_is_known(bench: Bench) -> None:
         assert tcprelay.connected_to_itself(sock)
     with socket.create_connection(("127.0.0.1", bench.service().port)) as sock:
         assert not tcprelay.connected_to_itself(sock)
+
+
+@pytest.fixture
+def full_path(tmp_path: Path) -> Iterator[tuple[Endpoint, socket.socket]]:
+    """A Unix socket whose backlog is full."""
+    path = str(tmp_path / "service")
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(path)
+        listener.listen(0)
+        while True:
+            sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+            sock.setblocking(False)
+            if sock.connect_ex(path):
+                break
+        yield Endpoint("", 0, path), listener
+
+
+def test_a_full_backlog_of_a_unix_socket_is_waited_for(full_path: tuple[Endpoint, socket.socket]) -> None:
+    """Longer than one call that connects does, and until the deadline at most."""
+    endpoint, listener = full_path
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match="its queue of connections is full"):
+        Dialer(endpoint, 0.7).dial()
+    assert 0.6 < time.monotonic() - began < PATIENCE
+
+    def accept() -> None:
+        time.sleep(0.7)
+        listener.accept()[0].close()
+
+    thread = threading.Thread(target=accept)
+    thread.start()
+    with Dialer(endpoint).dial() as sock:
+        assert sock.gettimeout() is None
+    thread.join(PATIENCE)
+
+
+def test_an_end_cuts_waiting_for_a_unix_socket_short(full_path: tuple[Endpoint, socket.socket]) -> None:
+    stop, began = Stop(), time.monotonic()
+    threading.Timer(0.4, stop.request).start()
+    with pytest.raises(Stopping):
+        Dialer(full_path[0], 60.0).dial(stop)
+    assert time.monotonic() - began < PATIENCE
+    stop.close()

@@ -214,7 +214,7 @@ def test_listening_addresses(bench: Bench) -> None:
 
 def test_accepted_sockets_inherit_the_options(bench: Bench) -> None:
     """No delay, keepalive and RST on close are set on the listener, once, and hold for what it accepts."""
-    listener = bench.enter(tcprelay.listen("127.0.0.1", 0))
+    [listener] = map(bench.enter, tcprelay.listen("127.0.0.1", 0))
     bench.enter(connect(listener.getsockname()))
     listener.setblocking(True)
     sock, _ = listener.accept()

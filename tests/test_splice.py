@@ -46,7 +46,8 @@ from .conftest import PATIENCE, read_all, read_exactly, wait_until
 
 def tcp_pair() -> tuple[socket.socket, socket.socket]:
     """Two ends of a TCP connection; a deadline on the second one, which the test uses."""
-    with tcprelay.listen("127.0.0.1", 0) as listener:
+    [listener] = tcprelay.listen("127.0.0.1", 0)
+    with listener:
         listener.setblocking(True)
         far = socket.create_connection(listener.getsockname(), PATIENCE)
         near, _ = listener.accept()
