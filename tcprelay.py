@@ -979,7 +979,7 @@ def is_same(given: bytes, expected: bytes) -> bool:
 
 def guess_protocol(start: bytes) -> str:
     """What a peer that does not speak the link protocol seems to speak, from its first bytes."""
-    if start[:1] == b"\x16" and (len(start) < 2 or start[1] == 3):
+    if start[:1] in (b"\x15", b"\x16") and (len(start) < 2 or start[1] == 3):  # an alert, or a handshake's beginning
         return "TLS"
     if start[:4] in (b"GET ", b"HEAD", b"POST", b"PUT ", b"OPTI", b"CONN", b"PRI ", b"HTTP"):
         return "HTTP"

@@ -59,7 +59,10 @@ LAST_BACKOFF = 4.0
 """Seconds at which that span stops growing while the relay server cannot be reached: a single packet every few
 seconds burdens nobody, and when the way is free again the service is back soon."""
 REFUSED_BACKOFF = 30.0
-"""The same where the relay server refuses: somebody has to change something first."""
+"""The same where the relay server refuses: somebody has to change something first.  And where a link is lost in its
+handshake: the server may have more of them than it can do, and trying again soon would keep that up."""
+MOST_HANDSHAKES = 256
+"""Links that are being opened at once: as many handshakes as each relay server takes."""
 RELAY_DIAL_TIMEOUT = 5.0
 """Seconds to reach the relay server.  The kernel sends its third SYN after 3 s and the fourth after 7 (RFC 6298:
 1 s, doubled each time): the first of a new attempt comes sooner."""
@@ -210,13 +213,23 @@ class Unpublished(Event):
     reason: str
 
 
+class Unreachable(ConnectionError):
+    """There is no connection to the relay server; the message says why."""
+
+
 class RefusedByServer(ConnectionError):
     """The relay server refused a link, or its proofs were not accepted here; the message says why."""
 
     def __init__(self, reason: str, code: str = "") -> None:
         super().__init__(reason)
-        self.lasting = code not in ("draining", "limit", "lost", "timeout")
-        """It will not pass by itself."""
+        self.lasting = code not in ("draining", "limit")
+        """It will not pass by itself, or not soon."""
+
+
+def longest_backoff(error: BaseException) -> float:
+    """Where the span between two attempts stops growing after such a failure, in seconds."""
+    passing = isinstance(error, Unreachable) or (isinstance(error, RefusedByServer) and not error.lasting)
+    return LAST_BACKOFF if passing else REFUSED_BACKOFF
 
 
 # --- The client -----------------------------------------------------------------------------------------------
@@ -264,6 +277,8 @@ class Service:
         """Failures in a row; a link that has been stable resets them."""
         self.failed_at = self.retry_at = 0.0
         """When the last one was, and the moment of the next attempt."""
+        self.span = 0.0
+        """Seconds within which that moment was drawn."""
         self.probing = True
         """At the start and after a failure, until a link is up: one attempt at a time."""
         self.carried = 0
@@ -311,6 +326,10 @@ class RelayClient(Relay):
         self._worker = 0
         """Which of several worker processes this is."""
         self._num_conn = checked.num_conn
+        self._most_handshakes = MOST_HANDSHAKES
+        self._handshakes = MOST_HANDSHAKES
+        """Links that may be opened at once, under `_condition`: half as many after a failure, and with each that is up
+        one more, up to the limit above."""
         self._services = [Service(publication, self._num_conn) for publication in checked.services]
         self._condition = threading.Condition()  # over the links' states in _services, and _links
         self._links: set[Link | Stream] = set()
@@ -382,6 +401,7 @@ class RelayClient(Relay):
         self._dialer = self._make_dialer()  # a look-up that was under way is not, in this process
         self._worker = number
         self._num_conn = share(options.num_conn)
+        self._handshakes = self._most_handshakes = max(1, share(MOST_HANDSHAKES))
         self._services = [Service(publication, self._num_conn) for publication in options.services]
         if options.max_conn:
             self._splices.most = share(options.max_conn)
@@ -430,12 +450,13 @@ class RelayClient(Relay):
             return 0, service.retry_at
         wanted, moment = service.pace.wanted(now)
         wanted += min(service.asked, self._num_conn + GROWTH * service.busy) - service.idle - service.connecting
+        room = self._handshakes - sum(other.connecting for other in self._services)
         if service.probing:
             wanted = min(wanted, 1 - service.connecting)
-        else:
+        elif wanted <= room:
             service.asked = 0
         count = 0
-        while count < wanted and self._splices.admit():
+        while count < min(wanted, room) and self._splices.admit():
             count += 1
         service.connecting += count
         return count, moment
@@ -463,9 +484,10 @@ class RelayClient(Relay):
         if began >= service.failed_at:  # those under way at the same time count once
             service.failed_at = time.monotonic()
             service.failures += 1
-            span = min(longest, FIRST_BACKOFF * 2 ** min(service.failures - 1, 16))
+            self._handshakes = max(1, self._handshakes // 2)
+            service.span = FIRST_BACKOFF if service.failures == 1 else min(longest, 2 * service.span)
             # Measured from its beginning: one that took long to fail has been waiting already.
-            service.retry_at = max(service.failed_at, began + span * tcprelay.random_fraction())
+            service.retry_at = max(service.failed_at, began + service.span * tcprelay.random_fraction())
             service.probing = True
         self._condition.notify_all()
 
@@ -478,9 +500,7 @@ class RelayClient(Relay):
             try:
                 link, address, waiting = self._connect(service)
             except (OSError, EOFError) as error:
-                reason = say_error(error)
-                if isinstance(error, RefusedByServer) and error.lasting:
-                    longest = REFUSED_BACKOFF
+                reason, longest = say_error(error), longest_backoff(error)
             finally:
                 if link is None:
                     self._note_failure(service, began, reason, longest)
@@ -544,8 +564,12 @@ class RelayClient(Relay):
             raise
 
     def _dial_relay(self, deadline: Deadline) -> Stream:
-        """Connect to the relay server, with TLS where it is asked for.  Raises `OSError`, `EOFError`."""
-        sock = self._dialer.dial(self._stop)
+        """Connect to the relay server, with TLS where it is asked for.  Raises `OSError`, `EOFError`; `Unreachable`
+        where there is no connection."""
+        try:
+            sock = self._dialer.dial(self._stop)
+        except OSError as error:
+            raise Unreachable(say_error(error)) from error
         name, context, options = f"link with relay {self._relay}", self._credentials.links, self.options
         if context is None:
             return Stream(sock, name)
@@ -563,6 +587,11 @@ class RelayClient(Relay):
             if isinstance(error, ssl.SSLCertVerificationError):
                 hint = "give --ca-file or --pin, or --tls-server-name where the name differs"
                 raise RefusedByServer(f"{say_error(error)}; {hint}") from error
+            if error.reason == "TLSV1_ALERT_ACCESS_DENIED":
+                raise RefusedByServer(
+                    "refused by the relay: it asks for neither a token nor certificates, so it accepts links from its "
+                    "own machine alone; set --token-file on both sides"
+                ) from error
             if error.reason == "WRONG_VERSION_NUMBER":
                 raise RefusedByServer(
                     "the relay does not speak TLS: start it with --tls, or leave --tls out"
@@ -611,6 +640,7 @@ class RelayClient(Relay):
         with self._condition:
             self._links.add(link)
             service.connecting -= 1
+            self._handshakes = min(self._most_handshakes, self._handshakes + 1)
             service.idle += 1
             service.asked = max(0, waiting - 1)  # this one serves the first
             if service.probing and service.failures:

@@ -46,7 +46,7 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import tcprelay
 from tcprelay import (
@@ -66,8 +66,13 @@ __all__ = ["RelayServer", "ServerOptions", "create_relay_server", "main"]
 
 EARLY_BYTES = 65536
 """How much a service client may send before READY; it is kept, to be offered to another link after a FAIL."""
-MAX_HANDSHAKES = 256
-"""Link handshakes under way at once; beyond it the oldest of the address that has the most of them gives way."""
+LEAST_HANDSHAKES, MOST_HANDSHAKES = 256, 2048
+"""Handshakes under way at once, on the relay port and (with TLS) on the service ports each: a quarter of the
+connections that there may be, within these bounds.  A silent one costs a thread and 16 KiB, with TLS 60 (measured):
+where the limit on open files is high, a flood must not take all the memory of a small machine."""
+TOO_MANY_HANDSHAKES = "too many handshakes at once"
+ACCESS_DENIED = b"\x15\x03\x03\x00\x02\x02\x31"
+"""A TLS alert before the handshake: fatal, access_denied (RFC 8446, 6)."""
 SPARE_TAKERS = 8
 """Threads of a worker that wait for connections, at most."""
 SUSPICION = 3.0
@@ -311,7 +316,9 @@ class RelayServer(Relay):
         checked = ServerOptions(relay_port=relay_port, service_port=service_port, **options)
         super().__init__("tcprelay.server", checked, checked.max_connections, on_event)
         self._pool: Pool
-        self._handshakes = Handshakes(MAX_HANDSHAKES)
+        self._handshakes: dict[str, Handshakes]
+        """Those of links, and the TLS handshakes of service clients, by "link" and "client"."""
+        self._bound_handshakes(1)
         self.shares = {"client": Shares(checked.max_per_address), "link": Shares(checked.max_links_per_address)}
         self.listeners: dict[socket.socket, str] = {}
         """Their services, "" for the relay port."""
@@ -330,6 +337,14 @@ class RelayServer(Relay):
         self._make_threads()
 
     # Beginning and ending
+
+    def _bound_handshakes(self, processes: int) -> None:
+        """Let as many handshakes be under way as one of so many processes may have."""
+        connections = self._splices.most
+        links = max(16, most_handshakes(connections) // processes)
+        # Half of the connections are there for service clients that have done theirs.
+        clients = min(links, max(1, connections // 2 // processes))
+        self._handshakes = {"link": Handshakes(links), "client": Handshakes(clients)}
 
     def _make_threads(self) -> None:
         self._acceptor = threading.Thread(target=self._accept, name="tcprelay-server acceptor", daemon=True)
@@ -491,7 +506,7 @@ class RelayServer(Relay):
         self.listeners.clear()
         self._make_threads()  # since Python 3.13 those that were made before the fork cannot be started
         self._gauges = gauges
-        self._handshakes = Handshakes(max(16, MAX_HANDSHAKES // count))
+        self._bound_handshakes(count)
         self.shares = {kind: RemoteShares(self, kind) for kind in self.shares}
         self._splices.show = gauges.show_open
 
@@ -666,16 +681,18 @@ class RelayServer(Relay):
                 sock, address = listener.accept()
             except (BlockingIOError, ConnectionAbortedError):
                 return
-            sock.setblocking(True)  # whatever default a program has set, or the listener handed down
-            tcprelay.spread_keepalive(sock)
-            shares = self.shares["client" if service else "link"]
-            if not shares.enter(address):
-                self._turn_away(service, sock, address)
-                continue
+            shares, counted = self.shares["client" if service else "link"], False
             try:
-                self.hand_on(service, sock, address)
-            except RuntimeError:
-                shares.leave(address)
+                sock.setblocking(True)  # whatever default a program has set, or the listener handed down
+                tcprelay.spread_keepalive(sock)
+                counted = shares.enter(address)
+                if counted:
+                    self.hand_on(service, sock, address)
+                else:
+                    self._turn_away(service, sock, address)
+            except BaseException:
+                if counted:
+                    shares.leave(address)
                 sock.close()
                 raise
 
@@ -713,18 +730,30 @@ class RelayServer(Relay):
 
     def _serve_link(self, sock: socket.socket, address: Any) -> None:
         """A relay client's connection from accept to the pool; the top of its thread."""
-        peer = show_address(address)
-        deadline = Deadline(tcprelay.HANDSHAKE_TIMEOUT)
-        context = self._credentials.links
-        stream = make_stream(sock, f"link with {peer}", address, context)
-        link = Link(stream, SERVER)
-        ended = False
-        self._handshakes.enter(stream)
+        handshakes, stream, pooled = self._handshakes["link"], None, None
         try:
+            stream = make_stream(sock, f"link with {show_address(address)}", address, self._credentials.links)
+            handshakes.enter(stream)
+            pooled = self._take_in(Link(stream, SERVER))
+        finally:
+            if stream is not None:
+                handshakes.leave(stream)
+            if pooled is None:
+                (stream or sock).close()
+                self.shares["link"].leave(address)
+        if pooled is not None:
+            self._give_back(pooled)
+
+    def _take_in(self, link: Link) -> PooledLink | None:
+        """A link's handshake; ``None`` where it came to nothing, and its client has been told why."""
+        stream, deadline = link.stream, Deadline(tcprelay.HANDSHAKE_TIMEOUT)
+        ended = False
+        try:
+            self._check_protected_mode(stream)
             if isinstance(stream, TLSStream):
                 stream.handshake(deadline, self._stop)
             raw = self.options.wire == "raw"
-            pooled = self._greet_raw(stream, deadline) if raw else self._greet(link, deadline)
+            return self._greet_raw(stream, deadline) if raw else self._greet(link, deadline)
         except Refusal as error:
             refusal = error.apart()
         except LinkFault as error:
@@ -737,44 +766,41 @@ class RelayServer(Relay):
         except Stopping:
             refusal = Refusal("the relay server is ending", "draining")
         except (OSError, EOFError) as error:
-            evicted = self._handshakes.was_evicted(stream)
+            evicted = self._handshakes["link"].was_evicted(stream)
             ended = isinstance(error, EOFError) and not evicted
             reason = "closed before its handshake was complete" if isinstance(error, EOFError) else say_error(error)
-            refusal = Refusal("too many handshakes at once" if evicted else reason, "lost")
+            refusal = Refusal(TOO_MANY_HANDSHAKES if evicted else reason, "lost")
             if tcprelay.is_tls_error(error):
                 refusal = Refusal(explain_tls(error), "tls")
                 if error.reason in NOT_TLS:  # a plain relay client may be told in its own language
                     plain = encode_frame(tcprelay.REFUSED, {"code": "tls", "reason": "it speaks TLS; add --tls"})
-                    tcprelay.ignore_oserror(sock.sendall, plain)
-        except BaseException:
-            self._handshakes.leave(stream)
-            stream.close()
-            self.shares["link"].leave(address)
-            raise
-        else:
-            self._handshakes.leave(stream)
-            self._give_back(pooled)
-            return
+                    tcprelay.ignore_oserror(link.sock.sendall, plain)
+        self._refuse_link(link, refusal, ended)
+        return None
+
+    def _refuse_link(self, link: Link, refusal: Refusal, ended: bool) -> None:
+        """Tell why there is no link, in the log and, as far as it can be told there, to the relay client."""
+        stream = link.stream
         # Who has not said a byte may be a raw client, which would take REFUSED for a connection's bytes; or
         # only looked whether the port is open, which is nobody's refusal.
         silent = type(stream) is Stream and not link.unread() and link.machine.state == tcprelay.NEW
-        event = LinkRefused(peer=peer, code=refusal.code, reason=str(refusal))
+        event = LinkRefused(peer=show_address(stream.peer), code=refusal.code, reason=str(refusal))
         if silent and ended:
             self._log.debug("%s", event)
         else:
             self._emit(event)
+        if isinstance(stream, TLSStream) and refusal.code == "protected":
+            tcprelay.ignore_oserror(link.sock.sendall, ACCESS_DENIED)
+            stream.linger()
+            return
         mute = self.options.wire == "raw" or refusal.code == "lost" or (silent and refusal.code == "timeout")
         if not mute and refusal.code != "tls":  # then an alert has been sent
             link.refuse(refusal.code, refusal.told)
         if not mute:
             stream.linger()
-        self._handshakes.leave(stream)
-        stream.close()
-        self.shares["link"].leave(address)
 
     def _greet(self, link: Link, deadline: Deadline) -> PooledLink:
         """HELLO, CHALLENGE, AUTH, WELCOME.  Raises `Refusal`, `LinkFault`, `OSError`, `EOFError`."""
-        self._check_protected_mode(link.stream)
         hello = link.receive(deadline, self._stop)
         if hello.kind != HELLO:
             raise LinkFault("the first frame is not HELLO")
@@ -817,14 +843,13 @@ class RelayServer(Relay):
         try:
             out = link.pack_control(WELCOME, {"proof": proof, **welcome} if proof else welcome)
             link.stream.send(out + link.pack_control(PING))
-        except OSError as error:
+        except BaseException as error:
             self._forget(pooled, say_error(error))
             raise
         return pooled
 
     def _greet_raw(self, stream: Stream, deadline: Deadline) -> PooledLink:
         """Raw wire has no handshake, except for the key of node-tcp-relay 0.0.13 where one is set."""
-        self._check_protected_mode(stream)
         key = self.options.secret.encode("utf-8", "surrogateescape")
         given = bytearray(len(key))
         have = 0
@@ -844,6 +869,7 @@ class RelayServer(Relay):
         return pooled
 
     def _check_protected_mode(self, stream: Stream) -> None:
+        """Before a byte is read, and before TLS, whose handshake costs the most.  Raises `Refusal`."""
         options = self.options
         guarded = self._credentials.token or options.auth or options.secret or options.allow_unauthenticated
         if guarded or tcprelay.is_loopback(stream.peer):
@@ -855,11 +881,17 @@ class RelayServer(Relay):
 
     def _join_pool(self, pooled: PooledLink) -> None:
         """Count a link in, before its client is told WELCOME.  Raises `Refusal`."""
+        if not self._handshakes["link"].leave(tcprelay.carrier(pooled.link)):
+            raise Refusal(TOO_MANY_HANDSHAKES, "lost")
         first = self._pool.join(pooled)
         where = {"service": pooled.service, "client": pooled.client, "peer": pooled.peer}
-        if first:
-            self._emit(ClientUp(name=pooled.name, **{**where, "peer": pooled.host}))
-        self._emit(LinkUp(**where))
+        try:
+            if first:
+                self._emit(ClientUp(name=pooled.name, **{**where, "peer": pooled.host}))
+            self._emit(LinkUp(**where))
+        except BaseException as error:
+            self._forget(pooled, say_error(error))
+            raise
 
     def _give_back(self, pooled: PooledLink, readable: bool = False) -> None:
         """Hear what has come in on an idle link, and put it into the pool; or close it, where it has ended.
@@ -1029,11 +1061,17 @@ class RelayServer(Relay):
         """TLS with a service client, where its port speaks it.  Raises `Refusal`."""
         if not isinstance(client.stream, TLSStream):
             return
+        handshakes, reason = self._handshakes["client"], ""
+        handshakes.enter(client.stream)
         try:
             client.stream.handshake(Deadline(tcprelay.HANDSHAKE_TIMEOUT), self._stop)
         except (OSError, EOFError) as error:
             reason = explain_tls(error) if tcprelay.is_tls_error(error) else say_error(error)
-            raise Refusal(f"no TLS handshake: {reason}") from error
+        finally:
+            if not handshakes.leave(client.stream):
+                reason = TOO_MANY_HANDSHAKES
+        if reason:
+            raise Refusal(f"no TLS handshake: {reason}")
 
     def _find_link(self, client: ServiceClient) -> PooledLink:
         """Offer the service client to one idle link after another until a service answers.  Raises `Refusal`."""
@@ -1190,6 +1228,11 @@ class RelayServer(Relay):
             self._emit(closed)
 
 
+def most_handshakes(connections: int) -> int:
+    """How many may be under way where there may be so many connections."""
+    return min(MOST_HANDSHAKES, max(LEAST_HANDSHAKES, connections // 4))
+
+
 def make_stream(sock: socket.socket, name: str, address: Any, context: ssl.SSLContext | None) -> Stream:
     """The stream over an accepted socket, with TLS where there is a context; before its handshake."""
     if context is None:
@@ -1339,48 +1382,106 @@ class Shares:
                 del self._counts[group]
 
 
-class Handshakes:
-    """The link handshakes under way: a bounded number.
+Ball = TypeVar("Ball")
 
-    Beyond it the oldest of the address that has the most gives way: a flood hits itself, and whoever else
-    connects has all the time that there is.
+
+class Handshakes:
+    """Handshakes under way: a bounded number.
+
+    Beyond it one gives way, and chance decides which, among those of the address that has the most, or of all that
+    have as many.  So a flood hits itself; and of a storm of honest ones, each from an address of its own, some are lost
+    and the others get through: the oldest is the one nearest to done.
+
+    Parameters: how many; and what gives random numbers from 0 to 1.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, fraction: Callable[[], float] = tcprelay.random_fraction) -> None:
         self._most = most
+        self._fraction = fraction
         self._lock = threading.Lock()  # over what follows
-        self._streams: dict[str, OrderedDict[Stream, None]] = {}  # by address, the oldest first
         self._count = 0
+        self._streams: dict[str, Urn[Stream]] = {}  # by address
+        self._addresses: dict[int, Urn[str]] = {}  # by how many they have
         self._evicted: set[Stream] = set()
 
     def enter(self, stream: Stream) -> None:
+        """Count one in; another may have to give way: it is woken.  Each one calls `leave`, once at least."""
         with self._lock:
-            self._streams.setdefault(tcprelay.address_group(stream.peer), OrderedDict())[stream] = None
-            self._count += 1
+            self._add(stream)
             if self._count > self._most:
-                greediest = max(self._streams.values(), key=len)
-                oldest = next(iter(greediest))
-                self._remove(oldest)
-                self._evicted.add(oldest)
-                oldest.wake()  # under the lock, which never blocks: once it has left, it is closed
+                greediest = self._addresses[max(self._addresses)].draw(self._fraction())
+                unlucky = self._streams[greediest].draw(self._fraction())
+                self._remove(unlucky)
+                self._evicted.add(unlucky)
+                unlucky.wake()  # under the lock, which never blocks: once it has left, it is closed
 
-    def leave(self, stream: Stream) -> None:
+    def leave(self, stream: Stream) -> bool:
+        """Count one out, if it has not left; False where it had given way: then it must not go on."""
         with self._lock:
             if stream in self._evicted:
                 self._evicted.discard(stream)
-            else:
+                return False
+            if stream in self._streams.get(tcprelay.address_group(stream.peer), ()):
                 self._remove(stream)
+            return True
 
     def was_evicted(self, stream: Stream) -> bool:
         with self._lock:
             return stream in self._evicted
 
+    def _add(self, stream: Stream) -> None:
+        address = tcprelay.address_group(stream.peer)
+        streams = self._streams.setdefault(address, Urn())
+        streams.add(stream)
+        self._count += 1
+        self._move(address, len(streams) - 1, len(streams))
+
     def _remove(self, stream: Stream) -> None:
-        group = tcprelay.address_group(stream.peer)
-        del self._streams[group][stream]
+        address = tcprelay.address_group(stream.peer)
+        streams = self._streams[address]
+        streams.remove(stream)
         self._count -= 1
-        if not self._streams[group]:
-            del self._streams[group]
+        self._move(address, len(streams) + 1, len(streams))
+        if not streams:
+            del self._streams[address]
+
+    def _move(self, address: str, before: int, now: int) -> None:
+        """An address that had so many has so many now."""
+        if before:
+            self._addresses[before].remove(address)
+            if not self._addresses[before]:
+                del self._addresses[before]
+        if now:
+            self._addresses.setdefault(now, Urn()).add(address)
+
+
+class Urn(Generic[Ball]):
+    """What can be drawn from by chance: adding, removing and drawing take the same time however full it is."""
+
+    def __init__(self) -> None:
+        self._balls: list[Ball] = []
+        self._places: dict[Ball, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._balls)
+
+    def __contains__(self, ball: object) -> bool:
+        return ball in self._places
+
+    def add(self, ball: Ball) -> None:
+        self._places[ball] = len(self._balls)
+        self._balls.append(ball)
+
+    def remove(self, ball: Ball) -> None:
+        """Take one out; the last one takes its place."""
+        place, last = self._places.pop(ball), self._balls.pop()
+        if place < len(self._balls):
+            self._balls[place] = last
+            self._places[last] = place
+
+    def draw(self, fraction: float) -> Ball:
+        """The one at that part of the whole, from 0 to 1."""
+        return self._balls[min(int(fraction * len(self._balls)), len(self._balls) - 1)]
 
 
 # --- The pool -------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -44,7 +45,7 @@ from tcprelay import (
     encode_header,
     prove,
 )
-from tcprelay_client import Pace, Published, Unpublished
+from tcprelay_client import Pace, Published, Unpublished, Unreachable, longest_backoff
 
 from .conftest import PATIENCE, Bench, Service, connect, read_exactly, wait_until
 from .peers_v1 import FakeServer
@@ -313,7 +314,8 @@ def test_a_relay_that_is_not_there_is_told_once_and_found_later(bench: Bench) ->
 @pytest.mark.parametrize(
     ("code", "spans"),
     [
-        ("", [1.0, 2.0, 4.0, 4.0, 4.0, 4.0]),
+        ("", [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]),
+        ("timeout", [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]),
         ("draining", [1.0, 2.0, 4.0, 4.0, 4.0, 4.0]),
         ("token", [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]),
     ],
@@ -322,7 +324,7 @@ def test_the_span_of_the_backoff_doubles_up_to_its_cap(
     bench: Bench, server: FakeServer, monkeypatch: pytest.MonkeyPatch, code: str, spans: list[float]
 ) -> None:
     """Full jitter: each wait is a random part of a span that doubles with every failure, and longer where the
-    server refuses than where it cannot be reached."""
+    server refuses, or the link is lost in its handshake, than where it cannot be reached or is ending."""
     for name, seconds in (("FIRST_BACKOFF", 1.0), ("LAST_BACKOFF", 4.0), ("REFUSED_BACKOFF", 30.0)):
         monkeypatch.setattr(tcprelay_client, name, seconds)
     seen: list[float] = []
@@ -362,6 +364,66 @@ def test_attempts_that_fail_together_count_once(bench: Bench, server: FakeServer
     with client._condition:
         client._back_off(service, time.monotonic() - 2 * tcprelay_client.LAST_BACKOFF)
     assert service.retry_at == service.failed_at, "tries again at once"
+
+
+def test_the_span_follows_what_went_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It doubles up to the cap of the present failure: soon again once the server cannot be reached at all, and from
+    there on, not from the number of attempts, where it takes connections and loses them."""
+    for name, seconds in (("FIRST_BACKOFF", 1.0), ("LAST_BACKOFF", 4.0), ("REFUSED_BACKOFF", 30.0)):
+        monkeypatch.setattr(tcprelay_client, name, seconds)
+    client = RelayClient("127.0.0.1", 1, "127.0.0.1", 1, 1)
+    [service] = client._services
+    unreachable, lost = Unreachable("no route"), EOFError("the relay closed the link without a word")
+    spans = []
+    for error in [unreachable] * 9 + [lost] * 5 + [unreachable, lost]:
+        service.failed_at = 0.0
+        with client._condition:
+            client._back_off(service, time.monotonic(), longest_backoff(error))
+        spans.append(service.span)
+    assert spans == [1, 2, *[4] * 7, 8, 16, 30, 30, 30, 4, 8]
+
+
+def test_a_relay_that_cannot_be_reached_is_tried_soon(bench: Bench) -> None:
+    """The reason is the system's, and the span stays short."""
+    client = bench.enter(RelayClient("127.0.0.1", 1, "127.0.0.1", unused_port(), 1, on_event=bench.client_events))
+    [service] = client._services
+    wait_until(lambda: service.failures == 9)
+    assert service.span <= tcprelay_client.LAST_BACKOFF
+    assert {event.reason for event in bench.client_events.of(Unpublished)} == {"connection refused"}
+
+
+def test_a_client_bounds_its_own_handshakes() -> None:
+    """As many links are opened at once as every server takes; half as many after a failure, one more with each that
+    is up.  Nobody who waits at the server is forgotten meanwhile."""
+    client = RelayClient("127.0.0.1", 1, "127.0.0.1", 1, 8, max_conn=1000)
+    [service] = client._services
+    service.probing = False
+
+    def take() -> int:
+        return client._take_missing(service, time.monotonic())[0]
+
+    service.asked, service.busy = 300, 100
+    assert [take(), take()] == [256, 0]
+    client._count_in(Mock(), service, waiting=300)
+    assert [take(), take()] == [1, 0]
+    client._note_failure(service, time.monotonic(), "lost")
+    assert client._handshakes == 128
+    for _ in range(100):
+        client._count_in(Mock(), service, waiting=400)
+    assert client._handshakes == 228
+    assert service.connecting == 155
+    service.pace, service.retry_at = Pace(8), 0.0
+    assert [take(), take()] == [228 - 155, 0]
+
+
+@pytest.mark.parametrize("waiting", [0, 200])
+def test_the_bound_delays_no_usual_burst(waiting: int) -> None:
+    """The first links of a client, and those for a burst of service clients, are all opened in one go."""
+    client = RelayClient("127.0.0.1", 1, "127.0.0.1", 1, 8, max_conn=1000)
+    [service] = client._services
+    service.probing, service.asked, service.busy = False, waiting, 50
+    assert client._take_missing(service, time.monotonic())[0] == 8 + waiting
+    assert service.asked == 0
 
 
 @pytest.mark.parametrize(("most", "rate"), [(8, 4.0), (20, 4.0), (100, 20.0)])

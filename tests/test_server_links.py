@@ -32,6 +32,7 @@ from tcprelay import (
     ConnectionClosed,
     ConnectionFailed,
     ConnectionOpened,
+    Event,
     LinkDown,
     LinkUp,
     RelayServer,
@@ -39,7 +40,7 @@ from tcprelay import (
     encode_header,
     prove,
 )
-from tcprelay_server import LinkRefused
+from tcprelay_server import Handshakes, LinkRefused, PooledLink
 
 from .conftest import PATIENCE, Bench, connect, read_all, read_exactly, wait_until
 from .peers_v1 import FakeClient
@@ -184,16 +185,43 @@ def test_silence_and_half_a_frame_are_closed_at_the_deadline(bench: Bench, monke
     assert {event.code for event in bench.server_events.wait(LinkRefused, 2)} == {"timeout"}
 
 
-def test_the_oldest_handshake_gives_way(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many silent connections there are, a real client gets in."""
-    monkeypatch.setattr(tcprelay_server, "MAX_HANDSHAKES", 5)
+def test_an_evicted_handshake_does_not_join_the_pool(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives way at the last moment, with its proof given and its receiving over: no WELCOME, and no link."""
     server = bench.server()
-    silent = [bench.enter(connect(server.relay_address)) for _ in range(20)]
+    handshakes = server._handshakes["link"] = Handshakes(1, lambda: 0.0)  # the first gives way
+    join_pool = server._join_pool
+
+    def join_late(link: PooledLink) -> None:
+        bench.enter(connect(server.relay_address))
+        wait_until(lambda: handshakes._evicted)
+        join_pool(link)
+
+    monkeypatch.setattr(server, "_join_pool", join_late)
     link = bench.enter(FakeClient(server))
-    assert link.hello().kind == WELCOME
-    refused = bench.server_events.wait(LinkRefused, 15)
-    assert {event.reason for event in refused} == {"too many handshakes at once"}
-    assert silent
+    with pytest.raises((EOFError, ConnectionError)):
+        link.hello()
+    [refused] = bench.server_events.wait(LinkRefused)
+    assert refused.reason == "too many handshakes at once"
+    assert not server._pool._members
+    assert not bench.server_events.of(LinkUp)
+
+
+def test_an_error_on_the_way_into_the_pool_leaves_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The link is counted out, wherever it happens, and the next one is served."""
+    server = bench.server(max_links_per_address=1)
+    emit = server._emit
+
+    def fail_once(event: Event) -> None:
+        monkeypatch.setattr(server, "_emit", emit)
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(server, "_emit", fail_once)
+    lost = bench.enter(FakeClient(server))
+    with pytest.raises((EOFError, ConnectionError)):
+        lost.hello()
+    wait_until(lambda: not server.shares["link"]._counts)
+    assert not server._pool._members
+    assert bench.enter(FakeClient(server)).hello().kind == WELCOME
 
 
 def test_protected_mode(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import errno
+import random
 import socket
+import ssl
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
-import tcprelay_server
 from tcprelay import ConnectionFailed, Link, LinkUp, RelayClient, RelayServer, Stream, address_group
 from tcprelay_client import Unpublished
-from tcprelay_server import LinkRefused, Shares
+from tcprelay_server import Handshakes, LinkRefused, Shares
 
+from .certificates import Certificates
 from .conftest import PATIENCE, Bench, read_all, read_exactly, wait_until
 
 
@@ -134,15 +139,135 @@ def is_closed(sock: socket.socket) -> bool:
         return True
 
 
-def test_the_greediest_address_gives_way(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of too many handshakes the oldest of the address with the most ends: a slow one of another address stays."""
-    monkeypatch.setattr(tcprelay_server, "MAX_HANDSHAKES", 4)
+@pytest.mark.parametrize("error", [OSError("no"), RuntimeError("no"), MemoryError("no")])
+@pytest.mark.parametrize("where", ["tcprelay.spread_keepalive", "tcprelay_server.make_stream"])
+@pytest.mark.parametrize("kind", ["client", "link"])
+def test_a_connection_that_cannot_be_taken_is_counted_out(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, kind: str, where: str, error: Exception
+) -> None:
+    """Whatever is wrong between accept and its thread's first step: it is closed, and the next one is served."""
+    server = bench.server(max_per_address=1, max_links_per_address=1)
+    port = server.relay_address[1] if kind == "link" else server.service_addresses["default"][1]
+    monkeypatch.setattr(where, Mock(side_effect=error))
+    with pytest.raises(ConnectionResetError):
+        read_all(connect_from(bench, "127.0.0.2", port))
+    wait_until(lambda: not server.shares[kind]._counts)
+    monkeypatch.undo()
+    connect_from(bench, "127.0.0.2", port)
+    wait_until(lambda: server.shares[kind]._counts)
+
+
+# Handshakes
+
+
+class Shaking:
+    """Stands in for the stream of a handshake: what `Handshakes` knows of one."""
+
+    def __init__(self, host: str) -> None:
+        self.peer = (host, 1)
+        self.woken = False
+
+    def wake(self) -> None:
+        self.woken = True
+
+
+def handshakes_of(most: int, fractions: Iterator[float]) -> Any:
+    """With chances that the test chooses; as `Any`, since it takes no real streams."""
+    return Handshakes(most, lambda: next(fractions))
+
+
+@pytest.mark.parametrize(
+    ("chances", "unlucky"), [((0, 0), 0), ((0, 0.5), 2), ((0.5, 0.49), 3), ((0.99, 0.5), 4), ((1, 1), 4)]
+)
+def test_any_of_the_greediest_gives_way(chances: tuple[float, float], unlucky: int) -> None:
+    """Chance takes one of the addresses that have the most, and one of its handshakes, old or new; no other's."""
+    handshakes = handshakes_of(5, iter(chances))
+    streams = [Shaking(host) for host in ("1.1.1.1", "3.3.3.3", "1.1.1.1", "2.2.2.2", "2.2.2.2")]
+    for stream in streams:
+        handshakes.enter(stream)
+    assert not any(stream.woken for stream in streams)
+    handshakes.enter(Shaking("4.4.4.4"))
+    assert [number for number, stream in enumerate(streams) if stream.woken] == [unlucky]
+
+
+def test_who_has_given_way_is_told_when_it_leaves(bench: Bench) -> None:
+    """That is one step, so that nobody goes on as if nothing had been; leaving twice does no harm."""
+    handshakes = handshakes_of(1, iter([0.0, 0.0]))
+    first, second = Shaking("1.1.1.1"), Shaking("2.2.2.2")
+    handshakes.enter(first)
+    handshakes.enter(second)
+    assert (handshakes.was_evicted(first), handshakes.was_evicted(second)) == (True, False)
+    assert [handshakes.leave(first), handshakes.leave(second), handshakes.leave(second)] == [False, True, True]
+    handshakes.enter(third := Shaking("3.3.3.3"))
+    assert not third.woken, "both places are free"
+
+
+def test_handshakes_are_fair_and_forgotten() -> None:
+    """Through thousands of steps: never more than there may be, only the greediest lose, and nothing is kept."""
+    chance = random.Random(11)
+    handshakes = handshakes_of(50, iter(chance.random, None))
+    present: list[Shaking] = []
+    for _ in range(5000):
+        if present and chance.random() < 0.4:
+            assert handshakes.leave(present.pop(chance.randrange(len(present))))
+        else:
+            present.append(Shaking(f"10.0.0.{min(int(chance.expovariate(0.2)), 250)}"))
+            handshakes.enter(present[-1])
+        counts = Counter(stream.peer for stream in present)
+        lost = [stream for stream in present if stream.woken]
+        assert len(lost) == max(0, len(present) - 50)
+        for stream in lost:
+            assert counts[stream.peer] == max(counts.values())
+            present.remove(stream)
+            assert not handshakes.leave(stream)
+    for stream in present:
+        assert handshakes.leave(stream)
+    assert not (handshakes._count or handshakes._streams or handshakes._addresses or handshakes._evicted)
+
+
+@pytest.mark.parametrize(
+    ("connections", "processes", "links", "clients"),
+    [(100, 1, 256, 50), (1000, 1, 256, 256), (4000, 1, 1000, 1000), (100_000, 1, 2048, 2048), (4000, 4, 250, 250),
+     (100, 32, 16, 1)],
+)  # fmt: skip
+def test_how_many_handshakes_there_may_be(connections: int, processes: int, links: int, clients: int) -> None:
+    """A quarter of the connections, within bounds; of service clients never more than half; each worker its share."""
+    server = RelayServer(0, 0, max_connections=connections)
+    server._bound_handshakes(processes)
+    assert {kind: bound._most for kind, bound in server._handshakes.items()} == {"link": links, "client": clients}
+
+
+def test_a_flood_of_handshakes_hits_itself(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow one of another address stays, and a real relay client gets in."""
     server: RelayServer = bench.server()
+    server._handshakes["link"] = Handshakes(4)
     port = server.relay_address[1]
     slow = connect_from(bench, "127.0.0.3", port)
-    wait_until(lambda: "127.0.0.3" in server._handshakes._streams)
+    wait_until(lambda: "127.0.0.3" in server._handshakes["link"]._streams)
     flood = [connect_from(bench, "127.0.0.2", port) for _ in range(30)]
     refused = bench.server_events.wait(LinkRefused, 27)
     assert {event.peer.partition(":")[0] for event in refused} == {"127.0.0.2"}
+    assert {event.reason for event in refused} == {"too many handshakes at once"}
     assert not is_closed(slow)
     wait_until(lambda: sum(is_closed(sock) for sock in flood) == 27)
+    bench.client(server, bench.service().port)
+    assert not is_closed(slow)
+
+
+def test_silent_service_clients_do_not_take_all_connections(bench: Bench, certificates: Certificates) -> None:
+    """Where the service port speaks TLS, half of --max-connections is there for who has shaken hands."""
+    files = {"cert": certificates.path("server.pem"), "key": certificates.path("server.key")}
+    server = bench.server(tls="service", max_connections=8, token="t", **files)
+    bench.client(server, bench.service().port, token="t")
+    port = server.service_addresses["default"][1]
+    silent = [connect_from(bench, "127.0.0.2", port) for _ in range(4)]
+    for count in range(1, 17):
+        silent.append(connect_from(bench, "127.0.0.2", port))
+        failed = bench.server_events.wait(ConnectionFailed, count)  # one has been displaced, and has left
+    assert {event.reason for event in failed} == {"no TLS handshake: too many handshakes at once"}
+    wait_until(lambda: sum(is_closed(sock) for sock in silent) == 16)
+    context = ssl.create_default_context(cafile=certificates.path("ca.pem"))
+    context.check_hostname = False
+    with context.wrap_socket(bench.connect(server)) as end:
+        end.sendall(b"x")
+        assert end.recv(1) == b"x"

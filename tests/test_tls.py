@@ -20,7 +20,7 @@ import pytest
 import tcprelay
 from tcprelay import ConnectionClosed, ConnectionFailed, RelayClient, RelayServer, TLSStream, pin_of
 from tcprelay_client import Published, Unpublished
-from tcprelay_server import ClientUp, LinkRefused
+from tcprelay_server import ACCESS_DENIED, ClientUp, LinkRefused
 
 from .certificates import Certificates, tls_context
 from .conftest import PATIENCE, Bench, Service, connect, read_all, read_exactly, wait_until
@@ -298,6 +298,21 @@ def test_a_plain_client_on_a_tls_port(bench: Bench, certificates: Certificates) 
     server = bench.server(**tls_server(certificates))
     assert refused(bench, server, bench.service()) == "refused by the relay: it speaks TLS; add --tls"
     assert "it does not speak TLS" in bench.server_events.wait(LinkRefused)[0].reason
+
+
+def test_protected_mode_before_the_handshake(
+    bench: Bench, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link from another host costs no TLS handshake; its client, TLS or plain, still learns what to do."""
+    monkeypatch.setattr("tcprelay.is_loopback", lambda address: False)
+    server = bench.server(**{**tls_server(certificates), "token": ""})
+    with connect(server.relay_address) as silent:
+        assert read_all(silent) == ACCESS_DENIED
+    ca = {"tls": "relay", "ca_file": certificates.path("ca.pem")}
+    assert "set --token-file on both sides" in refused(bench, server, bench.service(), **ca)
+    assert {event.code for event in bench.server_events.of(LinkRefused)} == {"protected"}
+    bench.client_events.events.clear()
+    assert "the relay port answers with TLS" in refused(bench, server, bench.service())
 
 
 def test_a_tls_client_on_a_plain_port(bench: Bench) -> None:

@@ -15,7 +15,7 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-from . import hostile, limits, load, mayhem, network, pairing, streams  # noqa: F401 - they register their cases
+from . import hostile, limits, load, mayhem, network, pairing, storm, streams  # noqa: F401 - they register their cases
 from .suite import CASES, Case, Figure, read_figures, running, write_figures
 
 GRACE = 30.0

@@ -47,11 +47,12 @@ from tcprelay import (
     WELCOME,
     encode_frame,
     encode_header,
+    from_descriptor_limit,
     new_nonce,
     prove,
     tls_fault,
 )  # fmt: skip
-from tcprelay_server import MAX_HANDSHAKES
+from tcprelay_server import most_handshakes
 
 from ..certificates import Certificates, tls_context
 from ..conftest import echo, wait_until
@@ -691,7 +692,7 @@ def hold_still(run: Run, name: str, legs: Legs, most_links: int) -> None:
         ThreadPoolExecutor(8) as dripping,
     ):
         for where, flood, most in (
-            ("relay", at_relay, most_links or MAX_HANDSHAKES),
+            ("relay", at_relay, most_links or most_handshakes(from_descriptor_limit())),
             ("service", at_port, MOST_CLIENTS),
         ):
             run.tell(f"{name}: silent ones that the {where} port keeps", flood.renew(most), most=most)
