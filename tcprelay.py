@@ -58,6 +58,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import select
@@ -108,8 +109,9 @@ else:
 __version__ = "0.1.0"
 __all__ = ["RelayClient", "RelayServer", "create_relay_client", "create_relay_server"]
 
-HANDSHAKE_TIMEOUT = 10.0
-"""Seconds from a link's TCP connection to WELCOME, over everything between them."""
+HANDSHAKE_TIMEOUT, HANDSHAKE_STEP = 20.0, 10.0
+"""Seconds that a server gives a handshake as a whole, and each answer in it: three round trips of a saturated uplink
+take that long, and who says nothing is not waited for longer."""
 DIAL_TIMEOUT = 10.0
 """Seconds to reach the service or the relay server, over all their addresses."""
 SILENCE = 2.5
@@ -244,6 +246,11 @@ class Deadline:
     def remaining(self) -> float | None:
         """Seconds left, 0 when it has passed, ``None`` when there is no end."""
         return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+    def within(self, seconds: float) -> Deadline:
+        """A deadline of its own for one step: so many seconds from now, and no later than this one."""
+        left = self.remaining()
+        return Deadline(seconds if left is None else min(seconds, left))
 
     def shorten(self, seconds: float) -> None:
         """Let it be no later than `seconds` from now."""
@@ -449,11 +456,13 @@ class Name:
             answered.close()
 
 
-def listen(host: str, port: int, stop: Stop | _Signals | None = None) -> list[socket.socket]:
+def listen(
+    host: str, port: int, stop: Stop | _Signals | None = None, probing: Probing | None = None
+) -> list[socket.socket]:
     """Non-blocking listening TCP sockets, one for each address of the host that this machine has, all with the same
     port; host "" is every address, IPv6 and IPv4 together where both exist.
 
-    Accepted sockets inherit their options (Linux and BSD copy them): no delay, keepalive (see `spread_keepalive`),
+    Accepted sockets inherit their options (Linux and BSD copy them): no delay, keepalive (see `Probing.spread`),
     and RST on close until somebody disarms it.  Raises `OSError`, and `Stopping` while a name is looked up.
     """
     if not host:
@@ -461,16 +470,17 @@ def listen(host: str, port: int, stop: Stop | _Signals | None = None) -> list[so
         addresses: Addresses = [(socket.AF_INET6, ("::", port)) if both else (socket.AF_INET, ("", port))]
     else:
         addresses = Name(host, port).addresses(Deadline(DIAL_TIMEOUT), DIAL_TIMEOUT, stop)
+    probing = probing or Probing()
     for _ in range(16):
         try:
-            return _listen_at(addresses)
+            return _listen_at(addresses, probing)
         except OSError as error:
             if port or error.errno != errno.EADDRINUSE:
                 raise
-    return _listen_at(addresses)  # a port that was free at one address was taken at another each time
+    return _listen_at(addresses, probing)  # a port that was free at one address was taken at another each time
 
 
-def _listen_at(addresses: Addresses) -> list[socket.socket]:
+def _listen_at(addresses: Addresses, probing: Probing) -> list[socket.socket]:
     """Listen at all the addresses, at the port that the first one gets.  Raises `OSError` where one is taken, or
     none is this machine's."""
     listeners: list[socket.socket] = []
@@ -480,7 +490,7 @@ def _listen_at(addresses: Addresses) -> list[socket.socket]:
             if listeners:
                 port = listeners[0].getsockname()[1]
             try:
-                listeners.append(_listen_on(family, (host, port, *scope)))
+                listeners.append(_listen_on(family, (host, port, *scope), probing))
             except OSError as error:
                 if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise
@@ -494,11 +504,11 @@ def _listen_at(addresses: Addresses) -> list[socket.socket]:
         raise
 
 
-def _listen_on(family: int, address: Any) -> socket.socket:
+def _listen_on(family: int, address: Any, probing: Probing) -> socket.socket:
     both = address[0] == "::" and socket.has_dualstack_ipv6()
     listener = socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=both)
     limit_sends(listener)
-    set_tcp_options(listener)
+    set_tcp_options(listener, probing)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
     listener.setblocking(False)
     return listener
@@ -510,9 +520,19 @@ class Dialer:
     MOVING_TIME = 1.0
     """Seconds that a name server has to say other addresses, where none of the known ones answers."""
 
-    def __init__(self, target: Endpoint, timeout: float = DIAL_TIMEOUT) -> None:
+    def __init__(
+        self,
+        target: Endpoint,
+        timeout: float = DIAL_TIMEOUT,
+        probing: Probing | None = None,
+        again: float | None = None,
+    ) -> None:
+        """With `again` each address is tried once more after so many seconds without an answer: where a path is back,
+        the kernel's own next attempt may be far away."""
         self._target = target
         self._timeout = timeout
+        self._probing = probing or Probing()
+        self._again = again
         self._name = Name(target.host, target.port)
         self._favourite: tuple[int, Any] | None = None
         """The address that was connected to last."""
@@ -543,7 +563,7 @@ class Dialer:
         return self._connect(found, deadline, stop)
 
     def _connect(self, addresses: Addresses, deadline: Deadline, stop: Stop | None) -> socket.socket:
-        race = Race(in_turns(addresses, self._favourite), deadline, stop)
+        race = Race(in_turns(addresses, self._favourite), deadline, stop, self._probing, self._again)
         sock = race.run()
         self._favourite = race.winner
         return sock
@@ -595,11 +615,17 @@ class Race:
     HEAD_START = 0.25
     """Seconds, as RFC 8305 recommends.  It is the time-out of sends, too: see `_begin`."""
 
-    def __init__(self, addresses: Addresses, deadline: Deadline, stop: Stop | None) -> None:
+    def __init__(
+        self, addresses: Addresses, deadline: Deadline, stop: Stop | None, probing: Probing, again: float | None = None
+    ) -> None:
+        self._addresses = addresses
         self._rest = deque(addresses)
         """Those that are not begun yet."""
         self._deadline = deadline
         self._stop = stop
+        self._probing = probing
+        self._again = again
+        """Seconds without an answer from any of them after which all are begun once more."""
         self._running: dict[int, tuple[socket.socket, tuple[int, Any]]] = {}
         """The connections that are under way, by their descriptors, and to where."""
         self.winner: tuple[int, Any] | None = None
@@ -615,6 +641,8 @@ class Race:
                 try:
                     if sock := self._advance():
                         return sock
+                    if not self._rest and self._again is not None:
+                        self._rest.extend(self._addresses)
                 except Stopping:
                     raise
                 except OSError as error:
@@ -631,7 +659,10 @@ class Race:
         patience = Deadline(self.HEAD_START)
         if self._rest and (sock := self._begin(self._rest.popleft())):
             return sock
-        return self._wait(patience if self._rest else self._deadline)
+        if not self._rest:
+            left = self._deadline.remaining()
+            patience = self._deadline if self._again is None else Deadline(min(self._again, left or 0.0))
+        return self._wait(patience)
 
     def _begin(self, to: tuple[int, Any]) -> socket.socket | None:
         """Begin to connect; ``None`` where that goes on.  Raises `OSError`."""
@@ -680,7 +711,7 @@ class Race:
         # A port of the ephemeral range on this host where nobody listens can connect to itself.
         if to[1][1] in EPHEMERAL_PORTS and connected_to_itself(sock):
             raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
-        set_tcp_options(sock)
+        set_tcp_options(sock, self._probing)
         self.winner = to
         return sock
 
@@ -732,8 +763,46 @@ def set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
             pass
 
 
-def set_tcp_options(sock: socket.socket) -> None:
-    """No delay, urgent bytes among the others, and keepalive that finds a silent dead peer within three minutes.
+@dataclass(frozen=True)
+class Probing:
+    """How TCP is to find out that a silent peer is no longer there."""
+
+    keepalive: float = 20.0
+    """Seconds of silence after which the peer is asked, and up to half as much again: each connection at another
+    moment.  There are NATs that forget a connection after 30 s without a packet; a dead one is not missed before."""
+    dead_path: float = 900.0
+    """Seconds without any answer after which the connection is given up; 0 is never."""
+    INTERVAL = 15
+    """Seconds from one question to the next."""
+
+    def apply(self, sock: socket.socket) -> None:
+        """Set what accepted sockets inherit from a listener, and the rest."""
+        interval, count = self.INTERVAL, 127  # as many as Linux allows
+        if 0 < self.dead_path < 2 * interval:
+            interval, count = max(1, int(self.dead_path / 2)), 2
+        elif self.dead_path:
+            count = min(count, math.ceil(self.dead_path / interval))
+        else:
+            interval = 75
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (("TCP_KEEPINTVL", interval), ("TCP_KEEPCNT", count)):
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        self.spread(sock)
+
+    def spread(self, sock: socket.socket) -> None:
+        """Choose the moment of the first question.
+
+        Thousands at once overflow the kernel's queues, on loopback at 1,000 packets, and so do their repetitions:
+        connections to living peers timed out (measured: 8 to 29 of 3,000 that were opened together).
+        """
+        if hasattr(socket, "TCP_KEEPIDLE"):
+            idle = int(self.keepalive) + 37 * next(_turns) % (int(self.keepalive) // 2 or 1)
+            ignore_oserror(sock.setsockopt, socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
+
+
+def set_tcp_options(sock: socket.socket, probing: Probing) -> None:
+    """No delay, urgent bytes among the others, and keepalive.
 
     Without SO_OOBINLINE an urgent byte (Telnet's and FTP's interrupt) would be taken out of the stream and lost.
 
@@ -741,22 +810,8 @@ def set_tcp_options(sock: socket.socket) -> None:
     (measured: a stalled reader was cut off after 3.5 s with a time-out of 3 s), and stalling is no fault.
     """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-    for name, value in (("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
-        if hasattr(socket, name):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    spread_keepalive(sock)
-
-
-def spread_keepalive(sock: socket.socket) -> None:
-    """Let keepalive begin after one to two minutes, at another moment on each connection.
-
-    Thousands of probes at once overflow the kernel's queues, on loopback at 1,000 packets, and so do their
-    repetitions: connections to living peers timed out (measured: 8 to 29 of 3,000 that were opened together).
-    """
-    if hasattr(socket, "TCP_KEEPIDLE"):
-        ignore_oserror(sock.setsockopt, socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60 + 37 * next(_turns) % 60)
+    probing.apply(sock)
 
 
 _turns = itertools.count()
@@ -1730,8 +1785,6 @@ HEAR_OUT_TIME = 1.0
 """Seconds for which the other side's end is waited for where its bytes can no longer be passed on."""
 MOST_DISCARDED = 1 << 20
 """Bytes that are received only to be dropped, behind this side's own end; for more, a link is closed."""
-DEAD_PATH = 120.0
-"""Seconds that sent bytes stay unacknowledged before the path counts as dead; keepalive watches silent ones."""
 
 
 class LegError(ConnectionError):
@@ -1870,7 +1923,7 @@ class Splice:
                 return
         self.break_off(f"{leg.name}: connection lost", close_link=leg is self.link)
 
-    def check_time(self, now: float, idle_timeout: float, half_close_timeout: float) -> None:
+    def check_time(self, now: float, idle_timeout: float, half_close_timeout: float, dead_path: float) -> None:
         """Break off what has carried no byte for too long, or is broken and does not leave; for one thread."""
         if self.reason:
             if now - self._broken_at > FLUSH_TIMEOUT:
@@ -1890,7 +1943,9 @@ class Splice:
             self.break_off(f"idle for {idle_timeout:g} s", force=True)
         elif half_closed and half_close_timeout and quiet >= half_close_timeout:
             self.break_off(f"half closed and idle for {half_close_timeout:g} s", force=True)
-        elif quiet >= DEAD_PATH and (path_is_dead(self.stream.sock) or path_is_dead(self.link.sock)):
+        elif 0 < dead_path <= quiet and any(path_is_dead(leg.sock, dead_path) for leg in (self.stream, self.link)):
+            # By RST: otherwise this kernel would go on sending, and its answers would keep the other side in the dark.
+            carrier(self.link).reset_on_close()
             self.break_off("sent bytes are no longer acknowledged", force=True, close_link=True)
 
     def _converse(self) -> None:
@@ -2187,10 +2242,12 @@ ItemT = TypeVar("ItemT")
 class Splices:
     """The connections of one role: how many there may be, and the watch over them."""
 
-    def __init__(self, most: int, idle_timeout: float, half_close_timeout: float) -> None:
+    def __init__(self, most: int, idle_timeout: float, half_close_timeout: float, dead_path: float = 0.0) -> None:
+        """Times in seconds; 0 is never."""
         self.most = most
         self._idle_timeout = idle_timeout
         self._half_close_timeout = half_close_timeout
+        self._dead_path = dead_path
         self._condition = threading.Condition()  # over the two below
         self._admitted = 0
         self._all: set[Splice] = set()
@@ -2273,7 +2330,7 @@ class Splices:
         poller = select.poll()
         by_fd: dict[int, Splice] = {}
         for splice in splices:
-            splice.check_time(now, self._idle_timeout, self._half_close_timeout)
+            splice.check_time(now, self._idle_timeout, self._half_close_timeout, self._dead_path)
             # A link that has ended after END is lost; on the raw wire that is what its end looks like.
             watched = _RDHUP if splice.from_link_ended and isinstance(splice.link, Link) else 0
             poller.register(splice.stream.fd, 0)
@@ -2288,8 +2345,8 @@ class Splices:
 _RDHUP: int = getattr(select, "POLLRDHUP", 0)
 
 
-def path_is_dead(sock: socket.socket, seconds: float | None = None) -> bool:
-    """Whether sent bytes have gone without any acknowledgement for so many seconds, `DEAD_PATH` where none are given.
+def path_is_dead(sock: socket.socket, seconds: float) -> bool:
+    """Whether sent bytes have gone without any acknowledgement for so many seconds; 0 is never.
 
     A living peer that does not read acknowledges the probes of its closed window, so it does not count.
     Reads `struct tcp_info` of Linux: tcpi_unacked at byte 24, tcpi_last_ack_recv (ms) at byte 56.
@@ -2299,13 +2356,29 @@ def path_is_dead(sock: socket.socket, seconds: float | None = None) -> bool:
         unacked, last_ack = struct.unpack_from("I", info, 24)[0], struct.unpack_from("I", info, 56)[0]
     except (OSError, AttributeError, struct.error):
         return False
-    return bool(unacked and last_ack > 1000 * (DEAD_PATH if seconds is None else seconds))
+    return bool(seconds and unacked and last_ack > 1000 * seconds)
 
 
 FEW_SEGMENTS = 20
 """A slow-start threshold at which a connection is always held back: twice the window with which a new one begins
 (RFC 6928), which has no threshold.  Losses of 1 % lead to 8 or so, of 0.1 % to 27 (half of the window at which a
 packet is lost, 1.22 divided by the square root of the share: Mathis and others, 1997)."""
+
+
+def say_path(sock: socket.socket) -> str:
+    """A remark for the log where a connection's path is slow; "" where it is not, or nobody can tell.
+
+    Reads `struct tcp_info` of Linux: tcpi_rtt (µs) at byte 68.
+    """
+    try:
+        seconds = struct.unpack_from("I", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 72), 68)[0] / 1e6
+    except (OSError, AttributeError, struct.error):
+        return ""
+    return f"; the path is slow: a round trip takes {seconds:.1f} s" if seconds >= SLOW_PATH else ""
+
+
+SLOW_PATH = 1.0
+"""Seconds of a round trip that are worth a remark: a queue that fills up before a saturated uplink."""
 
 
 def is_held_back(sock: socket.socket, sent: int) -> bool:
@@ -2738,6 +2811,16 @@ def parse_heartbeat(text: str) -> float:
     return seconds
 
 
+def parse_keepalive(text: str) -> float:
+    try:
+        seconds = parse_seconds(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds <= 20_000:  # Linux takes up to 32,767
+        raise ValueError("a number of seconds from 1 to 20000")
+    return seconds
+
+
 def parse_count(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 9):
         raise ValueError("a whole number, 0 or more")
@@ -2827,6 +2910,13 @@ class Options:
         3600.0, parse_seconds,
         "seconds without a byte that end a connection of which one direction has ended; 0 is never",
         group="Connections", metavar="SECONDS")  # fmt: skip
+    dead_path: float = option(
+        900.0, parse_seconds,
+        "seconds for which nothing that was sent is acknowledged, and keepalive goes unanswered, that end a "
+        "connection; 0 is never", group="Connections", metavar="SECONDS")  # fmt: skip
+    keepalive: float = option(
+        20.0, parse_keepalive, "seconds of silence after which TCP asks whether the other side is there, and up to "
+        "half as many more: less than what a NAT on the way remembers", group="Links", metavar="SECONDS")  # fmt: skip
     wire: str = option(
         "v1", one_of("v1", "raw"),
         "what is spoken on the links: v1, or raw to work with node-tcp-relay; the same on both sides",
@@ -3637,7 +3727,10 @@ class Relay(abc.ABC):
         self.signals: _Signals | None = None
         """In a command: those that come while `prepare` waits end it."""
         self._threads = Threads()
-        self._splices = Splices(most or from_descriptor_limit(), options.idle_timeout, options.half_close_timeout)
+        self._probing = Probing(options.keepalive, options.dead_path)
+        self._splices = Splices(
+            most or from_descriptor_limit(), options.idle_timeout, options.half_close_timeout, options.dead_path
+        )
         self._stop: Stop
         """Requested when `end` begins: nothing new is begun, and handshakes are cut short."""
         self._cut: Stop

@@ -63,9 +63,12 @@ REFUSED_BACKOFF = 30.0
 handshake: the server may have more of them than it can do, and trying again soon would keep that up."""
 MOST_HANDSHAKES = 256
 """Links that are being opened at once: as many handshakes as each relay server takes."""
-RELAY_DIAL_TIMEOUT = 5.0
-"""Seconds to reach the relay server.  The kernel sends its third SYN after 3 s and the fourth after 7 (RFC 6298:
-1 s, doubled each time): the first of a new attempt comes sooner."""
+RELAY_DIAL_TIMEOUT, DIAL_AGAIN = 15.0, 5.0
+"""Seconds to reach the relay server, and after how many without an answer it is tried once more beside the first
+attempt: a saturated uplink has round trips of seconds, and a path that is back is found soon."""
+LINK_TIMEOUT = 30.0
+"""Seconds from a link's TCP connection to WELCOME; clearly more than the relay server gives it, so that a link that
+is in the server's pool has not been given up here."""
 REFILL_TIME, REFILL_RATE = 5.0, 4.0
 """Idle links that were lost are replaced within so many seconds, at so many a second where that is faster."""
 BYE_TIMEOUT = 2.0
@@ -265,10 +268,10 @@ class Pace:
 class Service:
     """A published service and the state of its links; all but the first three under `RelayClient._condition`."""
 
-    def __init__(self, publication: Publication, most_idle: int) -> None:
+    def __init__(self, publication: Publication, most_idle: int, probing: tcprelay.Probing) -> None:
         self.name = publication.name
         self.target = publication.target
-        self.dialer = tcprelay.Dialer(publication.target)
+        self.dialer = tcprelay.Dialer(publication.target, probing=probing)
         self.idle = self.busy = self.connecting = 0
         self.pace = Pace(most_idle)
         self.asked = 0
@@ -330,7 +333,7 @@ class RelayClient(Relay):
         self._handshakes = MOST_HANDSHAKES
         """Links that may be opened at once, under `_condition`: half as many after a failure, and with each that is up
         one more, up to the limit above."""
-        self._services = [Service(publication, self._num_conn) for publication in checked.services]
+        self._services = [Service(publication, self._num_conn, self._probing) for publication in checked.services]
         self._condition = threading.Condition()  # over the links' states in _services, and _links
         self._links: set[Link | Stream] = set()
         self._make_threads()
@@ -384,7 +387,7 @@ class RelayClient(Relay):
         return ClientWorkers(self, count) if count > 1 else None
 
     def _make_dialer(self) -> tcprelay.Dialer:
-        return tcprelay.Dialer(self._relay, RELAY_DIAL_TIMEOUT)
+        return tcprelay.Dialer(self._relay, RELAY_DIAL_TIMEOUT, self._probing, DIAL_AGAIN)
 
     def _make_threads(self) -> None:
         self._keeper = threading.Thread(target=self._keep, name="tcprelay-client keeper", daemon=True)
@@ -402,7 +405,7 @@ class RelayClient(Relay):
         self._worker = number
         self._num_conn = share(options.num_conn)
         self._handshakes = self._most_handshakes = max(1, share(MOST_HANDSHAKES))
-        self._services = [Service(publication, self._num_conn) for publication in options.services]
+        self._services = [Service(publication, self._num_conn, self._probing) for publication in options.services]
         if options.max_conn:
             self._splices.most = share(options.max_conn)
 
@@ -516,13 +519,14 @@ class RelayClient(Relay):
         since, carried, idle, reason = time.monotonic(), service.carried, True, "unexpected error"
         self._count_in(link, service, waiting)
         try:
-            self._tell_up(service, address)
+            self._tell_up(link, service, address)
             if isinstance(link, Stream):
                 reason, idle = self._serve_raw(link, service), False
             else:
                 reason, idle = self._serve_idle(link, service)
         except TimeoutError:
             reason = "no PING in time"
+            tcprelay.carrier(link).reset_on_close()  # it is dead: see `tcprelay.Splice.check_time`
         except (OSError, EOFError) as error:
             reason = say_error(error)
         finally:
@@ -546,7 +550,7 @@ class RelayClient(Relay):
 
         Raises `OSError`, `EOFError`, and `RefusedByServer` with the server's reason.
         """
-        deadline = Deadline(tcprelay.HANDSHAKE_TIMEOUT)
+        deadline = Deadline(None)
         stream = self._dial_relay(deadline)
         try:
             if self.options.wire == "raw":
@@ -557,19 +561,25 @@ class RelayClient(Relay):
             link.heartbeat = max(0.05, welcome.number("heartbeat", 15, 3600))
             return link, shown(welcome.text("address")), int(welcome.number("waiting", 0, 1e6))
         except BaseException as error:
+            late = self._say_late(stream.sock)
             stream.close()
             if isinstance(error, TimeoutError):
-                question = f"is {self._relay} the relay port of a tcprelays?"
-                raise TimeoutError(f"no answer within {tcprelay.HANDSHAKE_TIMEOUT:g} s; {question}") from None
+                raise late from None
             raise
 
+    def _say_late(self, sock: socket.socket) -> TimeoutError:
+        """What to raise where the relay has not answered in time."""
+        why = tcprelay.say_path(sock) or f"; is {self._relay} the relay port of a tcprelays?"
+        return TimeoutError(f"no answer within {LINK_TIMEOUT:g} s{why}")
+
     def _dial_relay(self, deadline: Deadline) -> Stream:
-        """Connect to the relay server, with TLS where it is asked for.  Raises `OSError`, `EOFError`; `Unreachable`
-        where there is no connection."""
+        """Connect to the relay server, with TLS where it is asked for; the deadline begins when there is a connection.
+        Raises `OSError`, `EOFError`; `Unreachable` where there is none."""
         try:
             sock = self._dialer.dial(self._stop)
         except OSError as error:
             raise Unreachable(say_error(error)) from error
+        deadline.shorten(LINK_TIMEOUT)
         name, context, options = f"link with relay {self._relay}", self._credentials.links, self.options
         if context is None:
             return Stream(sock, name)
@@ -581,7 +591,10 @@ class RelayClient(Relay):
             if options.pin and found != options.pin:
                 raise RefusedByServer(f"the relay's certificate has another pin than --pin says: {found}")
         except BaseException as error:
+            late = self._say_late(sock)
             sock.close()
+            if isinstance(error, TimeoutError):
+                raise late from None
             if not tcprelay.is_tls_error(error):
                 raise
             if isinstance(error, ssl.SSLCertVerificationError):
@@ -648,7 +661,7 @@ class RelayClient(Relay):
             service.probing = False
             self._condition.notify_all()
 
-    def _tell_up(self, service: Service, address: str) -> None:
+    def _tell_up(self, link: Link | Stream, service: Service, address: str) -> None:
         with self._condition:
             tell, service.told = service.told != "", ""
         if tell:
@@ -659,6 +672,8 @@ class RelayClient(Relay):
             self._emit(
                 Published(service=service.name, target=str(service.target), relay=str(self._relay), address=where)
             )
+            if remark := tcprelay.say_path(link.sock):
+                self._log.info("a link with %s is up%s", self._relay, remark)
         self._emit(LinkUp(service=service.name, peer=str(self._relay), client=self._id))
 
     def _serve_idle(self, link: Link, service: Service) -> tuple[str, bool]:

@@ -434,7 +434,7 @@ class RelayServer(Relay):
         wanted += [(service.name, service.host or options.hostname, service.port) for service in options.services]
         for name, host, port in wanted:
             try:
-                self.listeners.update(dict.fromkeys(tcprelay.listen(host, port, self.signals), name))
+                self.listeners.update(dict.fromkeys(tcprelay.listen(host, port, self.signals, self._probing), name))
             except Stopping:
                 raise
             except OSError as error:
@@ -684,7 +684,7 @@ class RelayServer(Relay):
             shares, counted = self.shares["client" if service else "link"], False
             try:
                 sock.setblocking(True)  # whatever default a program has set, or the listener handed down
-                tcprelay.spread_keepalive(sock)
+                self._probing.spread(sock)
                 counted = shares.enter(address)
                 if counted:
                     self.hand_on(service, sock, address)
@@ -751,7 +751,7 @@ class RelayServer(Relay):
         try:
             self._check_protected_mode(stream)
             if isinstance(stream, TLSStream):
-                stream.handshake(deadline, self._stop)
+                stream.handshake(deadline.within(tcprelay.HANDSHAKE_STEP), self._stop)
             raw = self.options.wire == "raw"
             return self._greet_raw(stream, deadline) if raw else self._greet(link, deadline)
         except Refusal as error:
@@ -762,7 +762,9 @@ class RelayServer(Relay):
             first = f"it speaks {spoken}, not the link protocol: " if known else ""
             refusal = Refusal(f"{first}{error}", "protocol")
         except TimeoutError:
-            refusal = Refusal(f"no complete handshake within {tcprelay.HANDSHAKE_TIMEOUT:g} s", "timeout")
+            step = f"{tcprelay.HANDSHAKE_STEP:g} s for each answer and {tcprelay.HANDSHAKE_TIMEOUT:g} s in all"
+            path = tcprelay.say_path(stream.sock)
+            refusal = Refusal(f"its handshake was not complete in time ({step}){path}", "timeout")
         except Stopping:
             refusal = Refusal("the relay server is ending", "draining")
         except (OSError, EOFError) as error:
@@ -801,7 +803,7 @@ class RelayServer(Relay):
 
     def _greet(self, link: Link, deadline: Deadline) -> PooledLink:
         """HELLO, CHALLENGE, AUTH, WELCOME.  Raises `Refusal`, `LinkFault`, `OSError`, `EOFError`."""
-        hello = link.receive(deadline, self._stop)
+        hello = link.receive(deadline.within(tcprelay.HANDSHAKE_STEP), self._stop)
         if hello.kind != HELLO:
             raise LinkFault("the first frame is not HELLO")
         if hello.fields.get("version") != tcprelay.PROTOCOL_VERSION:
@@ -811,7 +813,7 @@ class RelayServer(Relay):
         if token:
             own_nonce = tcprelay.new_nonce()
             link.send(CHALLENGE, {"nonce": own_nonce})
-            auth = link.receive(deadline, self._stop)
+            auth = link.receive(deadline.within(tcprelay.HANDSHAKE_STEP), self._stop)
             expected = tcprelay.prove(token, CLIENT, nonce, own_nonce, service, client)
             if not tcprelay.is_proof(auth.text("proof"), expected):
                 raise Refusal(
@@ -1006,7 +1008,7 @@ class RelayServer(Relay):
         dead = now - pooled.last_heard > tcprelay.SILENCE * heartbeat
         due = now - max(pooled.last_pinged, pooled.last_heard) > heartbeat
         if pooled.settling:  # silence says nothing: it may have to wait for a slow service before it reads on
-            dead, due = tcprelay.path_is_dead(pooled.link.sock), False
+            dead, due = tcprelay.path_is_dead(pooled.link.sock, self.options.dead_path), False
         unused = now - pooled.last_used >= SURPLUS_TIME and not pooled.settling
         surplus = unused and self._pool.has_surplus(pooled)
         if not (dead or due or surplus) or not self._pool.hold(pooled):
@@ -1064,7 +1066,7 @@ class RelayServer(Relay):
         handshakes, reason = self._handshakes["client"], ""
         handshakes.enter(client.stream)
         try:
-            client.stream.handshake(Deadline(tcprelay.HANDSHAKE_TIMEOUT), self._stop)
+            client.stream.handshake(Deadline(tcprelay.HANDSHAKE_STEP), self._stop)
         except (OSError, EOFError) as error:
             reason = explain_tls(error) if tcprelay.is_tls_error(error) else say_error(error)
         finally:

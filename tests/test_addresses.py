@@ -94,11 +94,11 @@ def test_a_free_port_must_be_free_at_all_addresses(monkeypatch: pytest.MonkeyPat
 
     real, refused = tcprelay._listen_on, [0]
 
-    def listen_on(family: int, address: Any) -> socket.socket:
+    def listen_on(family: int, address: Any, probing: tcprelay.Probing) -> socket.socket:
         if family == socket.AF_INET and not refused[0]:
             refused[0] = address[1]
             raise OSError(errno.EADDRINUSE, "Address already in use")
-        return real(family, address)
+        return real(family, address, probing)
 
     monkeypatch.setattr(tcprelay, "_listen_on", listen_on)
     listeners = tcprelay.listen("localhost", 0)

@@ -228,13 +228,13 @@ def test_accepted_sockets_inherit_the_options(bench: Bench) -> None:
 def test_keepalive_begins_at_different_moments(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Connections that are opened together must not all be probed together; accepted and dialled ones alike."""
     spread: list[int] = []
-    real = tcprelay.spread_keepalive
+    real = tcprelay.Probing.spread
 
-    def note(sock: socket.socket) -> None:
-        real(sock)
+    def note(probing: tcprelay.Probing, sock: socket.socket) -> None:
+        real(probing, sock)
         spread.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE))
 
-    monkeypatch.setattr(tcprelay, "spread_keepalive", note)
+    monkeypatch.setattr(tcprelay.Probing, "spread", note)
     server = bench.relay()
     spread.clear()
     for count in range(1, 11):
@@ -242,8 +242,32 @@ def test_keepalive_begins_at_different_moments(bench: Bench, monkeypatch: pytest
         sock.sendall(b"x")
         assert read_exactly(sock, 1) == b"x"
         assert len(spread) >= 2 * count, "the service client's and the service's"
-    assert len(set(spread)) == len(spread)
-    assert 60 <= min(spread) < max(spread) < 120
+    assert len(set(spread)) == 10
+    assert (min(spread), max(spread)) == (20, 29)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's options")
+@pytest.mark.parametrize(
+    ("keepalive", "dead_path", "begins", "interval", "count"),
+    [(20, 900, range(20, 30), 15, 60), (6, 120, range(6, 9), 15, 8), (1, 20, range(1, 2), 10, 2),
+     (20, 0, range(20, 30), 75, 127)],
+)  # fmt: skip
+def test_keepalive_and_dead_path(
+    bench: Bench, keepalive: float, dead_path: float, begins: range, interval: int, count: int
+) -> None:
+    """When the first question comes, and how many of them, from option to socket; of all four legs."""
+    server = bench.server(keepalive=keepalive, dead_path=dead_path)
+    client = bench.client(server, bench.service().port, keepalive=keepalive, dead_path=dead_path)
+    sock = bench.connect(server)
+    sock.sendall(b"x")
+    assert read_exactly(sock, 1) == b"x"
+    for role in (server, client):
+        [splice] = role._splices.snapshot()
+        for leg in (splice.stream.sock, splice.link.sock):
+            options = [leg.getsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"))
+                       for name in ("KEEPIDLE", "KEEPINTVL", "KEEPCNT")]  # fmt: skip
+            assert options[0] in begins
+            assert options[1:] == [interval, count]
 
 
 def test_accepting_survives_a_lack_of_threads(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import random
 import socket
-import ssl
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +16,7 @@ from tcprelay import ConnectionFailed, Link, LinkUp, RelayClient, RelayServer, S
 from tcprelay_client import Unpublished
 from tcprelay_server import Handshakes, LinkRefused, Shares
 
-from .certificates import Certificates
+from .certificates import Certificates, tls_context
 from .conftest import PATIENCE, Bench, read_all, read_exactly, wait_until
 
 
@@ -140,7 +139,7 @@ def is_closed(sock: socket.socket) -> bool:
 
 
 @pytest.mark.parametrize("error", [OSError("no"), RuntimeError("no"), MemoryError("no")])
-@pytest.mark.parametrize("where", ["tcprelay.spread_keepalive", "tcprelay_server.make_stream"])
+@pytest.mark.parametrize("where", ["tcprelay.Probing.spread", "tcprelay_server.make_stream"])
 @pytest.mark.parametrize("kind", ["client", "link"])
 def test_a_connection_that_cannot_be_taken_is_counted_out(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, kind: str, where: str, error: Exception
@@ -266,8 +265,7 @@ def test_silent_service_clients_do_not_take_all_connections(bench: Bench, certif
         failed = bench.server_events.wait(ConnectionFailed, count)  # one has been displaced, and has left
     assert {event.reason for event in failed} == {"no TLS handshake: too many handshakes at once"}
     wait_until(lambda: sum(is_closed(sock) for sock in silent) == 16)
-    context = ssl.create_default_context(cafile=certificates.path("ca.pem"))
-    context.check_hostname = False
+    context = tls_context(ca=certificates.path("ca.pem"))
     with context.wrap_socket(bench.connect(server)) as end:
         end.sendall(b"x")
         assert end.recv(1) == b"x"

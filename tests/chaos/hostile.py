@@ -36,6 +36,7 @@ from tcprelay import (
     DATA,
     END,
     FAIL,
+    HANDSHAKE_STEP,
     HANDSHAKE_TIMEOUT,
     HELLO,
     MAX_CONTROL,
@@ -714,8 +715,8 @@ def hold_still(run: Run, name: str, legs: Legs, most_links: int) -> None:
         run.tell(f"{name}: {what}, slowest", good.percentile(1.0), unit="s")
         for failure in good.failures[:3]:
             run.say(f"{what}: {failure!r}")
-    run.tell(f"{name}: the first of who drips is cut after", min(lasted), least=HANDSHAKE_TIMEOUT - 1.0, unit="s")
-    run.tell(f"{name}: the last of who drips is cut after", max(lasted), most=CUT_AT, unit="s")
+    run.tell(f"{name}: the first of who drips is cut after", min(lasted), least=HANDSHAKE_STEP - 1.0, unit="s")
+    run.tell(f"{name}: the last of who drips is cut after", max(lasted), most=HANDSHAKE_STEP + 1.0, unit="s")
 
 
 class Steady:

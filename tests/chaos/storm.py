@@ -24,7 +24,6 @@ from tcprelay import (
     AUTH,
     CHALLENGE,
     CLIENT,
-    HANDSHAKE_TIMEOUT,
     HELLO,
     PING,
     PONG,
@@ -36,6 +35,7 @@ from tcprelay import (
     encode_frame,
 )
 from tcprelay_client import (
+    LINK_TIMEOUT,
     RELAY_DIAL_TIMEOUT,
     STABLE_TIME,
     Publication,
@@ -168,7 +168,7 @@ class DistantClient:
         self._crowd = crowd
         self._source = f"127.{1 + (number >> 16)}.{number >> 8 & 255}.{number & 255}"
         self._id = f"distant-{number}"
-        self._service = Service(Publication("default", Endpoint(HOST, 1)), 1)
+        self._service = Service(Publication("default", Endpoint(HOST, 1)), 1, tcprelay.Probing())
         self._sock: socket.socket | None = None
         self._tls: ssl.SSLObject | None = None
         self._attempt = 0
@@ -189,7 +189,7 @@ class DistantClient:
             return
         self._crowd.selector.register(sock, selectors.EVENT_WRITE, self._begin)
         self._later(RELAY_DIAL_TIMEOUT, self._judge_dialling)
-        self._later(HANDSHAKE_TIMEOUT, self._judge_handshake)
+        self._later(LINK_TIMEOUT, self._judge_handshake)
 
     def hang_up(self) -> None:
         if self._sock is not None:
