@@ -341,6 +341,23 @@ def test_who_answers_late_is_connected(busy: socket.socket) -> None:
     thread.join(PATIENCE)
 
 
+def test_who_does_not_answer_is_tried_once_more_beside(busy: socket.socket) -> None:
+    """The kernel sends its next SYN a second or more later; a second attempt finds a path that is back before that."""
+
+    def accept() -> None:
+        time.sleep(0.3)
+        for _ in range(2):
+            busy.accept()[0].close()
+
+    thread, began = threading.Thread(target=accept), time.monotonic()
+    thread.start()
+    endpoint = Endpoint("127.0.0.1", busy.getsockname()[1])
+    with Dialer(endpoint, PATIENCE, again=0.2).dial() as sock:
+        assert sock.getpeername() == busy.getsockname()
+    assert time.monotonic() - began < 0.9
+    thread.join(PATIENCE)
+
+
 def test_a_program_s_default_timeout_does_not_matter(bench: Bench) -> None:
     """Dialled sockets are blocking, whatever `socket.setdefaulttimeout` says."""
     service = bench.service()
