@@ -257,6 +257,14 @@ class LinkRefused(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LinkNotMade(LinkRefused):
+    """Its client, or the path, gave the link up before the handshake was complete; nobody here has refused it."""
+
+    level = logging.INFO
+    says = "link from {peer} did not come about: {reason}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AcceptPaused(Event):
     """Connections cannot be taken for a moment.  Told once a second at most."""
 
@@ -786,7 +794,9 @@ class RelayServer(Relay):
         # Who has not said a byte may be a raw client, which would take REFUSED for a connection's bytes; or
         # only looked whether the port is open, which is nobody's refusal.
         silent = type(stream) is Stream and not link.unread() and link.machine.state == tcprelay.NEW
-        event = LinkRefused(peer=show_address(stream.peer), code=refusal.code, reason=str(refusal))
+        given_up = refusal.code == "lost" and str(refusal) != TOO_MANY_HANDSHAKES
+        kind = LinkNotMade if given_up else LinkRefused
+        event = kind(peer=show_address(stream.peer), code=refusal.code, reason=str(refusal))
         if silent and ended:
             self._log.debug("%s", event)
         else:
@@ -1104,11 +1114,12 @@ class RelayServer(Relay):
                     return pooled
                 reason = self._start(pooled, pooled.link, client, deadline)
             except (OSError, EOFError) as error:
+                unanswered = f"no answer from the service within {self.options.pair_timeout:g} s{say_received(pooled)}"
                 self._drop_link(pooled, say_error(error))
                 if isinstance(error, Unacknowledged):
                     continue
                 if isinstance(error, TimeoutError):
-                    raise Refusal(f"no answer from the service within {self.options.pair_timeout:g} s") from error
+                    raise Refusal(unanswered) from error
                 if (client.early and client.exposed) or isinstance(error, Stopping):
                     # Bytes that may have arrived are never delivered twice.
                     raise Refusal(f"the link was lost before the service answered: {say_error(error)}") from error
@@ -1233,6 +1244,13 @@ class RelayServer(Relay):
 def most_handshakes(connections: int) -> int:
     """How many may be under way where there may be so many connections."""
     return min(MOST_HANDSHAKES, max(LEAST_HANDSHAKES, connections // 4))
+
+
+def say_received(pooled: PooledLink) -> str:
+    """For the log, where a link brought no answer: an answer that is too large for the path never arrives."""
+    if tcprelay.unsent_bytes(pooled.link.sock):
+        return "; the relay client's host does not acknowledge what was sent to it"
+    return "; the relay client's host has received the request (is the answer too large for the path?)"
 
 
 def make_stream(sock: socket.socket, name: str, address: Any, context: ssl.SSLContext | None) -> Stream:
