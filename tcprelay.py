@@ -36,6 +36,7 @@ Threads and sockets, in both roles:
       with a `Deadline`; once it is spliced, time is watched from outside (`Splices.sweep`).
     - No lock is held across a callback, a join, logging, or I/O that may wait: decide under the lock, act
       after it.  (`TLSStream` has a lock for its one sender, to keep records in order.)
+    - Nobody waits for the log: in the commands a thread of its own writes it (`LogWriter`).
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ import json
 import logging
 import math
 import os
+import queue
 import re
 import select
 import selectors
@@ -69,8 +71,9 @@ import stat
 import struct
 import threading
 import time
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any, NoReturn, Protocol, TypeGuard, TypeVar
 
@@ -3148,7 +3151,8 @@ def service_variables(environ: Mapping[str, str]) -> set[str]:
 
 def fail(prog: str, status: int, message: str) -> NoReturn:
     """End the process with one line.  Raises `SystemExit`."""
-    print(f"{prog}: {message}", file=sys.stderr)
+    log_writer.put(f"{prog}: {message}\n")
+    log_writer.end()
     raise SystemExit(status)
 
 
@@ -3930,12 +3934,11 @@ def run_command(
     argv: Sequence[str] | None,
 ) -> int:
     """The life of a command: options, log, start, signals, end.  Returns its exit status."""
-    options, check, warnings = parse_options(prog, description, cls, argv)
+    open_standard_files()
+    options, check, remarks = parse_options(prog, description, cls, argv)
     set_up_logging(options.log_level, options.log_format)
-    for warning in warnings:
-        logging.getLogger("tcprelay").warning("%s", warning)
-    raise_descriptor_limit()
-    sys.setswitchinterval(SWITCH_INTERVAL)
+    for remark in remarks:
+        logging.getLogger("tcprelay").warning("%s", remark)
     try:
         role = make(options)
         if check:
@@ -3959,12 +3962,44 @@ def run_command(
         fail(prog, 2, str(error))
     except KeyboardInterrupt:
         return 130
+    finally:
+        log_writer.end()
+
+
+def _run_role(prog: str, options: OptionsT, make: Callable[[OptionsT], Relay], check: bool) -> int:
+    """The same with options and log; raises `OSError` and `ValueError`."""
+    raise_descriptor_limit()
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    role = make(options)
+    if check:
+        print(f"{prog}: the configuration is valid")
+        return 0
+    count = default_workers() if options.workers is None else options.workers
+    with _Signals() as signals:
+        if count and can_fork_workers() and (workers := role.make_workers(count)) is not None:
+            log_writer.begin()
+            return workers.run(signals)
+        role.choose_processor(0)
+        log_writer.begin()  # behind that line, for it stays where it is started
+        role.start()
+        invite(role)
+        return _run(role, signals)
+
+
+def open_standard_files() -> None:
+    """Open what whoever started us has left closed of descriptors 0 to 2: else connections would get these numbers,
+    and what is said on standard error would go to one of them."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the first free number
 
 
 def invite(role: Relay) -> None:
     """Say what the other side is to do, with secrets on a terminal only."""
-    if invitation := role.invitation(with_secrets=sys.stderr.isatty()):
-        print(invitation, file=sys.stderr, flush=True)
+    if invitation := role.invitation(with_secrets=os.isatty(2)):
+        log_writer.put(f"{invitation}\n")
 
 
 def _run(role: Relay, signals: _Signals | _Orders) -> int:
@@ -3993,10 +4028,8 @@ def _run(role: Relay, signals: _Signals | _Orders) -> int:
             role.end(0.0)
     ender.join()
     if stragglers:
-        # Their stacks may hold locks that the interpreter's own end would wait for.
-        logging.shutdown()
-        sys.stderr.flush()
-        os._exit(0)
+        log_writer.end()
+        os._exit(0)  # their stacks may hold locks that the interpreter's own end would wait for
     return 0
 
 
@@ -4064,21 +4097,133 @@ def notify_systemd(state: str) -> None:
         logging.getLogger("tcprelay").warning("cannot notify systemd: %s", say_error(error))
 
 
-class LineHandler(logging.StreamHandler):  # type: ignore[type-arg]  # (3.10 cannot be told which)
-    """Writes each record with one call, and no lock around it, for which many connections would have to wait."""
+class LogWriter(logging.Handler):
+    """Writes the log to standard error in a thread of its own, the only one that ever waits for whoever reads it.
+
+    Everybody else leaves a record here, in about a microsecond, and goes on.  Where `MOST` of them wait, further ones
+    are dropped and counted, and the count is told when lines can be written again.
+    """
+
+    MOST = 8192
+    """Records that wait: some 8 MiB (measured: 0.5 to 1 KiB each), the lines of a busy relay for two seconds."""
+    PIECE = 4096
+    """Bytes that are written at once: so many a pipe takes whole, whoever else writes to it."""
+    LAST_LINES = 1.0
+    """Seconds that the last lines have to be written when a process ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stream: IO[str] | None = None
+        """Where to write; ``None`` is standard error, whatever that is at the moment."""
+        self._torn = False
+        """A line could be written in part only."""
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, with no thread and nothing to write; also in a process that has just been forked."""
+        self._queue: queue.SimpleQueue[logging.LogRecord | str | threading.Event] = queue.SimpleQueue()
+        self._begun = False
+        self._lock = threading.Lock()  # over the next
+        self._dropped = 0
+
+    def begin(self) -> None:
+        """Start to write; what came before has waited.  Raises `OSError` where no thread can be had."""
+        if self._begun:
+            return
+        try:
+            _thread.start_new_thread(self._write_all, ())
+        except RuntimeError as error:
+            raise OSError(errno.EAGAIN, "cannot start a thread for the log") from error
+        self._begun = True
+
+    def end(self) -> None:
+        """Have everything written and the thread leave, or do without both after `LAST_LINES` seconds."""
+        written = threading.Event()
+        self._queue.put(written)
+        with contextlib.suppress(OSError):
+            self.begin()
+            written.wait(self.LAST_LINES)
+        self.forget()
 
     def handle(self, record: logging.LogRecord) -> Any:
-        try:
-            fd = self.stream.fileno()
-        except (AttributeError, OSError, ValueError):
-            return super().handle(record)  # it is no file
-        try:
-            line = (self.format(record) + "\n").encode(errors="backslashreplace")
-            while line:
-                line = line[os.write(fd, line) :]
-        except Exception:
-            self.handleError(record)
+        if record.exc_info:  # as text: it keeps alive whatever its functions had in hand, sockets too
+            record.exc_text = (self.formatter or TextFormatter()).formatException(record.exc_info)
+            record.exc_info = None
+        self.put(record)
         return True
+
+    def put(self, line: logging.LogRecord | str) -> None:
+        """Have a record, or lines that are none, written some time."""
+        if self._queue.qsize() < self.MOST:
+            self._queue.put(line)
+        else:
+            with self._lock:
+                self._dropped += 1
+
+    def _write_all(self) -> None:
+        """The thread's life: what has gathered meanwhile is written in one call, as far as a piece goes."""
+        lines, piece, count, written = self._queue, b"", 0, None
+        while written is None:
+            item = lines.get()
+            if isinstance(item, threading.Event):
+                written = item
+            else:
+                line = self._encode(item)
+                if len(piece) + len(line) > self.PIECE:
+                    self._write(piece, count)
+                    piece, count = b"", 0
+                piece, count = piece + line, count + 1
+            if written or lines.empty():
+                self._write(piece, count)
+                piece, count = b"", 0
+                self._tell_dropped()
+        written.set()
+
+    def _encode(self, item: logging.LogRecord | str) -> bytes:
+        try:
+            return (item if isinstance(item, str) else self.format(item) + "\n").encode(errors="backslashreplace")
+        except Exception:
+            if isinstance(item, logging.LogRecord):
+                self.handleError(item)
+            return b""
+
+    def _tell_dropped(self) -> None:
+        if count := self._dropped:
+            text = "%d log lines were dropped: standard error did not take them"
+            record = logging.LogRecord("tcprelay", logging.WARNING, "", 0, text, (count,), None)
+            if self._write(self._encode(record), 0):
+                with self._lock:
+                    self._dropped -= count
+
+    def _write(self, piece: bytes, count: int) -> bool:
+        """Write so many lines, however long that takes; False where they are dropped because it cannot be done."""
+        left = memoryview(b"\n" + piece if self._torn and piece else piece)
+        whole = len(left)
+        try:
+            while left:
+                left = left[self._write_some(left) :]
+        except (OSError, ValueError, AttributeError):  # full or broken; or there is no standard error
+            with self._lock:
+                self._dropped += count
+        self._torn = (self._torn and len(left) == whole) or 0 < len(left) < whole
+        return not left
+
+    def _write_some(self, piece: memoryview) -> int:
+        stream = self.stream or sys.stderr
+        try:
+            fd = stream.fileno()
+        except (OSError, ValueError):  # it is no file
+            stream.write(piece.tobytes().decode())
+            return len(piece)
+        try:
+            return os.write(fd, piece)
+        except BlockingIOError:  # a program that shares it has asked for that
+            wait_for(fd, select.POLLOUT, Deadline(None))
+            return 0
+
+
+log_writer = LogWriter()
+"""Of the commands, for the log and for whatever else they say on standard error."""
 
 
 class TextFormatter(logging.Formatter):
@@ -4118,20 +4263,19 @@ class JsonFormatter(TextFormatter):
         if isinstance(event, Event):
             entry["event"] = type(event).__name__
             entry |= {f.name: getattr(event, f.name) for f in dataclasses.fields(event)}
-        if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
+        if record.exc_text:
+            entry["exception"] = record.exc_text
         return json.dumps(entry)
 
 
 def set_up_logging(level: str, format: str) -> None:
     """Log to standard error; only the commands do this, a program that embeds the relay has its own way."""
-    handler = LineHandler()
-    handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
+    log_writer.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
     # Nothing that the formats do not show: a record costs half as much without (logging HOWTO, "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None
     logger = logging.getLogger("tcprelay")
-    logger.handlers[:] = [handler]
+    logger.handlers[:] = [log_writer]
     logger.propagate = False
     logger.setLevel(level.upper())
 
@@ -4139,8 +4283,8 @@ def set_up_logging(level: str, format: str) -> None:
 # --- Workers --------------------------------------------------------------------------------------------------
 #
 # Python's interpreter lock lets one thread of a process run at a time; several processes use several processors.
-# The parent has no threads, so that it may fork a worker at any time; the workers are roles as they would be alone,
-# except that they hear of signals, and a relay server's of new connections, from their parent.
+# The parent has no threads but the log's (see `fork`), so that it may fork a worker at any time; the workers are roles
+# as they would be alone, except that they hear of signals, and a relay server's of new connections, from their parent.
 
 MOST_WORKERS = 4
 """Workers by default, where there are twice as many processors: the others are for the kernel, and for services."""
@@ -4170,6 +4314,14 @@ def can_fork_workers() -> bool:
     return sys.platform != "darwin" and all(
         hasattr(module, name) for module, name in ((os, "fork"), (socket, "SCM_RIGHTS"), (socket, "SOCK_SEQPACKET"))
     )
+
+
+def fork() -> int:
+    """`os.fork`, without Python's warning of other threads (3.12 and later): there is the log's alone, and whenever the
+    parent's first thread runs Python, that one waits: for a line, or in a write."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
 
 
 def encode_message(fields: dict[str, Any], payload: bytes = b"") -> bytes:
@@ -4331,7 +4483,6 @@ class Workers:
         self._order(signal.SIGTERM)
 
     def _end(self) -> None:
-        self.stop_intake()
         self._kill = Deadline(self.role.options.drain_timeout + 3 * JOIN_TIMEOUT)
 
     def _order(self, number: int) -> None:
@@ -4361,7 +4512,7 @@ class Workers:
         ours, theirs, our_end, intake = pairs
         signal.pthread_sigmask(signal.SIG_BLOCK, _Signals.HANDLED)  # a signal is for one of the two processes
         try:
-            pid = os.fork()
+            pid = fork()
             if not pid:
                 ours.close()
                 our_end.close()
@@ -4381,6 +4532,7 @@ class Workers:
     def _live(self, worker: WorkerProcess, channel: socket.socket, intake: socket.socket) -> NoReturn:
         """The life of the new process."""
         status = 1
+        log_writer.forget()
         try:
             self._signals.leave_to_parent()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _Signals.HANDLED)
@@ -4391,6 +4543,7 @@ class Workers:
                     other.channel.close()
                     other.intake.close()
             self.role.choose_processor(worker.number)
+            log_writer.begin()
             self.role.become_worker(channel, intake)
             self.become(worker)
             self.role.start()
@@ -4401,7 +4554,7 @@ class Workers:
         except BaseException:
             self.log.exception("worker %d: unexpected error", worker.number)
         finally:
-            logging.shutdown()
+            log_writer.end()
             os._exit(status)
 
     def _receive(self, worker: WorkerProcess) -> None:
@@ -4463,6 +4616,7 @@ class _Orders:
             if self._over:
                 return 0
             if not message:
+                log_writer.end()
                 os._exit(1)  # the parent was killed: what is open is reset, as if it had been this process
             if len(message) == 1:
                 return message[0]
