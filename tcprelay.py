@@ -1251,7 +1251,7 @@ class Stream:
         poller = select.poll()
         try:
             poller.register(self.sock, 0)
-            while unsent_bytes(self.sock) and deadline.remaining() and not poller.poll(pause):
+            while not self.given_up and unsent_bytes(self.sock) and deadline.remaining() and not poller.poll(pause):
                 pause = min(2 * pause, 50.0)
         except (OSError, ValueError):
             pass  # gone already
@@ -1900,6 +1900,9 @@ class Splice:
             # The legs are woken under the lock (that never blocks): when the connection is over, its link
             # may be carrying another one.
             if self._over:
+                self.stream.given_up = self.stream.given_up or force  # what was sent is still being waited for
+                if isinstance(self.link, Stream):
+                    self.link.given_up = self.link.given_up or force
                 return
             self._halted = True
             self.stream.abort(force)
@@ -2413,6 +2416,9 @@ class Threads:
 
     PARKED = 2.0
     """Seconds that a thread waits for a function before it goes."""
+    LOOK, LOOKS = 0.1, 12
+    """Seconds of a look at who has not left at the end, and how many such looks: more than `Stream.linger` takes.  A
+    process that was stopped meanwhile has slept through one of them."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()  # over the three below
@@ -2477,7 +2483,11 @@ class Threads:
             self._condition.notify_all()
 
     def end(self, deadline: Deadline) -> list[str]:
-        """Start nothing more, wait for all threads but the caller's own, and name those that did not leave."""
+        """Start nothing more, wait for all threads but the caller's own, and name those that did not leave.
+
+        It does not wait for the deadline where `LOOKS` times in a row nobody has left: in a look-up of a name, say,
+        nobody can be woken.
+        """
         with self._condition:
             self._ended = True
             parked, self._parked = self._parked, []
@@ -2488,9 +2498,12 @@ class Threads:
         def others() -> list[_Worker]:
             return [worker for worker in self._workers if worker.ident != me]
 
+        looks = 0
         with self._condition:
-            self._condition.wait_for(lambda: not others(), deadline.remaining())
-            return [worker.task[0].__name__ for worker in others() if worker.task]
+            while others() and looks < self.LOOKS and deadline.remaining() != 0:
+                looks = 0 if self._condition.wait(self.LOOK) else looks + 1
+            tasks = [worker.task for worker in others()]  # a task is taken away without the lock
+            return [task[0].__name__ for task in tasks if task]
 
 
 STACK_SIZE = 256 * 1024
@@ -3770,7 +3783,7 @@ class Relay(abc.ABC):
         """Stop: nothing new, then up to `drain_timeout` seconds (the option's, if ``None``) for open connections.
 
         Any thread, any number of times, also before `start`; a later call with a shorter time-out shortens it.
-        Returns within a few seconds of the deadline; what it returns names the threads that did not leave.
+        Returns within a second or so of the deadline; what it returns names the threads that did not leave.
         """
         timeout = self.options.drain_timeout if drain_timeout is None else drain_timeout
         with self._lock:
@@ -3940,19 +3953,7 @@ def run_command(
     for remark in remarks:
         logging.getLogger("tcprelay").warning("%s", remark)
     try:
-        role = make(options)
-        if check:
-            print(f"{prog}: the configuration is valid")
-            return 0
-        count = default_workers() if options.workers is None else options.workers
-        with _Signals() as role.signals:
-            signals = role.signals
-            if count and can_fork_workers() and (workers := role.make_workers(count)) is not None:
-                return workers.run(signals)
-            role.choose_processor(0)
-            role.start()
-            invite(role)
-            return _run(role, signals)
+        return _run_role(prog, options, make, check)
     except Stopping:
         return 0  # a signal came before anything was served
     except OSError as error:
@@ -3967,7 +3968,7 @@ def run_command(
 
 
 def _run_role(prog: str, options: OptionsT, make: Callable[[OptionsT], Relay], check: bool) -> int:
-    """The same with options and log; raises `OSError` and `ValueError`."""
+    """The same with options and log; raises `OSError`, `ValueError`, and `Stopping` where it is ended as it starts."""
     raise_descriptor_limit()
     sys.setswitchinterval(SWITCH_INTERVAL)
     role = make(options)
@@ -3975,7 +3976,8 @@ def _run_role(prog: str, options: OptionsT, make: Callable[[OptionsT], Relay], c
         print(f"{prog}: the configuration is valid")
         return 0
     count = default_workers() if options.workers is None else options.workers
-    with _Signals() as signals:
+    with _Signals() as role.signals:
+        signals = role.signals
         if count and can_fork_workers() and (workers := role.make_workers(count)) is not None:
             log_writer.begin()
             return workers.run(signals)
@@ -3983,6 +3985,7 @@ def _run_role(prog: str, options: OptionsT, make: Callable[[OptionsT], Relay], c
         log_writer.begin()  # behind that line, for it stays where it is started
         role.start()
         invite(role)
+        signals.watch_children()
         return _run(role, signals)
 
 
@@ -4017,14 +4020,19 @@ def _run(role: Relay, signals: _Signals | _Orders) -> int:
     ender = threading.Thread(target=end, name="end", daemon=True)
     ender.start()  # while there are threads to be had
     notify_systemd("READY=1")
-    while signals.wait() == signal.SIGHUP:
-        notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        role.reload()
-        notify_systemd("READY=1")
+    while (number := signals.wait()) in (signal.SIGHUP, signal.SIGCHLD):
+        if number == signal.SIGHUP:
+            notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            role.reload()
+            notify_systemd("READY=1")
+        else:
+            reap()
     notify_systemd("STOPPING=1")
     ending.set()
     while number := signals.wait():
-        if number != signal.SIGHUP:  # a further SIGTERM or SIGINT: at once
+        if number == signal.SIGCHLD:
+            reap()
+        elif number != signal.SIGHUP:  # a further SIGTERM or SIGINT: at once
             role.end(0.0)
     ender.join()
     if stragglers:
@@ -4034,14 +4042,19 @@ def _run(role: Relay, signals: _Signals | _Orders) -> int:
 
 
 class _Signals:
-    """SIGINT, SIGTERM and SIGHUP as bytes on a socket: the handlers themselves do nothing."""
+    """SIGINT, SIGTERM and SIGHUP, and later SIGCHLD, as bytes on a socket: the handlers themselves do nothing.
+
+    SIGHUP says two things.  Where the terminal that this process was started from has gone, it says so, and is an end;
+    from ``kill`` or a service manager it asks for a reload.  Under ``nohup``, which ignores it, it never is an end.
+    """
 
     HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __enter__(self) -> _Signals:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        self._fd_before = signal.set_wakeup_fd(self._writer.fileno())
+        self._fd_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._ends_with_terminal = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN and not is_terminal_gone()
         self._before = {number: signal.signal(number, lambda *_: None) for number in self.HANDLED}
         return self
 
@@ -4051,17 +4064,26 @@ class _Signals:
     def leave_to_parent(self) -> None:
         """In a worker: a Ctrl-C or a service manager may reach all processes; the parent passes on what counts."""
         signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for number in self.HANDLED:
             signal.signal(number, signal.SIG_IGN)
         self._reader.close()
         self._writer.close()
 
     def wait(self) -> int:
-        """Wait for a signal; 0 when `done` was called first."""
+        """Wait for a signal: SIGINT or SIGTERM to end, SIGHUP to reload, SIGCHLD; 0 when `done` was called first."""
         while True:
             number = self._reader.recv(1)[0]
-            if number in self.HANDLED or number == 0:
+            if number == signal.SIGHUP and self._ends_with_terminal and is_terminal_gone():
+                self._ends_with_terminal = False  # it may be told twice, by the kernel and by a shell
+                return signal.SIGTERM
+            if number in (*self.HANDLED, signal.SIGCHLD, 0):
                 return number
+
+    def watch_children(self) -> None:
+        """Tell of children that have ended, too; not before serving begins, for until then any signal is an end."""
+        self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
+        self._writer.send(bytes([signal.SIGCHLD]))  # some may have ended before
 
     def done(self) -> None:
         self._writer.send(b"\0")
@@ -4072,6 +4094,27 @@ class _Signals:
             signal.signal(number, handler)
         self._reader.close()
         self._writer.close()
+
+
+def is_terminal_gone() -> bool:
+    """Whether this process has no controlling terminal: none from the start, or not any more."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK))
+    except OSError as error:
+        return error.errno in (errno.ENXIO, errno.EIO, errno.ENOENT)
+    return False
+
+
+def reap(own: Collection[int] = ()) -> None:
+    """Collect the children that have ended, but for `own`, which somebody else waits for.
+
+    Whoever runs as process 1 of a container inherits orphans; others, what the shell that they replaced had started.
+    """
+    if not hasattr(os, "waitid"):
+        return  # on macOS, where nobody is process 1
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid not in own:
+            os.waitpid(ended.si_pid, 0)
 
 
 def raise_descriptor_limit() -> None:
@@ -4411,8 +4454,8 @@ class Workers:
     def run(self, signals: _Signals) -> int:
         """The life of the parent; returns the exit status.  Raises `OSError` where the role cannot begin."""
         self._signals = signals
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever started us may ignore it: then nobody can be waited for
         self.role.prepare()
+        signals.watch_children()  # without that, whoever started us may have made it impossible to wait for one
         self.selector.register(signals, selectors.EVENT_READ, lambda: self._obey(signals.wait()))
         self.open()
         gc.collect()
@@ -4469,6 +4512,9 @@ class Workers:
         return max(wait, 0.0)
 
     def _obey(self, number: int) -> None:
+        if number == signal.SIGCHLD:
+            self._reap()
+            return
         if number == signal.SIGHUP:
             notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             if self.role.reload():
