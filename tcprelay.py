@@ -51,6 +51,7 @@ import abc
 import contextlib
 import dataclasses
 import errno
+import functools
 import gc
 import glob
 import importlib
@@ -3846,6 +3847,9 @@ class Relay(abc.ABC):
             name = f"{error.filename}: " if isinstance(error, OSError) and isinstance(error.filename, str) else ""
             self._log.error("cannot reload, the old certificates and token stay in force: %s%s", name, say_error(error))
             return False
+        except Exception:
+            self._log.exception("unexpected error in a reload, the old certificates and token stay in force")
+            return False
         if self._channel is None:  # else the parent has told it
             self._log.info("certificates and token are reloaded")
         return True
@@ -3931,6 +3935,7 @@ class Relay(abc.ABC):
 
 
 RelayT = TypeVar("RelayT", bound=Relay)
+ResultT = TypeVar("ResultT")
 
 
 def join(thread: threading.Thread, timeout: float) -> None:
@@ -4333,6 +4338,8 @@ MOST_WORKERS = 4
 """Workers by default, where there are twice as many processors: the others are for the kernel, and for services."""
 MESSAGE_SIZE = 1 << 17
 """Bytes of the longest message between a parent and a worker."""
+MESSAGE_ROOM = 4096
+"""Bytes that a worker leaves free in it for what the parent adds when it passes it on."""
 
 
 def default_workers() -> int:
@@ -4385,15 +4392,22 @@ def decode_message(message: bytes) -> tuple[dict[str, Any], bytes]:
 def send_message(channel: socket.socket, message: bytes, descriptors: Sequence[int] = (), flags: int = 0) -> None:
     """`socket.send_fds` with its flags, which that takes and forgets: a parent would wait for its worker.  Raises
     `OSError`."""
+    if len(message) > MESSAGE_SIZE:
+        raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(descriptors)}i", *descriptors))]
     channel.sendmsg([message], rights if descriptors else [], flags)
 
 
 def receive_message(channel: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
     """A message and its descriptor, or none where the kernel had no number for it; `socket.recv_fds` forgets its
-    flags, too.  Raises `OSError`."""
-    message, ancillary, _, _ = channel.recvmsg(MESSAGE_SIZE, socket.CMSG_SPACE(4), flags)
-    return message, [number for *_, data in ancillary for (number,) in struct.iter_unpack("i", data[: len(data) & ~3])]
+    flags, too.  Raises `OSError`, and `ValueError` for a message that did not come whole."""
+    message, ancillary, told, _ = channel.recvmsg(MESSAGE_SIZE, socket.CMSG_SPACE(4), flags)
+    numbers = [number for *_, data in ancillary for (number,) in struct.iter_unpack("i", data[: len(data) & ~3])]
+    if told & socket.MSG_TRUNC:
+        for number in numbers:
+            os.close(number)
+        raise ValueError(f"a message of more than {MESSAGE_SIZE} bytes")
+    return message, numbers
 
 
 class WorkerProcess:
@@ -4438,6 +4452,8 @@ class Workers:
     Roles derive from it what their parent does besides.  Everything here runs in one thread, in `run`.
     """
 
+    FIRST_PAUSE = 0.005
+
     def __init__(self, role: Relay, count: int) -> None:
         self.role = role
         self.log = role._log
@@ -4447,6 +4463,10 @@ class Workers:
         """Its keys' data are what to call when they turn readable."""
         self._begun = False
         self._status = 0
+        self._failed = 0
+        """How many unexpected errors there were."""
+        self._pause = self.FIRST_PAUSE
+        """Seconds to wait after the next one."""
         self._kill: Deadline | None = None
         """When `run` ends: for workers that have not ended by themselves."""
         self._signals: _Signals
@@ -4460,13 +4480,29 @@ class Workers:
         self.open()
         gc.collect()
         gc.freeze()  # what the collector does not touch stays shared memory
-        for worker in self.workers:
-            self._fork(worker)
         while self._kill is None or any(worker.pid for worker in self.workers):
-            for key, _ in self.selector.select(self._look_at_time()):
-                key.data()
+            failed = self._failed
+            self._guard(self._turn)
+            if self._failed == failed:
+                self._pause = self.FIRST_PAUSE
+            else:  # whatever it was, it may be so again
+                time.sleep(self._pause)
+                self._pause = min(2 * self._pause, 1.0)
         self.selector.close()
         return self._status
+
+    def _turn(self) -> None:
+        for key, _ in self.selector.select(self._look_at_time()):
+            self._guard(key.data)
+
+    def _guard(self, function: Callable[[], ResultT]) -> ResultT | None:
+        """Have an unexpected error in one matter be the end of none: nobody else looks after the workers."""
+        try:
+            return function()
+        except Exception:
+            self._failed += 1
+            self.log.exception("unexpected error in the workers' parent")
+            return None
 
     def open(self) -> None:
         """Begin, before the first worker is there."""
@@ -4478,7 +4514,7 @@ class Workers:
         """A worker has died."""
 
     def hear(self, worker: WorkerProcess, message: dict[str, Any], payload: bytes, descriptors: list[int]) -> None:
-        """A message from a worker."""
+        """A message from a worker.  Who takes a descriptor removes it from the list; the others are closed."""
 
     def become(self, worker: WorkerProcess) -> None:
         """In the new process: be this worker."""
@@ -4491,7 +4527,8 @@ class Workers:
         """An event that is about the role as a whole has happened in a worker."""
 
     def _look_at_time(self) -> float:
-        now, wait = time.monotonic(), self.look_at_time()
+        now, wait = time.monotonic(), self._guard(self.look_at_time)
+        wait = 1.0 if wait is None else wait
         if not self._send_orders():
             wait = min(wait, 0.05)
         if self._kill is not None:
@@ -4508,7 +4545,7 @@ class Workers:
                 if rest > 0:
                     wait = min(wait, rest)
                 else:
-                    self._fork(worker)
+                    self._guard(functools.partial(self._fork, worker))
         return max(wait, 0.0)
 
     def _obey(self, number: int) -> None:
@@ -4530,6 +4567,10 @@ class Workers:
 
     def _end(self) -> None:
         self._kill = Deadline(self.role.options.drain_timeout + 3 * JOIN_TIMEOUT)
+        self._guard(self.stop_intake)
+
+    def _reap(self) -> None:
+        reap([worker.pid for worker in self.workers])
 
     def _order(self, number: int) -> None:
         for worker in self.workers:
@@ -4613,6 +4654,13 @@ class Workers:
         if not message:
             self._bury(worker)
             return
+        try:
+            self._hear(worker, message, descriptors)
+        finally:
+            for number in descriptors:  # nobody has taken it
+                os.close(number)
+
+    def _hear(self, worker: WorkerProcess, message: bytes, descriptors: list[int]) -> None:
         fields, payload = decode_message(message)
         if "up" in fields:
             worker.up = True
@@ -4631,7 +4679,8 @@ class Workers:
         worker.intake.close()
         _, status = os.waitpid(worker.pid, 0)
         pid, worker.pid, was_up, worker.up, worker.orders = worker.pid, 0, worker.up, False, b""
-        self.lost(worker)
+        self._reap()  # what it may have stood before
+        self._guard(functools.partial(self.lost, worker))
         if self._kill is not None:
             return
         code = os.waitstatus_to_exitcode(status)
@@ -4666,7 +4715,10 @@ class _Orders:
                 os._exit(1)  # the parent was killed: what is open is reset, as if it had been this process
             if len(message) == 1:
                 return message[0]
-            self._role.obey(decode_message(message)[0])
+            try:
+                self._role.obey(decode_message(message)[0])
+            except Exception:
+                logging.getLogger("tcprelay").exception("unexpected error in what the parent asks for")
 
     def done(self) -> None:
         self._over = True
