@@ -36,6 +36,7 @@ Threads and sockets, in both roles:
       with a `Deadline`; once it is spliced, time is watched from outside (`Splices.sweep`).
     - No lock is held across a callback, a join, logging, or I/O that may wait: decide under the lock, act
       after it.  (`TLSStream` has a lock for its one sender, to keep records in order.)
+    - Nobody waits for the log: in the commands a thread of its own writes it (`LogWriter`).
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ import abc
 import contextlib
 import dataclasses
 import errno
+import functools
 import gc
 import glob
 import importlib
@@ -60,6 +62,7 @@ import json
 import logging
 import math
 import os
+import queue
 import re
 import select
 import selectors
@@ -69,8 +72,9 @@ import stat
 import struct
 import threading
 import time
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any, NoReturn, Protocol, TypeGuard, TypeVar
 
@@ -1248,7 +1252,7 @@ class Stream:
         poller = select.poll()
         try:
             poller.register(self.sock, 0)
-            while unsent_bytes(self.sock) and deadline.remaining() and not poller.poll(pause):
+            while not self.given_up and unsent_bytes(self.sock) and deadline.remaining() and not poller.poll(pause):
                 pause = min(2 * pause, 50.0)
         except (OSError, ValueError):
             pass  # gone already
@@ -1897,6 +1901,9 @@ class Splice:
             # The legs are woken under the lock (that never blocks): when the connection is over, its link
             # may be carrying another one.
             if self._over:
+                self.stream.given_up = self.stream.given_up or force  # what was sent is still being waited for
+                if isinstance(self.link, Stream):
+                    self.link.given_up = self.link.given_up or force
                 return
             self._halted = True
             self.stream.abort(force)
@@ -2410,6 +2417,9 @@ class Threads:
 
     PARKED = 2.0
     """Seconds that a thread waits for a function before it goes."""
+    LOOK, LOOKS = 0.1, 12
+    """Seconds of a look at who has not left at the end, and how many such looks: more than `Stream.linger` takes.  A
+    process that was stopped meanwhile has slept through one of them."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()  # over the three below
@@ -2474,7 +2484,11 @@ class Threads:
             self._condition.notify_all()
 
     def end(self, deadline: Deadline) -> list[str]:
-        """Start nothing more, wait for all threads but the caller's own, and name those that did not leave."""
+        """Start nothing more, wait for all threads but the caller's own, and name those that did not leave.
+
+        It does not wait for the deadline where `LOOKS` times in a row nobody has left: in a look-up of a name, say,
+        nobody can be woken.
+        """
         with self._condition:
             self._ended = True
             parked, self._parked = self._parked, []
@@ -2485,9 +2499,12 @@ class Threads:
         def others() -> list[_Worker]:
             return [worker for worker in self._workers if worker.ident != me]
 
+        looks = 0
         with self._condition:
-            self._condition.wait_for(lambda: not others(), deadline.remaining())
-            return [worker.task[0].__name__ for worker in others() if worker.task]
+            while others() and looks < self.LOOKS and deadline.remaining() != 0:
+                looks = 0 if self._condition.wait(self.LOOK) else looks + 1
+            tasks = [worker.task for worker in others()]  # a task is taken away without the lock
+            return [task[0].__name__ for task in tasks if task]
 
 
 STACK_SIZE = 256 * 1024
@@ -3148,7 +3165,8 @@ def service_variables(environ: Mapping[str, str]) -> set[str]:
 
 def fail(prog: str, status: int, message: str) -> NoReturn:
     """End the process with one line.  Raises `SystemExit`."""
-    print(f"{prog}: {message}", file=sys.stderr)
+    log_writer.put(f"{prog}: {message}\n")
+    log_writer.end()
     raise SystemExit(status)
 
 
@@ -3766,7 +3784,7 @@ class Relay(abc.ABC):
         """Stop: nothing new, then up to `drain_timeout` seconds (the option's, if ``None``) for open connections.
 
         Any thread, any number of times, also before `start`; a later call with a shorter time-out shortens it.
-        Returns within a few seconds of the deadline; what it returns names the threads that did not leave.
+        Returns within a second or so of the deadline; what it returns names the threads that did not leave.
         """
         timeout = self.options.drain_timeout if drain_timeout is None else drain_timeout
         with self._lock:
@@ -3828,6 +3846,9 @@ class Relay(abc.ABC):
         except (OSError, ValueError) as error:
             name = f"{error.filename}: " if isinstance(error, OSError) and isinstance(error.filename, str) else ""
             self._log.error("cannot reload, the old certificates and token stay in force: %s%s", name, say_error(error))
+            return False
+        except Exception:
+            self._log.exception("unexpected error in a reload, the old certificates and token stay in force")
             return False
         if self._channel is None:  # else the parent has told it
             self._log.info("certificates and token are reloaded")
@@ -3914,6 +3935,7 @@ class Relay(abc.ABC):
 
 
 RelayT = TypeVar("RelayT", bound=Relay)
+ResultT = TypeVar("ResultT")
 
 
 def join(thread: threading.Thread, timeout: float) -> None:
@@ -3930,26 +3952,13 @@ def run_command(
     argv: Sequence[str] | None,
 ) -> int:
     """The life of a command: options, log, start, signals, end.  Returns its exit status."""
-    options, check, warnings = parse_options(prog, description, cls, argv)
+    open_standard_files()
+    options, check, remarks = parse_options(prog, description, cls, argv)
     set_up_logging(options.log_level, options.log_format)
-    for warning in warnings:
-        logging.getLogger("tcprelay").warning("%s", warning)
-    raise_descriptor_limit()
-    sys.setswitchinterval(SWITCH_INTERVAL)
+    for remark in remarks:
+        logging.getLogger("tcprelay").warning("%s", remark)
     try:
-        role = make(options)
-        if check:
-            print(f"{prog}: the configuration is valid")
-            return 0
-        count = default_workers() if options.workers is None else options.workers
-        with _Signals() as role.signals:
-            signals = role.signals
-            if count and can_fork_workers() and (workers := role.make_workers(count)) is not None:
-                return workers.run(signals)
-            role.choose_processor(0)
-            role.start()
-            invite(role)
-            return _run(role, signals)
+        return _run_role(prog, options, make, check)
     except Stopping:
         return 0  # a signal came before anything was served
     except OSError as error:
@@ -3959,12 +3968,46 @@ def run_command(
         fail(prog, 2, str(error))
     except KeyboardInterrupt:
         return 130
+    finally:
+        log_writer.end()
+
+
+def _run_role(prog: str, options: OptionsT, make: Callable[[OptionsT], Relay], check: bool) -> int:
+    """The same with options and log; raises `OSError`, `ValueError`, and `Stopping` where it is ended as it starts."""
+    raise_descriptor_limit()
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    role = make(options)
+    if check:
+        print(f"{prog}: the configuration is valid")
+        return 0
+    count = default_workers() if options.workers is None else options.workers
+    with _Signals() as role.signals:
+        signals = role.signals
+        if count and can_fork_workers() and (workers := role.make_workers(count)) is not None:
+            log_writer.begin()
+            return workers.run(signals)
+        role.choose_processor(0)
+        log_writer.begin()  # behind that line, for it stays where it is started
+        role.start()
+        invite(role)
+        signals.watch_children()
+        return _run(role, signals)
+
+
+def open_standard_files() -> None:
+    """Open what whoever started us has left closed of descriptors 0 to 2: else connections would get these numbers,
+    and what is said on standard error would go to one of them."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the first free number
 
 
 def invite(role: Relay) -> None:
     """Say what the other side is to do, with secrets on a terminal only."""
-    if invitation := role.invitation(with_secrets=sys.stderr.isatty()):
-        print(invitation, file=sys.stderr, flush=True)
+    if invitation := role.invitation(with_secrets=os.isatty(2)):
+        log_writer.put(f"{invitation}\n")
 
 
 def _run(role: Relay, signals: _Signals | _Orders) -> int:
@@ -3982,33 +4025,41 @@ def _run(role: Relay, signals: _Signals | _Orders) -> int:
     ender = threading.Thread(target=end, name="end", daemon=True)
     ender.start()  # while there are threads to be had
     notify_systemd("READY=1")
-    while signals.wait() == signal.SIGHUP:
-        notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        role.reload()
-        notify_systemd("READY=1")
+    while (number := signals.wait()) in (signal.SIGHUP, signal.SIGCHLD):
+        if number == signal.SIGHUP:
+            notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            role.reload()
+            notify_systemd("READY=1")
+        else:
+            reap()
     notify_systemd("STOPPING=1")
     ending.set()
     while number := signals.wait():
-        if number != signal.SIGHUP:  # a further SIGTERM or SIGINT: at once
+        if number == signal.SIGCHLD:
+            reap()
+        elif number != signal.SIGHUP:  # a further SIGTERM or SIGINT: at once
             role.end(0.0)
     ender.join()
     if stragglers:
-        # Their stacks may hold locks that the interpreter's own end would wait for.
-        logging.shutdown()
-        sys.stderr.flush()
-        os._exit(0)
+        log_writer.end()
+        os._exit(0)  # their stacks may hold locks that the interpreter's own end would wait for
     return 0
 
 
 class _Signals:
-    """SIGINT, SIGTERM and SIGHUP as bytes on a socket: the handlers themselves do nothing."""
+    """SIGINT, SIGTERM and SIGHUP, and later SIGCHLD, as bytes on a socket: the handlers themselves do nothing.
+
+    SIGHUP says two things.  Where the terminal that this process was started from has gone, it says so, and is an end;
+    from ``kill`` or a service manager it asks for a reload.  Under ``nohup``, which ignores it, it never is an end.
+    """
 
     HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __enter__(self) -> _Signals:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        self._fd_before = signal.set_wakeup_fd(self._writer.fileno())
+        self._fd_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._ends_with_terminal = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN and not is_terminal_gone()
         self._before = {number: signal.signal(number, lambda *_: None) for number in self.HANDLED}
         return self
 
@@ -4018,17 +4069,26 @@ class _Signals:
     def leave_to_parent(self) -> None:
         """In a worker: a Ctrl-C or a service manager may reach all processes; the parent passes on what counts."""
         signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for number in self.HANDLED:
             signal.signal(number, signal.SIG_IGN)
         self._reader.close()
         self._writer.close()
 
     def wait(self) -> int:
-        """Wait for a signal; 0 when `done` was called first."""
+        """Wait for a signal: SIGINT or SIGTERM to end, SIGHUP to reload, SIGCHLD; 0 when `done` was called first."""
         while True:
             number = self._reader.recv(1)[0]
-            if number in self.HANDLED or number == 0:
+            if number == signal.SIGHUP and self._ends_with_terminal and is_terminal_gone():
+                self._ends_with_terminal = False  # it may be told twice, by the kernel and by a shell
+                return signal.SIGTERM
+            if number in (*self.HANDLED, signal.SIGCHLD, 0):
                 return number
+
+    def watch_children(self) -> None:
+        """Tell of children that have ended, too; not before serving begins, for until then any signal is an end."""
+        self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
+        self._writer.send(bytes([signal.SIGCHLD]))  # some may have ended before
 
     def done(self) -> None:
         self._writer.send(b"\0")
@@ -4039,6 +4099,27 @@ class _Signals:
             signal.signal(number, handler)
         self._reader.close()
         self._writer.close()
+
+
+def is_terminal_gone() -> bool:
+    """Whether this process has no controlling terminal: none from the start, or not any more."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK))
+    except OSError as error:
+        return error.errno in (errno.ENXIO, errno.EIO, errno.ENOENT)
+    return False
+
+
+def reap(own: Collection[int] = ()) -> None:
+    """Collect the children that have ended, but for `own`, which somebody else waits for.
+
+    Whoever runs as process 1 of a container inherits orphans; others, what the shell that they replaced had started.
+    """
+    if not hasattr(os, "waitid"):
+        return  # on macOS, where nobody is process 1
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid not in own:
+            os.waitpid(ended.si_pid, 0)
 
 
 def raise_descriptor_limit() -> None:
@@ -4064,21 +4145,133 @@ def notify_systemd(state: str) -> None:
         logging.getLogger("tcprelay").warning("cannot notify systemd: %s", say_error(error))
 
 
-class LineHandler(logging.StreamHandler):  # type: ignore[type-arg]  # (3.10 cannot be told which)
-    """Writes each record with one call, and no lock around it, for which many connections would have to wait."""
+class LogWriter(logging.Handler):
+    """Writes the log to standard error in a thread of its own, the only one that ever waits for whoever reads it.
+
+    Everybody else leaves a record here, in about a microsecond, and goes on.  Where `MOST` of them wait, further ones
+    are dropped and counted, and the count is told when lines can be written again.
+    """
+
+    MOST = 8192
+    """Records that wait: some 8 MiB (measured: 0.5 to 1 KiB each), the lines of a busy relay for two seconds."""
+    PIECE = 4096
+    """Bytes that are written at once: so many a pipe takes whole, whoever else writes to it."""
+    LAST_LINES = 1.0
+    """Seconds that the last lines have to be written when a process ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stream: IO[str] | None = None
+        """Where to write; ``None`` is standard error, whatever that is at the moment."""
+        self._torn = False
+        """A line could be written in part only."""
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, with no thread and nothing to write; also in a process that has just been forked."""
+        self._queue: queue.SimpleQueue[logging.LogRecord | str | threading.Event] = queue.SimpleQueue()
+        self._begun = False
+        self._lock = threading.Lock()  # over the next
+        self._dropped = 0
+
+    def begin(self) -> None:
+        """Start to write; what came before has waited.  Raises `OSError` where no thread can be had."""
+        if self._begun:
+            return
+        try:
+            _thread.start_new_thread(self._write_all, ())
+        except RuntimeError as error:
+            raise OSError(errno.EAGAIN, "cannot start a thread for the log") from error
+        self._begun = True
+
+    def end(self) -> None:
+        """Have everything written and the thread leave, or do without both after `LAST_LINES` seconds."""
+        written = threading.Event()
+        self._queue.put(written)
+        with contextlib.suppress(OSError):
+            self.begin()
+            written.wait(self.LAST_LINES)
+        self.forget()
 
     def handle(self, record: logging.LogRecord) -> Any:
-        try:
-            fd = self.stream.fileno()
-        except (AttributeError, OSError, ValueError):
-            return super().handle(record)  # it is no file
-        try:
-            line = (self.format(record) + "\n").encode(errors="backslashreplace")
-            while line:
-                line = line[os.write(fd, line) :]
-        except Exception:
-            self.handleError(record)
+        if record.exc_info:  # as text: it keeps alive whatever its functions had in hand, sockets too
+            record.exc_text = (self.formatter or TextFormatter()).formatException(record.exc_info)
+            record.exc_info = None
+        self.put(record)
         return True
+
+    def put(self, line: logging.LogRecord | str) -> None:
+        """Have a record, or lines that are none, written some time."""
+        if self._queue.qsize() < self.MOST:
+            self._queue.put(line)
+        else:
+            with self._lock:
+                self._dropped += 1
+
+    def _write_all(self) -> None:
+        """The thread's life: what has gathered meanwhile is written in one call, as far as a piece goes."""
+        lines, piece, count, written = self._queue, b"", 0, None
+        while written is None:
+            item = lines.get()
+            if isinstance(item, threading.Event):
+                written = item
+            else:
+                line = self._encode(item)
+                if len(piece) + len(line) > self.PIECE:
+                    self._write(piece, count)
+                    piece, count = b"", 0
+                piece, count = piece + line, count + 1
+            if written or lines.empty():
+                self._write(piece, count)
+                piece, count = b"", 0
+                self._tell_dropped()
+        written.set()
+
+    def _encode(self, item: logging.LogRecord | str) -> bytes:
+        try:
+            return (item if isinstance(item, str) else self.format(item) + "\n").encode(errors="backslashreplace")
+        except Exception:
+            if isinstance(item, logging.LogRecord):
+                self.handleError(item)
+            return b""
+
+    def _tell_dropped(self) -> None:
+        if count := self._dropped:
+            text = "%d log lines were dropped: standard error did not take them"
+            record = logging.LogRecord("tcprelay", logging.WARNING, "", 0, text, (count,), None)
+            if self._write(self._encode(record), 0):
+                with self._lock:
+                    self._dropped -= count
+
+    def _write(self, piece: bytes, count: int) -> bool:
+        """Write so many lines, however long that takes; False where they are dropped because it cannot be done."""
+        left = memoryview(b"\n" + piece if self._torn and piece else piece)
+        whole = len(left)
+        try:
+            while left:
+                left = left[self._write_some(left) :]
+        except (OSError, ValueError, AttributeError):  # full or broken; or there is no standard error
+            with self._lock:
+                self._dropped += count
+        self._torn = (self._torn and len(left) == whole) or 0 < len(left) < whole
+        return not left
+
+    def _write_some(self, piece: memoryview) -> int:
+        stream = self.stream or sys.stderr
+        try:
+            fd = stream.fileno()
+        except (OSError, ValueError):  # it is no file
+            stream.write(piece.tobytes().decode())
+            return len(piece)
+        try:
+            return os.write(fd, piece)
+        except BlockingIOError:  # a program that shares it has asked for that
+            wait_for(fd, select.POLLOUT, Deadline(None))
+            return 0
+
+
+log_writer = LogWriter()
+"""Of the commands, for the log and for whatever else they say on standard error."""
 
 
 class TextFormatter(logging.Formatter):
@@ -4118,20 +4311,19 @@ class JsonFormatter(TextFormatter):
         if isinstance(event, Event):
             entry["event"] = type(event).__name__
             entry |= {f.name: getattr(event, f.name) for f in dataclasses.fields(event)}
-        if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
+        if record.exc_text:
+            entry["exception"] = record.exc_text
         return json.dumps(entry)
 
 
 def set_up_logging(level: str, format: str) -> None:
     """Log to standard error; only the commands do this, a program that embeds the relay has its own way."""
-    handler = LineHandler()
-    handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
+    log_writer.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
     # Nothing that the formats do not show: a record costs half as much without (logging HOWTO, "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None
     logger = logging.getLogger("tcprelay")
-    logger.handlers[:] = [handler]
+    logger.handlers[:] = [log_writer]
     logger.propagate = False
     logger.setLevel(level.upper())
 
@@ -4139,13 +4331,15 @@ def set_up_logging(level: str, format: str) -> None:
 # --- Workers --------------------------------------------------------------------------------------------------
 #
 # Python's interpreter lock lets one thread of a process run at a time; several processes use several processors.
-# The parent has no threads, so that it may fork a worker at any time; the workers are roles as they would be alone,
-# except that they hear of signals, and a relay server's of new connections, from their parent.
+# The parent has no threads but the log's (see `fork`), so that it may fork a worker at any time; the workers are roles
+# as they would be alone, except that they hear of signals, and a relay server's of new connections, from their parent.
 
 MOST_WORKERS = 4
 """Workers by default, where there are twice as many processors: the others are for the kernel, and for services."""
 MESSAGE_SIZE = 1 << 17
 """Bytes of the longest message between a parent and a worker."""
+MESSAGE_ROOM = 4096
+"""Bytes that a worker leaves free in it for what the parent adds when it passes it on."""
 
 
 def default_workers() -> int:
@@ -4172,6 +4366,14 @@ def can_fork_workers() -> bool:
     )
 
 
+def fork() -> int:
+    """`os.fork`, without Python's warning of other threads (3.12 and later): there is the log's alone, and whenever the
+    parent's first thread runs Python, that one waits: for a line, or in a write."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
 def encode_message(fields: dict[str, Any], payload: bytes = b"") -> bytes:
     """A message between parent and worker: JSON, and bytes behind a line feed."""
     return json.dumps(fields).encode() + b"\n" + payload
@@ -4190,15 +4392,22 @@ def decode_message(message: bytes) -> tuple[dict[str, Any], bytes]:
 def send_message(channel: socket.socket, message: bytes, descriptors: Sequence[int] = (), flags: int = 0) -> None:
     """`socket.send_fds` with its flags, which that takes and forgets: a parent would wait for its worker.  Raises
     `OSError`."""
+    if len(message) > MESSAGE_SIZE:
+        raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(descriptors)}i", *descriptors))]
     channel.sendmsg([message], rights if descriptors else [], flags)
 
 
 def receive_message(channel: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
     """A message and its descriptor, or none where the kernel had no number for it; `socket.recv_fds` forgets its
-    flags, too.  Raises `OSError`."""
-    message, ancillary, _, _ = channel.recvmsg(MESSAGE_SIZE, socket.CMSG_SPACE(4), flags)
-    return message, [number for *_, data in ancillary for (number,) in struct.iter_unpack("i", data[: len(data) & ~3])]
+    flags, too.  Raises `OSError`, and `ValueError` for a message that did not come whole."""
+    message, ancillary, told, _ = channel.recvmsg(MESSAGE_SIZE, socket.CMSG_SPACE(4), flags)
+    numbers = [number for *_, data in ancillary for (number,) in struct.iter_unpack("i", data[: len(data) & ~3])]
+    if told & socket.MSG_TRUNC:
+        for number in numbers:
+            os.close(number)
+        raise ValueError(f"a message of more than {MESSAGE_SIZE} bytes")
+    return message, numbers
 
 
 class WorkerProcess:
@@ -4243,6 +4452,8 @@ class Workers:
     Roles derive from it what their parent does besides.  Everything here runs in one thread, in `run`.
     """
 
+    FIRST_PAUSE = 0.005
+
     def __init__(self, role: Relay, count: int) -> None:
         self.role = role
         self.log = role._log
@@ -4252,6 +4463,10 @@ class Workers:
         """Its keys' data are what to call when they turn readable."""
         self._begun = False
         self._status = 0
+        self._failed = 0
+        """How many unexpected errors there were."""
+        self._pause = self.FIRST_PAUSE
+        """Seconds to wait after the next one."""
         self._kill: Deadline | None = None
         """When `run` ends: for workers that have not ended by themselves."""
         self._signals: _Signals
@@ -4259,19 +4474,35 @@ class Workers:
     def run(self, signals: _Signals) -> int:
         """The life of the parent; returns the exit status.  Raises `OSError` where the role cannot begin."""
         self._signals = signals
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever started us may ignore it: then nobody can be waited for
         self.role.prepare()
+        signals.watch_children()  # without that, whoever started us may have made it impossible to wait for one
         self.selector.register(signals, selectors.EVENT_READ, lambda: self._obey(signals.wait()))
         self.open()
         gc.collect()
         gc.freeze()  # what the collector does not touch stays shared memory
-        for worker in self.workers:
-            self._fork(worker)
         while self._kill is None or any(worker.pid for worker in self.workers):
-            for key, _ in self.selector.select(self._look_at_time()):
-                key.data()
+            failed = self._failed
+            self._guard(self._turn)
+            if self._failed == failed:
+                self._pause = self.FIRST_PAUSE
+            else:  # whatever it was, it may be so again
+                time.sleep(self._pause)
+                self._pause = min(2 * self._pause, 1.0)
         self.selector.close()
         return self._status
+
+    def _turn(self) -> None:
+        for key, _ in self.selector.select(self._look_at_time()):
+            self._guard(key.data)
+
+    def _guard(self, function: Callable[[], ResultT]) -> ResultT | None:
+        """Have an unexpected error in one matter be the end of none: nobody else looks after the workers."""
+        try:
+            return function()
+        except Exception:
+            self._failed += 1
+            self.log.exception("unexpected error in the workers' parent")
+            return None
 
     def open(self) -> None:
         """Begin, before the first worker is there."""
@@ -4283,7 +4514,7 @@ class Workers:
         """A worker has died."""
 
     def hear(self, worker: WorkerProcess, message: dict[str, Any], payload: bytes, descriptors: list[int]) -> None:
-        """A message from a worker."""
+        """A message from a worker.  Who takes a descriptor removes it from the list; the others are closed."""
 
     def become(self, worker: WorkerProcess) -> None:
         """In the new process: be this worker."""
@@ -4296,7 +4527,8 @@ class Workers:
         """An event that is about the role as a whole has happened in a worker."""
 
     def _look_at_time(self) -> float:
-        now, wait = time.monotonic(), self.look_at_time()
+        now, wait = time.monotonic(), self._guard(self.look_at_time)
+        wait = 1.0 if wait is None else wait
         if not self._send_orders():
             wait = min(wait, 0.05)
         if self._kill is not None:
@@ -4313,10 +4545,13 @@ class Workers:
                 if rest > 0:
                     wait = min(wait, rest)
                 else:
-                    self._fork(worker)
+                    self._guard(functools.partial(self._fork, worker))
         return max(wait, 0.0)
 
     def _obey(self, number: int) -> None:
+        if number == signal.SIGCHLD:
+            self._reap()
+            return
         if number == signal.SIGHUP:
             notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             if self.role.reload():
@@ -4331,8 +4566,11 @@ class Workers:
         self._order(signal.SIGTERM)
 
     def _end(self) -> None:
-        self.stop_intake()
         self._kill = Deadline(self.role.options.drain_timeout + 3 * JOIN_TIMEOUT)
+        self._guard(self.stop_intake)
+
+    def _reap(self) -> None:
+        reap([worker.pid for worker in self.workers])
 
     def _order(self, number: int) -> None:
         for worker in self.workers:
@@ -4361,7 +4599,7 @@ class Workers:
         ours, theirs, our_end, intake = pairs
         signal.pthread_sigmask(signal.SIG_BLOCK, _Signals.HANDLED)  # a signal is for one of the two processes
         try:
-            pid = os.fork()
+            pid = fork()
             if not pid:
                 ours.close()
                 our_end.close()
@@ -4381,6 +4619,7 @@ class Workers:
     def _live(self, worker: WorkerProcess, channel: socket.socket, intake: socket.socket) -> NoReturn:
         """The life of the new process."""
         status = 1
+        log_writer.forget()
         try:
             self._signals.leave_to_parent()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _Signals.HANDLED)
@@ -4391,6 +4630,7 @@ class Workers:
                     other.channel.close()
                     other.intake.close()
             self.role.choose_processor(worker.number)
+            log_writer.begin()
             self.role.become_worker(channel, intake)
             self.become(worker)
             self.role.start()
@@ -4401,7 +4641,7 @@ class Workers:
         except BaseException:
             self.log.exception("worker %d: unexpected error", worker.number)
         finally:
-            logging.shutdown()
+            log_writer.end()
             os._exit(status)
 
     def _receive(self, worker: WorkerProcess) -> None:
@@ -4414,6 +4654,13 @@ class Workers:
         if not message:
             self._bury(worker)
             return
+        try:
+            self._hear(worker, message, descriptors)
+        finally:
+            for number in descriptors:  # nobody has taken it
+                os.close(number)
+
+    def _hear(self, worker: WorkerProcess, message: bytes, descriptors: list[int]) -> None:
         fields, payload = decode_message(message)
         if "up" in fields:
             worker.up = True
@@ -4432,7 +4679,8 @@ class Workers:
         worker.intake.close()
         _, status = os.waitpid(worker.pid, 0)
         pid, worker.pid, was_up, worker.up, worker.orders = worker.pid, 0, worker.up, False, b""
-        self.lost(worker)
+        self._reap()  # what it may have stood before
+        self._guard(functools.partial(self.lost, worker))
         if self._kill is not None:
             return
         code = os.waitstatus_to_exitcode(status)
@@ -4463,10 +4711,14 @@ class _Orders:
             if self._over:
                 return 0
             if not message:
+                log_writer.end()
                 os._exit(1)  # the parent was killed: what is open is reset, as if it had been this process
             if len(message) == 1:
                 return message[0]
-            self._role.obey(decode_message(message)[0])
+            try:
+                self._role.obey(decode_message(message)[0])
+            except Exception:
+                logging.getLogger("tcprelay").exception("unexpected error in what the parent asks for")
 
     def done(self) -> None:
         self._over = True

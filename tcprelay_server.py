@@ -567,29 +567,35 @@ class RelayServer(Relay):
         fields, early = tcprelay.decode_message(message)
         assert self._gauges is not None
         service, address = fields["service"], tuple(fields["address"])
-        if problem:  # it is reset
-            self._cannot_take(problem)
-            if descriptors:
-                os.close(descriptors[0])
-            if service:
-                self._gauges.settle(service)
-                self._leave(address)
-            else:
-                self._gauges.links_arrived()
-                self.shares["link"].leave(address)
-            return
-        sock = tcprelay.adopt_socket(descriptors[0], address)
-        if not service:
-            try:
+        sock, served = None, False
+        try:
+            if problem:
+                self._cannot_take(problem)
+                return
+            sock = tcprelay.adopt_socket(descriptors[0], address)
+            if not service:
+                served = True
                 self._serve_link(sock, address)
-            finally:
+                return
+            client = ServiceClient(service, sock, address, self._credentials.services)
+            client.resume(fields, early)
+            served = True
+            if isinstance(client.stream, TLSStream):
+                self._settle(client)  # or silent handshakes would seem to take all the links
+            self._serve_client(client)
+        finally:
+            if not served:  # it is reset
+                if sock is not None:
+                    sock.close()
+                elif descriptors:
+                    os.close(descriptors[0])
+                if service:
+                    self._gauges.settle(service)
+                    self._leave(address)
+                else:
+                    self.shares["link"].leave(address)
+            if not service:
                 self._gauges.links_arrived()  # while its handshake lasts it counts as under way, for the balance
-            return
-        client = ServiceClient(service, sock, address, self._credentials.services)
-        client.resume(fields, early)
-        if isinstance(client.stream, TLSStream):
-            self._settle(client)  # or silent handshakes would seem to take all the links
-        self._serve_client(client)
 
     def obey(self, order: dict[str, Any]) -> None:
         if "suspect" in order:
@@ -633,7 +639,7 @@ class RelayServer(Relay):
     def _send_back(self, client: ServiceClient, failed: frozenset[str], reason: str) -> None:
         """Have the parent find another worker that has a link for a service client.  Raises `Refusal`."""
         message = tcprelay.encode_message(client.state(failed, reason), bytes(client.early))
-        if len(message) > tcprelay.MESSAGE_SIZE:  # with the ids of hundreds of relay clients
+        if len(message) > tcprelay.MESSAGE_SIZE - tcprelay.MESSAGE_ROOM:  # with the ids of hundreds of relay clients
             raise Refusal(f"the service cannot be reached: {reason}")
         assert self._channel is not None
         try:
@@ -651,7 +657,17 @@ class RelayServer(Relay):
     # Accepting
 
     def _accept(self) -> None:
-        """The acceptor's life.  It only accepts: whatever could wait happens in the connection's thread."""
+        """The acceptor's life, which no unexpected error may end.  It only accepts: whatever could wait happens in the
+        connection's thread."""
+        while not self._stop.requested:
+            try:
+                self._accept_all()
+            except Exception:
+                self._log.exception("unexpected error in the acceptor")
+                self._stop.wait(1.0)
+
+    def _accept_all(self) -> None:
+        """Accept until `_stop` is requested."""
         pause, told = 0.005, 0.0
         with selectors.DefaultSelector() as selector:
             selector.register(self._stop.fileno(), selectors.EVENT_READ)
@@ -2078,7 +2094,7 @@ class ServerWorkers(Workers):
                 return
             visitor.queued = True
             queue.append(visitor)
-            self._serve_queue(visitor.service)
+            self._guard(functools.partial(self._serve_queue, visitor.service))  # from here on it is not the acceptor's
 
     def _count_clients(self) -> int:
         waiting = sum(map(len, self._queues.values()))
@@ -2164,15 +2180,20 @@ class ServerWorkers(Workers):
             self._hold(worker, "client", tuple(message["address"]), -1)
             self._clients[worker.number] -= 1
             if descriptors:
-                self._take_back(worker, message, payload, descriptors[0])
+                self._take_back(worker, message, payload, descriptors)
             else:  # the kernel had no number for it here, and has reset it
                 self._note_refused(message, tuple(message["address"]), os.strerror(errno.EMFILE).lower())
 
-    def _take_back(self, worker: WorkerProcess, state: dict[str, Any], early: bytes, descriptor: int) -> None:
+    def _take_back(self, worker: WorkerProcess, state: dict[str, Any], early: bytes, descriptors: list[int]) -> None:
         address = tuple(state["address"])
-        sock, patience = tcprelay.adopt_socket(descriptor, address), self.role.options.pair_timeout
-        visitor = Visitor(state["service"], sock, address, state["since"], patience)
-        visitor.state, visitor.early, visitor.visited = state, early, set(state["visited"])
+        try:
+            sock, patience = tcprelay.adopt_socket(descriptors[0], address), self.role.options.pair_timeout
+            descriptors.clear()
+            visitor = Visitor(state["service"], sock, address, state["since"], patience)
+            visitor.state, visitor.early, visitor.visited = state, early, set(state["visited"])
+        except BaseException:
+            self._note_refused(state, address, "unexpected error")
+            raise
         if self._kill is not None:
             self._refuse(visitor, "the relay server is ending")
             return
@@ -2233,12 +2254,11 @@ class ServerWorkers(Workers):
             wait = min(wait, self._resume_at - now)
         self.emit.tell_floods()
         for service, queue in self._queues.items():
-            self._serve_queue(service)
-            self._balance(service)
-            while queue and queue[0].deadline <= now:
+            while queue and queue[0].deadline <= now:  # first of all: they leave whatever goes wrong with the queue
                 reason = "no link was idle in time (--pair-timeout); is a relay client connected?"
                 self._refuse(queue.popleft(), reason)
-            self._gauges.show_queue(service, len(queue))
+            self._serve_queue(service)
+            self._balance(service)
             if self._gauges.count_waiting(service):
                 wait = min(wait, self.LOOK_AGAIN)
             if queue:

@@ -315,3 +315,9 @@ def test_no_service_manager_is_no_fault() -> None:
         relay.wait_for(lambda line: "cannot notify systemd" in line)
         relay.signal(signal.SIGTERM)
         assert relay.wait() == 0
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_unit_leaves_no_core_file(role: Role) -> None:
+    """There would be tokens and keys in it."""
+    assert settings_of(role)["LimitCORE"] == "0"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import selectors
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -292,6 +295,90 @@ def test_accepting_survives_a_lack_of_threads(bench: Bench, monkeypatch: pytest.
     with bench.connect(server) as sock:
         sock.sendall(b"x")
         assert sock.recv(1) == b"x"
+
+
+@pytest.mark.parametrize("place", ["hand_on", "accept_from", "selector"])
+def test_an_unexpected_error_does_not_end_the_acceptor(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: str
+) -> None:
+    """It is logged, and what comes next is accepted, as many from one address as before."""
+    server = bench.server(max_per_address=1)
+    bench.client(server, bench.service().port)
+    failed: list[int] = []
+
+    def fail_once(real: Callable[..., Any]) -> Callable[..., Any]:
+        def function(*words: Any) -> Any:
+            if not failed:
+                failed.append(1)
+                raise ZeroDivisionError
+            return real(*words)
+
+        return function
+
+    if place == "selector":
+        real = selectors.DefaultSelector.select
+        monkeypatch.setattr(selectors.DefaultSelector, "select", fail_once(real))
+        wait_until(lambda: failed)
+    else:
+        monkeypatch.setattr(server, place, fail_once(getattr(server, place)))
+        with contextlib.suppress(ConnectionResetError):
+            bench.connect(server).recv(1) if place == "hand_on" else bench.connect(server).close()
+        wait_until(lambda: failed)
+
+    def is_served() -> bool:
+        with contextlib.suppress(ConnectionResetError), connect(server.service_addresses["default"]) as sock:
+            sock.sendall(b"x")
+            return sock.recv(1) == b"x"
+        return False
+
+    wait_until(is_served)
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_reload_that_fails_in_a_way_nobody_expected(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The old credentials stay in force; where openssl does not come back it is one line."""
+    server = bench.server(token="a")
+    before = server._credentials
+
+    def raise_error(error: Exception) -> None:
+        raise error
+
+    monkeypatch.setattr(server, "_load_credentials", lambda: raise_error(ZeroDivisionError()))
+    assert not server.reload()
+    assert "ZeroDivisionError" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(
+        "tcprelay.subprocess.run", lambda *_, **__: raise_error(subprocess.TimeoutExpired("openssl", 60))
+    )
+    monkeypatch.setattr(server, "_load_credentials", lambda: tcprelay._run_openssl(["version"]))
+    assert not server.reload()
+    assert caplog.messages == [
+        "cannot reload, the old certificates and token stay in force: the openssl command does not come to an end"
+    ]
+    assert server._credentials is before
+
+
+def test_threads_that_finish_while_their_names_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task is taken away by its thread at any moment, also between two looks at it."""
+
+    class Fleeting:
+        """A thread whose task is there once."""
+
+        ident = 0
+
+        def __init__(self) -> None:
+            self.looks = 0
+
+        @property
+        def task(self) -> object:
+            self.looks += 1
+            return (print, ()) if self.looks == 1 else None
+
+    threads = tcprelay.Threads()
+    threads._workers.add(Fleeting())  # type: ignore[arg-type]
+    assert threads.end(tcprelay.Deadline(0)) == ["print"]
 
 
 def test_threads_are_parked_and_used_again() -> None:

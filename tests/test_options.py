@@ -327,6 +327,7 @@ def test_log_lines_of_many_threads(format: str, capfd: pytest.CaptureFixture[str
         for thread in threads:
             thread.join()
         logger.warning("a surrogate: \udc80")
+        tcprelay.log_writer.end()
         *lines, last = capfd.readouterr().err.splitlines()
     finally:
         logger.handlers.clear()
@@ -362,6 +363,7 @@ def test_json_log_lines(capsys: pytest.CaptureFixture[str]) -> None:
         )
         events(closed)
         logger.warning("a line\nwith a break")
+        tcprelay.log_writer.end()
         first, second = capsys.readouterr().err.splitlines()
     finally:
         logger.handlers.clear()

@@ -121,6 +121,8 @@ def test_the_check_of_the_log_finds_what_is_no_line_of_its_own(line: str) -> Non
 def own_logging() -> Iterator[None]:
     """Takes away what the commands set up for the whole process."""
     yield
+    tcprelay.log_writer.end()
+    tcprelay.log_writer.stream = None
     logger = logging.getLogger("tcprelay")
     logger.handlers.clear()
     logger.propagate = True
@@ -134,9 +136,8 @@ class Log:
     def __init__(self, format: str) -> None:
         self._format, self._text, self._seen = format, io.StringIO(), 0
         tcprelay.set_up_logging("debug", format)
-        handler = logging.getLogger("tcprelay").handlers[0]
-        assert isinstance(handler, logging.StreamHandler)
-        handler.setStream(self._text)
+        tcprelay.log_writer.stream = self._text
+        tcprelay.log_writer.begin()
 
     def wait(self, words: str) -> None:
         """Wait until one of these is said, again where it was waited for before."""

@@ -15,6 +15,7 @@ import socket
 import ssl
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,10 +23,27 @@ from typing import Any
 
 import pytest
 
-from tcprelay import CLIENT, FAIL, HELLO, START, WELCOME, Deadline, Link, Stream
+from tcprelay import (
+    CLIENT,
+    FAIL,
+    HELLO,
+    MESSAGE_SIZE,
+    START,
+    WELCOME,
+    ConnectionFailed,
+    Deadline,
+    Link,
+    RelayServer,
+    Stream,
+    WorkerProcess,
+    encode_message,
+    receive_message,
+    send_message,
+)
+from tcprelay_server import ServerWorkers
 
 from .certificates import Certificates, tls_context
-from .conftest import PATIENCE, echo, read_all, read_exactly, wait_until
+from .conftest import PATIENCE, Recorder, echo, read_all, read_exactly, wait_until
 from .ends import TLSEnd
 from .peers import HOST, Peers, RelayProcess, is_listening
 
@@ -146,7 +164,7 @@ def wait_workers(relay: RelayProcess, without: set[int], count: int = 2) -> list
 
 def wait_up(relay: RelayProcess) -> None:
     """Wait until both workers have started their threads."""
-    wait_until(lambda: sum(len(os.listdir(f"/proc/{pid}/task")) >= 3 for pid in workers_of(relay)) == 2)
+    wait_until(lambda: sum(len(os.listdir(f"/proc/{pid}/task")) >= 4 for pid in workers_of(relay)) == 2)
 
 
 def is_refused(server: RelayProcess) -> bool:
@@ -216,14 +234,14 @@ def count_links(server: RelayProcess, pid: int) -> int:
 
 
 def test_what_a_burst_leaves_behind_goes(peers: Peers) -> None:
-    """A worker keeps its main thread, the one that ends it, the keeper, and one that waits for a connection."""
+    """A worker keeps its main thread, the log's, the one that ends it, the keeper, and one that waits for the next."""
     witness = Witness(peers)
     server, _ = peers.relay(witness.port, *TWO)
     burst = [Connection(peers, server, witness, number) for number in range(24)]
-    assert all(count_threads(pid) > 4 for pid in workers_of(server))
+    assert all(count_threads(pid) > 5 for pid in workers_of(server))
     for connection in burst:
         connection.end()
-    wait_until(lambda: [count_threads(pid) for pid in workers_of(server)] == [4, 4])
+    wait_until(lambda: [count_threads(pid) for pid in workers_of(server)] == [5, 5])
 
 
 def count_threads(pid: int) -> int:
@@ -989,3 +1007,164 @@ def test_raw_wire(peers: Peers, releases: tuple[str, str]) -> None:
             sock.sendall(b"%08d" % number)
             assert read_exactly(sock, 8) == b"%08d" % number
     assert sorted(witness.names) == [b"%08d" % number for number in range(20)]
+
+
+# --- Errors that nobody expected ------------------------------------------------------------------------------
+
+RAISE_ONCE = """
+import sys, tcprelay, tcprelay_server
+
+def raise_once(place):
+    module, *owner, name = place.split(".")
+    holder = sys.modules[module]
+    for word in owner:
+        holder = getattr(holder, word)
+    real, raised = getattr(holder, name), []
+
+    def function(*words, **named):
+        if raised:
+            return real(*words, **named)
+        raised.append(name)
+        raise ZeroDivisionError(name)
+
+    setattr(holder, name, function)
+
+raise_once(sys.argv[1])
+sys.exit(tcprelay.main(sys.argv[5:]))
+"""
+
+
+def server_that_raises_once(peers: Peers, place: str, *options: str) -> RelayProcess:
+    """A relay server with two workers where a function fails once, in each process that calls it."""
+    command = "--relay-port", "0", "--service-port", "0", "--hostname", HOST, *TWO
+    server = peers.relay_process("server", *command, *options, wrapper=[sys.executable, "-c", RAISE_ONCE, place])
+    server.expected_error = ("unexpected error", "worker ")
+    return server
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "tcprelay.Workers._look_at_time",
+        "tcprelay.Workers._fork",
+        "tcprelay.receive_message",
+        "tcprelay.adopt_socket",
+        "tcprelay_server.RelayServer.accept_from",
+        "tcprelay_server.ServerWorkers.look_at_time",
+        "tcprelay_server.ServerWorkers._accept",
+        "tcprelay_server.ServerWorkers._receive_connection",
+        "tcprelay_server.ServerWorkers._send",
+        "tcprelay_server.ServerWorkers._serve_queue",
+        "tcprelay_server.ServerWorkers.tell",
+        "tcprelay_server.ServerWorkers._absent",
+        "tcprelay_server.ServerWorkers.stop_intake",
+        "tcprelay_server.ServiceClient.resume",
+    ],
+)
+def test_an_unexpected_error_ends_no_role_and_skews_no_count(peers: Peers, place: str) -> None:
+    """In a callback of the parent, or where a worker takes a connection: it is logged, connections come and go, a dead
+    worker is replaced, and there may be as many connections as before, and not one more."""
+    witness = Witness(peers)
+    server = server_that_raises_once(peers, place, "--max-connections", "8", "--max-per-address", "8")
+    peers.client(server.relay_port, witness.port, "--num-conn", "8", "--workers", "0")
+    numbers = iter(range(10_000))
+
+    def eight() -> list[Connection]:
+        """So many connections at once; none where one of them was refused."""
+        made: list[Connection] = []
+        with contextlib.suppress(OSError, AssertionError):
+            while len(made) < 8:
+                made += [Connection(peers, server, witness, next(numbers))]
+            return made
+        for one in made:
+            one.sock.close()
+        return []
+
+    for one in wait_until(eight):
+        one.end()
+    victim = workers_of(server)[0]
+    os.kill(victim, signal.SIGKILL)
+    wait_workers(server, {victim})
+    for _ in range(2):  # it takes its first connections, and others
+        for one in wait_until(eight):
+            one.end()
+    held = wait_until(eight)
+    assert is_refused(server)
+    for one in held:
+        one.end()
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
+    assert "ZeroDivisionError" in server.output
+
+
+def test_an_unexpected_error_in_a_reload(peers: Peers) -> None:
+    """The old credentials stay in force, and the next reload is one."""
+    server = server_that_raises_once(peers, "tcprelay.Relay.reload")
+    wait_up(server)
+    server.signal(signal.SIGHUP)
+    server.wait_message("unexpected error")
+    server.signal(signal.SIGHUP)
+    server.wait_message("certificates and token are reloaded")
+
+
+def test_an_error_that_stays_does_not_make_the_parent_spin(peers: Peers) -> None:
+    """It waits longer each time, up to a second, and does everything else."""
+    patch = (
+        "import sys, tcprelay, tcprelay_server;"
+        "tcprelay_server.ServerWorkers.look_at_time = lambda self: 1 / 0;"
+        "sys.exit(tcprelay.main(sys.argv[4:]))"
+    )
+    command = "--relay-port", "0", "--service-port", "0", "--hostname", HOST, *TWO
+    server = peers.relay_process("server", *command, wrapper=[sys.executable, "-c", patch])
+    server.expected_error = "unexpected error"
+    witness = Witness(peers)
+    peers.client(server.relay_port, witness.port, "--workers", "0")
+    wait_until(lambda: server.output.count("ZeroDivisionError") >= 10, 2 * PATIENCE)
+    began, before = time.monotonic(), server.output.count("ZeroDivisionError")
+    wait_until(lambda: server.output.count("ZeroDivisionError") >= before + 3)
+    assert time.monotonic() - began > 1.0
+    Connection(peers, server, witness, 1).end()
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
+
+
+def test_a_service_client_that_cannot_be_taken_back_is_counted_out() -> None:
+    """Its descriptor is closed, its share of the limits is free again, and it has its closing record."""
+    events = Recorder()
+    server = RelayServer(0, 0, max_per_address=1, on_event=events)
+    parent, worker = ServerWorkers(server, 2), WorkerProcess(0)
+    address = "192.0.2.1", 5
+    assert server.shares["client"].enter(address)
+    parent._hold(worker, "client", address, 1)
+    parent._clients[0] = 1
+    worker.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    reader, writer = os.pipe()
+    state = {"service": "default", "address": address, "since": 0.0}
+    with worker.channel, theirs:
+        send_message(theirs, encode_message(state), [reader])  # which is no socket
+        os.close(reader)
+        with pytest.raises(OSError):
+            parent._receive(worker)
+        with pytest.raises(BrokenPipeError):
+            os.write(writer, b"x")
+    os.close(writer)
+    assert server.shares["client"].enter(address)
+    assert parent._clients[0] == 0
+    assert [event.reason for event in events.of(ConnectionFailed)] == ["unexpected error"]
+    parent.selector.close()
+
+
+def test_a_message_that_is_too_long_is_not_sent_and_not_taken() -> None:
+    """Half a message would be taken for nonsense; its descriptor does not stay open."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    reader, writer = os.pipe()
+    with ours, theirs:
+        with pytest.raises(OSError, match=r"[Mm]essage too long"):
+            send_message(theirs, bytes(MESSAGE_SIZE + 1))
+        socket.send_fds(theirs, [bytes(MESSAGE_SIZE + 1)], [reader])
+        os.close(reader)
+        with pytest.raises(ValueError, match="more than"):
+            receive_message(ours)
+        with pytest.raises(BrokenPipeError):
+            os.write(writer, b"x")
+    os.close(writer)
