@@ -554,7 +554,8 @@ class RelayServer(Relay):
                 if alone:
                     self._threads.start(self._take_connections)
             except RuntimeError as error:
-                self._adopt(message, descriptors, str(error))
+                ending = self._stop.requested
+                self._adopt(message, descriptors, "the relay server is ending" if ending else str(error))
                 continue
             self._adopt(message, descriptors)
             with self._intake_lock:
@@ -572,6 +573,7 @@ class RelayServer(Relay):
             if problem:
                 self._cannot_take(problem)
                 return
+            problem = "unexpected error"
             sock = tcprelay.adopt_socket(descriptors[0], address)
             if not service:
                 served = True
@@ -592,6 +594,9 @@ class RelayServer(Relay):
                 if service:
                     self._gauges.settle(service)
                     self._leave(address)
+                    record = {"id": fields.get("id") or tcprelay.connection_id(), "service": service}
+                    seconds = time.monotonic() - fields["since"]
+                    self._emit(ConnectionFailed(peer=show_address(address), seconds=seconds, reason=problem, **record))
                 else:
                     self.shares["link"].leave(address)
             if not service:
