@@ -1120,12 +1120,12 @@ class Stream:
         """Blocked sends are to return with an error, and what was sent need not be delivered any more."""
         self._tcp = sock.family != socket.AF_UNIX
         self._fin_sent = False
-        self._received = 0
-        """Bytes that were taken from the socket, for `_believe_end`."""
+        self.received = 0
+        """Bytes that were taken from the socket, in whichever process, for `_believe_end`."""
 
     def recv_into(self, view: memoryview) -> int:
         count = self.sock.recv_into(view)
-        self._received += count
+        self.received += count
         return count or self._believe_end()
 
     def recv_now(self, view: memoryview) -> int | None:
@@ -1134,7 +1134,7 @@ class Stream:
             count = self.sock.recv_into(view, 0, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return None
-        self._received += count
+        self.received += count
         return count or self._believe_end()
 
     def holds_bytes(self) -> bool:
@@ -1151,7 +1151,7 @@ class Stream:
         if self._tcp and not self._fin_sent:
             try:
                 info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
-                closed = info[0] == 7 and struct.unpack_from("Q", info, 128)[0] <= self._received
+                closed = info[0] == 7 and struct.unpack_from("Q", info, 128)[0] <= self.received
             except (OSError, AttributeError):
                 closed = False
             except struct.error:  # Linux before 4.1
@@ -1195,7 +1195,7 @@ class Stream:
         return PIPE_SIZE
 
     def took_bulk(self, count: int) -> None:
-        self._received += count
+        self.received += count
 
     def announce_bulk(self, count: int) -> None:
         pass

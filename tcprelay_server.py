@@ -1353,6 +1353,7 @@ class ServiceClient:
             self.ended, self.failed, self.reason = fields["ended"], frozenset(fields["failed"]), fields["reason"]
             self.visited = fields["visited"]
             self.early = bytearray(early)
+            self.stream.received = len(early)
 
     @property
     def may_send_more(self) -> bool:

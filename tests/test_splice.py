@@ -40,6 +40,7 @@ from tcprelay import (
     encode_frame,
     encode_header,
 )
+from tcprelay_server import ServiceClient
 
 from .conftest import PATIENCE, read_all, read_exactly, wait_until
 
@@ -658,6 +659,22 @@ def test_an_end_after_an_rst_is_not_believed() -> None:
     with pytest.raises(ConnectionResetError):
         stream.recv_now(memoryview(bytearray(1)))
     stream.close()
+
+
+def test_an_end_after_an_rst_is_not_believed_in_another_worker_either() -> None:
+    """What was read before the service client was passed on counts."""
+    near, far = tcp_pair()
+    far.sendall(b"early")
+    first = ServiceClient("default", near, far.getsockname())
+    wait_until(lambda: first.read_early() or first.early)
+    again = ServiceClient("default", near, far.getsockname())
+    state = {"waited": 0.0, "queued": True, **first.state(frozenset(), "")}
+    again.resume(state, bytes(first.early))
+    reset(far)
+    wait_until(lambda: near.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))  # takes it
+    with pytest.raises(ConnectionResetError):
+        again.stream.recv_now(memoryview(bytearray(1)))
+    near.close()
 
 
 def test_urgent_data_is_no_end(rig: Rig) -> None:
