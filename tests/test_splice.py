@@ -665,8 +665,10 @@ def test_an_end_after_an_rst_is_not_believed_in_another_worker_either() -> None:
     """What was read before the service client was passed on counts."""
     near, far = tcp_pair()
     far.sendall(b"early")
+    assert near.recv(5, socket.MSG_PEEK) == b"early"
     first = ServiceClient("default", near, far.getsockname())
-    wait_until(lambda: first.read_early() or first.early)
+    first.read_early()
+    assert first.early == b"early"
     again = ServiceClient("default", near, far.getsockname())
     state = {"waited": 0.0, "queued": True, **first.state(frozenset(), "")}
     again.resume(state, bytes(first.early))
