@@ -9,13 +9,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import pytest
 
 from tcprelay import Event, RelayClient, RelayServer
 
 from .certificates import Certificates, make_all
+from .wire import Wire, without_wire
 
 PATIENCE = 10.0
 """Seconds within which anything that a test waits for must happen."""
@@ -220,11 +222,24 @@ def workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def _real_peer(request: pytest.FixtureRequest) -> None:
     """Skips a test whose real peer is not installed, or fails it where peers are required."""
     for marker in request.node.iter_markers("peer"):
-        missing = [program for program in marker.args if not shutil.which(program, path=PEER_PATH)]
-        if missing and os.environ.get("TEST_REQUIRE_PEERS"):
-            pytest.fail(f"required program not found: {', '.join(missing)}")
-        elif missing:
-            pytest.skip(f"program not found: {', '.join(missing)}")
+        if missing := [program for program in marker.args if not shutil.which(program, path=PEER_PATH)]:
+            no_peer(f"program not found: {', '.join(missing)}")
+
+
+def no_peer(reason: str) -> NoReturn:
+    """Skip the test, or fail it where all that it needs must be there."""
+    if os.environ.get("TEST_REQUIRE_PEERS"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture
+def lay_wire() -> Iterator[Callable[..., Wire]]:
+    """Lays a `Wire` for the test; its arguments are those behind the first one of that."""
+    if missing := without_wire():
+        no_peer(missing)
+    with ExitStack() as stack:
+        yield partial(Wire, stack)
 
 
 PEER_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])

@@ -18,13 +18,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import pytest
 
 from tcprelay import Deadline
 
-from .conftest import PATIENCE, PEER_PATH, Service, wait_until
+from .conftest import PATIENCE, PEER_PATH, Service, no_peer, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 NODE_PEERS = Path(os.environ.get("TEST_NODE_PEERS") or ROOT / ".node-peers")
@@ -465,10 +465,3 @@ class Peers:
 def node_options(options: Mapping[str, str]) -> list[str]:
     """The words of a command line; an option without a value stands alone."""
     return [word for name, value in options.items() for word in (f"--{name}", value) if word]
-
-
-def no_peer(reason: str) -> NoReturn:
-    """Skip the test, or fail it where peers are required."""
-    if os.environ.get("TEST_REQUIRE_PEERS"):
-        pytest.fail(reason)
-    pytest.skip(reason)
