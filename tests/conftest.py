@@ -72,12 +72,19 @@ class Recorder:
 
 
 class Service:
-    """A service on a free loopback port: calls `serve` with each connection, in a thread of its own."""
+    """A service on a free loopback port, or at a Unix socket: calls `serve` with each connection, in a thread of its
+    own."""
 
-    def __init__(self, serve: Callable[[socket.socket], object]) -> None:
+    def __init__(self, serve: Callable[[socket.socket], object], path: str = "") -> None:
         self._serve = serve
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
+        self.port = 0
+        if path:
+            self._listener = socket.socket(socket.AF_UNIX)
+            self._listener.bind(path)
+            self._listener.listen()
+        else:
+            self._listener = socket.create_server(("127.0.0.1", 0))
+            self.port = self._listener.getsockname()[1]
         self.connections = 0
         self._threads = [threading.Thread(target=self._accept)]
         self._threads[0].start()

@@ -342,9 +342,9 @@ class Peers:
 
     # Services and what speaks to them
 
-    def service(self, serve: Callable[[socket.socket], object]) -> Service:
-        """A service in Python, in threads of this process."""
-        service = Service(serve)
+    def service(self, serve: Callable[[socket.socket], object], path: str = "") -> Service:
+        """A service in Python, in threads of this process; with a path it is at a Unix socket."""
+        service = Service(serve, path)
         self._stack.callback(service.close)
         return service
 

@@ -29,7 +29,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from math import inf
 from pathlib import Path
@@ -64,6 +64,15 @@ def without_wire() -> str:
 
 
 # --- Hosts ----------------------------------------------------------------------------------------------------
+
+
+class Here:
+    """The host on which the tests run, by the address that it has for itself."""
+
+    address = "127.0.0.1"
+
+    def inside(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 class Host:
