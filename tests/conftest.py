@@ -7,7 +7,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NoReturn
@@ -17,6 +17,7 @@ import pytest
 from tcprelay import Event, RelayClient, RelayServer
 
 from .certificates import Certificates, make_all
+from .watch import WATCH
 from .wire import Wire, without_wire
 
 PATIENCE = 10.0
@@ -28,7 +29,9 @@ def wait_until(condition: Callable[[], Any], timeout: float = PATIENCE) -> Any:
     deadline = time.monotonic() + timeout
     pause = threading.Event()
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {timeout} s: {condition}"
+        if time.monotonic() >= deadline:
+            WATCH.tell(why := f"not within {timeout} s: {condition}")
+            raise AssertionError(why)
         pause.wait(0.005)
     return value
 
@@ -179,6 +182,24 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     return make_all(tmp_path_factory.mktemp("certificates"))
 
 
+def pytest_sessionstart() -> None:
+    WATCH.start()
+
+
+def pytest_sessionfinish() -> None:
+    WATCH.stop()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> Generator[None, Any, None]:
+    """Beside each failure stands what the watch sees; the stacks, too, where a deadline was met."""
+    report = (yield).get_result()
+    if report.failed:
+        report.sections.append(("watch", WATCH.look()))
+        if call.excinfo and call.excinfo.errisinstance(TimeoutError):
+            report.sections.append(("stacks", WATCH.stacks()))
+
+
 def _descriptors() -> dict[str, str]:
     found = {}
     for number in os.listdir("/proc/self/fd"):
@@ -192,6 +213,7 @@ def _descriptors() -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def nothing_left_over() -> Iterator[None]:
     """Fails a test that leaves a thread or a descriptor behind."""
+    WATCH.renew()
     threads, descriptors = _count_threads(), _descriptors() if os.path.isdir("/proc/self/fd") else None
     yield
     wait_until(lambda: _count_threads() <= threads)

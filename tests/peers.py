@@ -25,6 +25,7 @@ import pytest
 from tcprelay import Deadline
 
 from .conftest import PATIENCE, PEER_PATH, Service, no_peer, wait_until
+from .watch import WATCH
 
 ROOT = Path(__file__).resolve().parent.parent
 NODE_PEERS = Path(os.environ.get("TEST_NODE_PEERS") or ROOT / ".node-peers")
@@ -179,6 +180,8 @@ class Program:
             for line in fresh:
                 if result := find(line):
                     return result
+            if not fresh:
+                WATCH.tell(f"{self.name} did not say it within {timeout} s")
             assert fresh, f"{self.name} did not say it within {timeout} s:\n{self.output}"
             seen += len(fresh)
 
@@ -194,6 +197,7 @@ class Program:
         try:
             status = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
+            WATCH.tell(f"{self.name} did not end within {timeout} s")
             pytest.fail(f"{self.name} did not end within {timeout} s:\n{self.output}")
         self._reader.join(PATIENCE)
         return status
@@ -244,9 +248,11 @@ class RelayProcess(Program):
         # With its warnings Python would tell of sockets that were not closed.
         workers = os.environ.get("TEST_WORKERS")
         more = {"TCPRELAY_WORKERS": workers} if workers else {}
-        env = {"TCPRELAY_LOG_FORMAT": "json", "PYTHONWARNINGS": "default", **more, **(env or {})}
+        watched = WATCH.environment()
+        env = {"TCPRELAY_LOG_FORMAT": "json", "PYTHONWARNINGS": "default", **watched, **more, **(env or {})}
         super().__init__(*wrapper, sys.executable, "-m", "tcprelay", role, *options, env=env)
         self.name = role
+        WATCH.add(role, self.process.pid, watched)
         self.expected_error: str | tuple[str, ...] = ""
         """What an error in its log begins with, where a test provokes one."""
         self._killed = False
@@ -286,6 +292,10 @@ class RelayProcess(Program):
         self._killed = True
         self.signal(signal.SIGKILL)
         assert self.wait() == -signal.SIGKILL
+
+    def close(self) -> None:
+        super().close()
+        WATCH.remove(self.process.pid)
 
     def check(self) -> None:
         for line in self.lines:

@@ -14,7 +14,9 @@ import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
+from ..watch import WATCH
 from . import hostile, limits, load, mayhem, network, pairing, storm, streams  # noqa: F401 - they register their cases
 from .suite import CASES, Case, Figure, read_figures, running, write_figures
 
@@ -79,7 +81,7 @@ def run_case(case: Case, options: argparse.Namespace) -> list[Figure]:
 
 def run_inside(options: argparse.Namespace) -> int:
     """The process of one case."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    signal.signal(signal.SIGTERM, lambda *_: give_up())
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     for name in [name for name in os.environ if name.startswith("TCPRELAY_")]:
         del os.environ[name]
@@ -90,13 +92,24 @@ def run_inside(options: argparse.Namespace) -> int:
     try:
         with running(directory, options.seed, options.scale, options.workers, options.round_trip) as run:
             figures = run.figures
-            case.run(run)
+            try:
+                case.run(run)
+            except Exception as error:
+                WATCH.tell(f"{type(error).__name__}: {error}")
+                raise
     except Exception:
         traceback.print_exc()
         status = 1
     finally:
         write_figures(figures, directory / "figures.json")
     return status
+
+
+def give_up() -> NoReturn:
+    """The case has gone over its time."""
+    WATCH.renew()
+    WATCH.tell("over its time")
+    sys.exit(1)
 
 
 def say(figure: Figure) -> str:

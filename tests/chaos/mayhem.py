@@ -27,6 +27,7 @@ from tcprelay import Threads
 
 from ..bench.processes import find_family
 from ..peers import HOST, Program, RelayProcess, find
+from ..watch import WATCH
 from ..wire import Host, Wire
 from .network import DistantRelays, time_to
 from .relays import Legs, descriptors, descriptors_of_each, threads
@@ -178,6 +179,8 @@ class Transfer:
             with sock:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
                 self.verdict, self.why = judge(lambda: self._act(sock))
+            if self.verdict == "hung":
+                WATCH.tell(f"a transfer: {self.why}")
         self.ended = time.monotonic()
 
     def _act(self, sock: socket.socket) -> None:

@@ -48,6 +48,7 @@ from ..bench.processes import free_port
 from ..conftest import PATIENCE, Recorder, echo, wait_until
 from ..peers import HOST, ROOT
 from ..peers_v1 import FakeClient
+from ..watch import WATCH
 from .relays import TOKEN, Legs, Relays, serving
 from .suite import Run, case
 
@@ -79,7 +80,8 @@ def ask(connect: Connect, request: bytes, wanted: bytes, rest: bytes = b"", paus
             sock.shutdown(socket.SHUT_WR)
             while piece := sock.recv(4096):
                 answer += piece
-    except TimeoutError:
+    except TimeoutError as error:
+        WATCH.tell(f"a service client: {error}")
         return "hung"
     except OSError:
         return "error"

@@ -43,12 +43,13 @@ from ..conftest import PATIENCE, echo, read_all, read_exactly, wait_until
 from ..ends import TLSEnd
 from ..peers import HOST, LONG, RelayProcess, find, is_listening
 from ..peers_v1 import FakeClient
+from ..watch import WATCH
 from .relays import LEGS, TOKEN, Legs, Relays, serving
 from .suite import Run, case
 
 LANES = 4
 """Connections under way at a time through one relay, where a case makes many."""
-RELAYS_OVER_WIRE = 8
+RELAYS_OVER_WIRE = 4
 """Relays that are used at a time over a wire."""
 UNIX_LEGS = [Legs(unix=True), Legs("tls", unix=True)]
 OLD_LEGS = [replace(legs, version="1.2") for legs in LEGS if legs.has_tls]
@@ -71,7 +72,11 @@ class Arrivals:
 
     def take(self, stack: ExitStack, timeout: float = PATIENCE) -> Any:
         """The next one, which is closed when `stack` unwinds."""
-        end, done = self._queue.get(timeout=timeout)
+        try:
+            end, done = self._queue.get(timeout=timeout)
+        except Empty:
+            WATCH.tell(f"no connection reached the service within {timeout:g} s")
+            raise
         stack.callback(done.set)
         return stack.enter_context(end)
 
@@ -246,6 +251,7 @@ def transfer(
     return Outcome(((up_in, up_out), (down_in, down_out)))
 
 
+@WATCH.at_timeout
 def send(end: Any, data: memoryview, chance: random.Random, after: threading.Event | None) -> Passed:
     """Send `data` in random pieces, its last byte and the end only `after` that."""
     body, last, largest = data[:-1], data[-1:], largest_piece(len(data), chance)
@@ -261,6 +267,7 @@ def send(end: Any, data: memoryview, chance: random.Random, after: threading.Eve
     return pass_of(data)
 
 
+@WATCH.at_timeout
 def receive(end: Any, size: int, chance: random.Random, ended: threading.Event) -> Passed:
     """Receive in random pieces, to the end; `size` is what is expected."""
     digest, count, largest = hashlib.sha256(), 0, largest_piece(size, chance)
@@ -330,6 +337,7 @@ def end_one_direction(
     return Outcome(((pass_of(question), asked), (answering.result(), reading.result())), seconds)
 
 
+@WATCH.at_timeout
 def answer(
     end: Any, source: Source, flowing: bool, chance: random.Random, flows: threading.Event, seen: threading.Event
 ) -> Passed:
@@ -422,7 +430,8 @@ def serve_others(connections: Connections, count: int) -> float:
             began = time.monotonic()
             with connections.open() as (near, far):
                 near.sendall(b"?")
-                assert far.recv(1) == b"?"
+                if far.recv(1) != b"?":
+                    raise OSError("not this connection")
             longest = max(longest, time.monotonic() - began)
         return longest
     return PATIENCE

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..certificates import Certificates, make_all
 from ..peers import Peers
+from ..watch import WATCH
 from ..wire import Here, Host, Way, Wire
 
 
@@ -88,6 +89,8 @@ class Run:
             bar = " and ".join(
                 [f"at least {show(least)}"] * (least is not None) + [f"at most {show(most)}"] * (most is not None)
             )
+        if not met:
+            WATCH.tell(f"{what}: {show(value)} {unit}")
         self.figures.append(Figure(what, f"{show(value)} {unit}".strip(), f"{bar} {unit}".strip() if bar else "", met))
         return met
 
@@ -137,6 +140,8 @@ def case(
 def running(directory: Path, seed: int, scale: float, workers: int, round_trip: float) -> Iterator[Run]:
     """A run whose processes, services and connections are taken away in the end."""
     with ExitStack() as stack:
+        WATCH.start()
+        stack.callback(WATCH.stop)
         yield Run(stack, directory, seed, scale, workers, round_trip)
 
 
