@@ -90,7 +90,7 @@ class Run:
                 [f"at least {show(least)}"] * (least is not None) + [f"at most {show(most)}"] * (most is not None)
             )
         if not met:
-            WATCH.tell(f"{what}: {show(value)} {unit}")
+            WATCH.tell(f"{what}: {show(value)} {unit}".strip())
         self.figures.append(Figure(what, f"{show(value)} {unit}".strip(), f"{bar} {unit}".strip() if bar else "", met))
         return met
 
