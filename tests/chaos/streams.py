@@ -376,7 +376,7 @@ UNREAD = 4.0
 def unread(run: Run) -> None:
     """A service ends its direction and does not read for a while: all that is sent to it arrives in the end, and
     meanwhile others are served."""
-    count = run.scaled(25)
+    count = run.scaled(25, 5)
     outcomes, errors, waits = list[Outcome](), 0, list[float]()
     for legs in [Legs(), Legs("tls"), *UNIX_LEGS]:
         connections = Connections(run, legs, ("--heartbeat", "1"))
