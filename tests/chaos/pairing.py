@@ -157,7 +157,7 @@ def deliver_once(run: Run) -> None:
         return request[:part], request[:ID], request[part:], chances.uniform(0.0, 0.005 + run.round_trip)
 
     requests = [draw(number) for number in range(run.scaled(10_000))]
-    with ThreadPoolExecutor(24) as pool:
+    with ThreadPoolExecutor(run.at_a_time(24)) as pool:
         outcomes = Counter(pool.map(lambda request: ask(relays.connect, *request), requests))
     repeated = sum(count - 1 for count in Counter(service.seen).values())
     run.tell("requests delivered twice", repeated, most=0, least=0)
@@ -175,7 +175,7 @@ def offer_again(run: Run) -> None:
     """Clients that say nothing are offered the next link, until one lives: READY never comes from a killed one."""
     passing, relays = killing_relays(run, serving(run, Legs(), greet))
     count = run.scaled(4_000)
-    with ThreadPoolExecutor(24) as pool:
+    with ThreadPoolExecutor(run.at_a_time(24)) as pool:
         outcomes = Counter(pool.map(lambda _: ask(relays.connect, b"", BANNER), range(count)))
     run.tell("silent clients with a part of the banner or another one", outcomes["cut"] + outcomes["wrong"], most=0)
     run.tell(f"silent clients with neither banner nor error in {HUNG:g} s", outcomes["hung"], most=0)
@@ -439,12 +439,13 @@ def cross_bye(run: Run) -> None:
                 broken.append(f"BYE {moment}: {error}")
 
     wanted = run.scaled(10_000)
-    with ThreadPoolExecutor(12) as pool:
-        leavers = [pool.submit(keep_leaving, run.random.random()) for _ in range(12)]
+    with ThreadPoolExecutor(count := run.at_a_time(12)) as pool:
+        leavers = [pool.submit(keep_leaving, run.random.random()) for _ in range(count)]
         try:
             outcomes = keep_asking(
                 connect,
                 lambda: len(crossed) + len(broken) < wanted and not any(leaver.done() for leaver in leavers),
+                run.at_a_time(8),
             )
         finally:
             stop.request()
@@ -490,10 +491,10 @@ def drain_clients(run: Run) -> None:
         carried.append(len(client.events("ConnectionOpened")))
 
     here = [run.random.random() for _ in range(run.scaled(400, 8))]
-    with ThreadPoolExecutor(3) as pool:
+    with ThreadPoolExecutor(run.at_a_time(3)) as pool:
         drains = [pool.submit(drain_here, seed) for seed in here]
         drains += [pool.submit(drain_process) for _ in range(run.scaled(40, 2))]
-        outcomes = keep_asking(relays.connect, lambda: not all(drain.done() for drain in drains))
+        outcomes = keep_asking(relays.connect, lambda: not all(drain.done() for drain in drains), run.at_a_time(8))
     for drain in drains:
         drain.result()
     run.tell("relay clients drained", len(carried), least=len(drains))

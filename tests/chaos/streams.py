@@ -49,8 +49,6 @@ from .suite import Run, case
 
 LANES = 4
 """Connections under way at a time through one relay, where a case makes many."""
-RELAYS_OVER_WIRE = 4
-"""Relays that are used at a time over a wire."""
 UNIX_LEGS = [Legs(unix=True), Legs("tls", unix=True)]
 OLD_LEGS = [replace(legs, version="1.2") for legs in LEGS if legs.has_tls]
 """The combinations of legs with TLS 1.2."""
@@ -166,7 +164,7 @@ def carry_out(
     more relays at a time.
     """
     assert run.certificates  # made before there are threads
-    with ThreadPoolExecutor(RELAYS_OVER_WIRE if run.round_trip else 1) as relays:
+    with ThreadPoolExecutor(run.at_a_time(1)) as relays:
         done = list(relays.map(lambda one: carry_out_one(run, *one), work))
     return [outcome for outcomes, _ in done for outcome in outcomes], sum(errors for _, errors in done)
 

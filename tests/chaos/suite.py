@@ -73,6 +73,10 @@ class Run:
             self._certificates = make_all(self.directory)
         return self._certificates
 
+    def at_a_time(self, count: int) -> int:
+        """So many at a time, and four times as many over a wire, where most of their time is waiting for it."""
+        return 4 * count if self.round_trip else count
+
     def scaled(self, count: float, least: int = 1) -> int:
         """So many, times the scale of this run, and not fewer than `least`."""
         return max(least, round(count * self.scale))
