@@ -24,7 +24,8 @@ import pytest
 
 from tcprelay import Deadline
 
-from .conftest import PATIENCE, PEER_PATH, Service, no_peer, wait_until
+from .conftest import PATIENCE, PEER_PATH, Service, wait_until
+from .conftest import no_peer as no_peer  # for those who use what is here
 from .watch import WATCH
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import PATIENCE, no_peer, read_all, read_exactly, wait_until
-from .peers import HOST, Peers, RelayProcess, curl, digest_file, digest_output, find, make_file, run
+from .conftest import PATIENCE, read_all, read_exactly, wait_until
+from .peers import HOST, Peers, RelayProcess, curl, digest_file, digest_output, find, make_file, no_peer, run
 
 MEBIBYTE = 1 << 20
 
