@@ -48,6 +48,7 @@ class Watch:
         if sys.platform != "linux":
             return  # most of what it reads is Linux's
         self._directory = tempfile.mkdtemp(prefix="tcprelay-watch-")
+        os.chmod(self._directory, 0o711)  # some relays run as another user
         command = [sys.executable, "-S", str(AIDS / "sleeper.py")]
         self._sleeper = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
 
@@ -70,6 +71,7 @@ class Watch:
         if not self._sleeper:
             return {}
         descriptor, path = tempfile.mkstemp(dir=self._directory)
+        os.fchmod(descriptor, 0o666)
         os.close(descriptor)
         return {"PYTHONPATH": str(AIDS), "TEST_STACKS": path}
 

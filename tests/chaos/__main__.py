@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+import pytest
+
 from ..watch import WATCH
 from . import hostile, limits, load, mayhem, network, pairing, storm, streams  # noqa: F401 - they register their cases
 from .suite import CASES, Case, Figure, read_figures, running, write_figures
@@ -94,7 +96,7 @@ def run_inside(options: argparse.Namespace) -> int:
             figures = run.figures
             try:
                 case.run(run)
-            except Exception as error:
+            except (Exception, pytest.fail.Exception) as error:
                 WATCH.tell(f"{type(error).__name__}: {error}")
                 raise
     except Exception:
