@@ -7,15 +7,18 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import pytest
 
 from tcprelay import Event, RelayClient, RelayServer
 
 from .certificates import Certificates, make_all
+from .watch import WATCH
+from .wire import Wire, without_wire
 
 PATIENCE = 10.0
 """Seconds within which anything that a test waits for must happen."""
@@ -26,7 +29,9 @@ def wait_until(condition: Callable[[], Any], timeout: float = PATIENCE) -> Any:
     deadline = time.monotonic() + timeout
     pause = threading.Event()
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {timeout} s: {condition}"
+        if time.monotonic() >= deadline:
+            WATCH.tell(why := f"not within {timeout} s: {condition}")
+            raise AssertionError(why)
         pause.wait(0.005)
     return value
 
@@ -70,12 +75,19 @@ class Recorder:
 
 
 class Service:
-    """A service on a free loopback port: calls `serve` with each connection, in a thread of its own."""
+    """A service on a free loopback port, or at a Unix socket: calls `serve` with each connection, in a thread of its
+    own."""
 
-    def __init__(self, serve: Callable[[socket.socket], object]) -> None:
+    def __init__(self, serve: Callable[[socket.socket], object], path: str = "") -> None:
         self._serve = serve
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
+        self.port = 0
+        if path:
+            self._listener = socket.socket(socket.AF_UNIX)
+            self._listener.bind(path)
+            self._listener.listen()
+        else:
+            self._listener = socket.create_server(("127.0.0.1", 0))
+            self.port = self._listener.getsockname()[1]
         self.connections = 0
         self._threads = [threading.Thread(target=self._accept)]
         self._threads[0].start()
@@ -170,6 +182,24 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     return make_all(tmp_path_factory.mktemp("certificates"))
 
 
+def pytest_sessionstart() -> None:
+    WATCH.start()
+
+
+def pytest_sessionfinish() -> None:
+    WATCH.stop()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> Generator[None, Any, None]:
+    """Beside each failure stands what the watch sees; the stacks, too, where a deadline was met."""
+    report = (yield).get_result()
+    if report.failed:
+        report.sections.append(("watch", WATCH.look()))
+        if call.excinfo and call.excinfo.errisinstance(TimeoutError):
+            report.sections.append(("stacks", WATCH.stacks()))
+
+
 def _descriptors() -> dict[str, str]:
     found = {}
     for number in os.listdir("/proc/self/fd"):
@@ -183,6 +213,7 @@ def _descriptors() -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def nothing_left_over() -> Iterator[None]:
     """Fails a test that leaves a thread or a descriptor behind."""
+    WATCH.renew()
     threads, descriptors = _count_threads(), _descriptors() if os.path.isdir("/proc/self/fd") else None
     yield
     wait_until(lambda: _count_threads() <= threads)
@@ -220,11 +251,24 @@ def workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def _real_peer(request: pytest.FixtureRequest) -> None:
     """Skips a test whose real peer is not installed, or fails it where peers are required."""
     for marker in request.node.iter_markers("peer"):
-        missing = [program for program in marker.args if not shutil.which(program, path=PEER_PATH)]
-        if missing and os.environ.get("TEST_REQUIRE_PEERS"):
-            pytest.fail(f"required program not found: {', '.join(missing)}")
-        elif missing:
-            pytest.skip(f"program not found: {', '.join(missing)}")
+        if missing := [program for program in marker.args if not shutil.which(program, path=PEER_PATH)]:
+            no_peer(f"program not found: {', '.join(missing)}")
+
+
+def no_peer(reason: str) -> NoReturn:
+    """Skip the test, or fail it where all that it needs must be there."""
+    if os.environ.get("TEST_REQUIRE_PEERS"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture
+def lay_wire() -> Iterator[Callable[..., Wire]]:
+    """Lays a `Wire` for the test; its arguments are those behind the first one of that."""
+    if missing := without_wire():
+        no_peer(missing)
+    with ExitStack() as stack:
+        yield partial(Wire, stack)
 
 
 PEER_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])

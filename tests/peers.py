@@ -18,13 +18,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import pytest
 
 from tcprelay import Deadline
 
 from .conftest import PATIENCE, PEER_PATH, Service, wait_until
+from .conftest import no_peer as no_peer  # for those who use what is here
+from .watch import WATCH
 
 ROOT = Path(__file__).resolve().parent.parent
 NODE_PEERS = Path(os.environ.get("TEST_NODE_PEERS") or ROOT / ".node-peers")
@@ -179,6 +181,8 @@ class Program:
             for line in fresh:
                 if result := find(line):
                     return result
+            if not fresh:
+                WATCH.tell(f"{self.name} did not say it within {timeout} s")
             assert fresh, f"{self.name} did not say it within {timeout} s:\n{self.output}"
             seen += len(fresh)
 
@@ -194,6 +198,7 @@ class Program:
         try:
             status = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
+            WATCH.tell(f"{self.name} did not end within {timeout} s")
             pytest.fail(f"{self.name} did not end within {timeout} s:\n{self.output}")
         self._reader.join(PATIENCE)
         return status
@@ -244,9 +249,11 @@ class RelayProcess(Program):
         # With its warnings Python would tell of sockets that were not closed.
         workers = os.environ.get("TEST_WORKERS")
         more = {"TCPRELAY_WORKERS": workers} if workers else {}
-        env = {"TCPRELAY_LOG_FORMAT": "json", "PYTHONWARNINGS": "default", **more, **(env or {})}
+        watched = WATCH.environment()
+        env = {"TCPRELAY_LOG_FORMAT": "json", "PYTHONWARNINGS": "default", **watched, **more, **(env or {})}
         super().__init__(*wrapper, sys.executable, "-m", "tcprelay", role, *options, env=env)
         self.name = role
+        WATCH.add(role, self.process.pid, watched)
         self.expected_error: str | tuple[str, ...] = ""
         """What an error in its log begins with, where a test provokes one."""
         self._killed = False
@@ -286,6 +293,10 @@ class RelayProcess(Program):
         self._killed = True
         self.signal(signal.SIGKILL)
         assert self.wait() == -signal.SIGKILL
+
+    def close(self) -> None:
+        super().close()
+        WATCH.remove(self.process.pid)
 
     def check(self) -> None:
         for line in self.lines:
@@ -342,9 +353,9 @@ class Peers:
 
     # Services and what speaks to them
 
-    def service(self, serve: Callable[[socket.socket], object]) -> Service:
-        """A service in Python, in threads of this process."""
-        service = Service(serve)
+    def service(self, serve: Callable[[socket.socket], object], path: str = "") -> Service:
+        """A service in Python, in threads of this process; with a path it is at a Unix socket."""
+        service = Service(serve, path)
         self._stack.callback(service.close)
         return service
 
@@ -465,10 +476,3 @@ class Peers:
 def node_options(options: Mapping[str, str]) -> list[str]:
     """The words of a command line; an option without a value stands alone."""
     return [word for name, value in options.items() for word in (f"--{name}", value) if word]
-
-
-def no_peer(reason: str) -> NoReturn:
-    """Skip the test, or fail it where peers are required."""
-    if os.environ.get("TEST_REQUIRE_PEERS"):
-        pytest.fail(reason)
-    pytest.skip(reason)

@@ -14,7 +14,11 @@ import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
+import pytest
+
+from ..watch import WATCH
 from . import hostile, limits, load, mayhem, network, pairing, storm, streams  # noqa: F401 - they register their cases
 from .suite import CASES, Case, Figure, read_figures, running, write_figures
 
@@ -31,9 +35,11 @@ def main() -> int:
     if options.inside:
         return run_inside(options)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    print(f"seed {options.seed}, scale {options.scale:g}, workers {options.workers}", flush=True)
+    place = f"over {1000 * options.round_trip:g} ms" if options.round_trip else "on loopback"
+    print(f"seed {options.seed}, scale {options.scale:g}, workers {options.workers}, {place}", flush=True)
     results = {case: run_case(case, options) for case in sorted(CASES, key=lambda one: (one.bar, one.name))
-               if not options.cases or {case.name, str(case.bar)} & set(options.cases)}  # fmt: skip
+               if (not options.cases or {case.name, str(case.bar)} & set(options.cases))
+               and (case.over_wire or not options.round_trip)}  # fmt: skip
     print()
     print_table(results)
     missed = sum(not figure.met for figures in results.values() for figure in figures)
@@ -45,10 +51,12 @@ def run_case(case: Case, options: argparse.Namespace) -> list[Figure]:
     """Run one case in a process of its own, whose whole group is ended at the limit."""
     print(f"[{case.bar}] {case.name}", flush=True)
     began, limit = time.monotonic(), max(120.0, case.limit * max(1.0, options.scale))
+    limit *= 2 if options.round_trip else 1
     with tempfile.TemporaryDirectory(prefix="tcprelay-chaos-") as directory:
         result = Path(directory, "figures.json")
         command = [sys.executable, "-m", "tests.chaos", "--inside", directory, "--seed", str(options.seed),
-                   "--scale", str(options.scale), "--workers", str(options.workers), case.name]  # fmt: skip
+                   "--scale", str(options.scale), "--workers", str(options.workers),
+                   "--round-trip", str(options.round_trip), case.name]  # fmt: skip
         process = subprocess.Popen(command, start_new_session=True)
         try:
             status = process.wait(limit)
@@ -75,7 +83,7 @@ def run_case(case: Case, options: argparse.Namespace) -> list[Figure]:
 
 def run_inside(options: argparse.Namespace) -> int:
     """The process of one case."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    signal.signal(signal.SIGTERM, lambda *_: give_up())
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     for name in [name for name in os.environ if name.startswith("TCPRELAY_")]:
         del os.environ[name]
@@ -84,15 +92,26 @@ def run_inside(options: argparse.Namespace) -> int:
     [case] = [case for case in CASES if case.name == options.cases[0]]
     directory, status, figures = Path(options.inside), 0, []
     try:
-        with running(directory, options.seed, options.scale, options.workers) as run:
+        with running(directory, options.seed, options.scale, options.workers, options.round_trip) as run:
             figures = run.figures
-            case.run(run)
+            try:
+                case.run(run)
+            except (Exception, pytest.fail.Exception) as error:
+                WATCH.tell(f"{type(error).__name__}: {error}")
+                raise
     except Exception:
         traceback.print_exc()
         status = 1
     finally:
         write_figures(figures, directory / "figures.json")
     return status
+
+
+def give_up() -> NoReturn:
+    """The case has gone over its time."""
+    WATCH.renew()
+    WATCH.tell("over its time")
+    sys.exit(1)
 
 
 def say(figure: Figure) -> str:
@@ -118,11 +137,23 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=1.0, metavar="X",
                         help="do X times as much of everything (1); the bars are for 1")  # fmt: skip
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="--workers of the relays (0)")
+    parser.add_argument(
+        "--round-trip",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="have the relays on two hosts with a delaying wire between them, 0.02 to 0.12 say; "
+        "of the cases those that can: " + ", ".join(case.name for case in CASES if case.over_wire),
+    )
     parser.add_argument("--inside", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     known = {case.name for case in CASES} | {str(case.bar) for case in CASES}
     if unknown := [name for name in options.cases if name not in known]:
         parser.error(f"no case is {', '.join(unknown)}")
+    able = [case for case in CASES if case.over_wire]
+    known = {case.name for case in able} | {str(case.bar) for case in able}
+    if options.round_trip and (unable := [name for name in options.cases if name not in known]):
+        parser.error(f"on loopback only: {', '.join(unable)}")
     return options
 
 

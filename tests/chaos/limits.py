@@ -41,7 +41,7 @@ class LimitedRelays(Relays):
         self,
         run: Run,
         legs: Legs,
-        service: int,
+        service: int | str,
         role: Role,
         around: tuple[str, ...],
         server: tuple[str, ...],

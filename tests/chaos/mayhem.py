@@ -27,7 +27,9 @@ from tcprelay import Threads
 
 from ..bench.processes import find_family
 from ..peers import HOST, Program, RelayProcess, find
-from .network import DistantRelays, Network, time_to
+from ..watch import WATCH
+from ..wire import Host, Wire
+from .network import DistantRelays, time_to
 from .relays import Legs, descriptors, descriptors_of_each, threads
 from .suite import Run, case
 
@@ -177,6 +179,8 @@ class Transfer:
             with sock:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
                 self.verdict, self.why = judge(lambda: self._act(sock))
+            if self.verdict == "hung":
+                WATCH.tell(f"a transfer: {self.why}")
         self.ended = time.monotonic()
 
     def _act(self, sock: socket.socket) -> None:
@@ -208,10 +212,10 @@ LAX = ("--inh-caps=-all,+dac_override", "--ambient-caps=-all,+dac_override")
 """What setpriv leaves of root's capabilities: reading the case's files, and no way round RLIMIT_NPROC."""
 
 
-@case(8, "mayhem", 1200)
+@case(8, "mayhem", 1200, over_wire=True)
 def mayhem(run: Run) -> None:
     """Faults of all kinds, one at a time, under transfers; half of the time with plain links, half with TLS."""
-    network = Network(run.stack)
+    network = run.lay_wire()
     halves = [Half(run, network, Legs(link)) for link in ("plain", "tls")]
     for half in halves:
         half.run_for(max(20.0, 600.0 * run.scale) / 2)
@@ -246,7 +250,7 @@ COMPLETE = (["complete"], None)
 class Half:
     """Relays with one kind of links, the transfers through them, and what is done to them."""
 
-    def __init__(self, run: Run, network: Network, legs: Legs) -> None:
+    def __init__(self, run: Run, network: Wire, legs: Legs) -> None:
         self._run, self._network, self._legs = run, network, legs
         self.transfers: list[Transfer] = []
         self.recoveries: list[tuple[str, float]] = []
@@ -353,17 +357,17 @@ class Half:
             "descriptors of the server": descriptors(server) - links,
             "threads of the client": threads(client) - links,
             "descriptors of the client": descriptors(client) - links,
-            "connections of the service": len(self._list(self._network.client.name, f"sport = :{PORT}")),
+            "connections of the service": len(self._list(self._network.client, f"sport = :{PORT}")),
         }
 
     def _compare(self, before: dict[str, int]) -> dict[str, int]:
         return {what: count - before[what] for what, count in self._measure().items()}
 
-    def _list(self, namespace: str, which: str, *more: str) -> list[str]:
-        """The connections in a namespace that ss finds, without those that only wait for their time to pass."""
-        command = [find("ip"), "netns", "exec", namespace, find("ss"), "-Htn", *more, "state", "connected", "exclude",
-                   "time-wait", *which.split()]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    def _list(self, host: Host, which: str, *more: str) -> list[str]:
+        """The connections of a host that ss finds, without those that only wait for their time to pass."""
+        command = [find("ss"), "-Htn", *more, "state", "connected", "exclude", "time-wait", *which.split()]
+        with host.inside():
+            done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
         return done.stdout.splitlines()
 
     # Faults; each does its work and undoes it, and returns when it has ended
@@ -446,7 +450,7 @@ class Half:
 
     def _links_reset(self) -> None:
         """Both ends of some links are told that the other one has reset them."""
-        at_server = self._network.server.name, f"sport = :{self._relays.relay_port}"
+        at_server = self._network.server, f"sport = :{self._relays.relay_port}"
         ports = [line.split()[-1].rpartition(":")[2] for line in self._list(*at_server)]
         for port in self._run.random.sample(ports, self._run.random.randint(1, len(ports))):
             self._list(at_server[0], f"{at_server[1]} and dport = :{port}", "-K")

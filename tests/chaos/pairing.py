@@ -48,7 +48,8 @@ from ..bench.processes import free_port
 from ..conftest import PATIENCE, Recorder, echo, wait_until
 from ..peers import HOST, ROOT
 from ..peers_v1 import FakeClient
-from .relays import TOKEN, Legs, Relays
+from ..watch import WATCH
+from .relays import TOKEN, Legs, Relays, serving
 from .suite import Run, case
 
 ID = 16
@@ -79,7 +80,8 @@ def ask(connect: Connect, request: bytes, wanted: bytes, rest: bytes = b"", paus
             sock.shutdown(socket.SHUT_WR)
             while piece := sock.recv(4096):
                 answer += piece
-    except TimeoutError:
+    except TimeoutError as error:
+        WATCH.tell(f"a service client: {error}")
         return "hung"
     except OSError:
         return "error"
@@ -135,7 +137,7 @@ def greet(sock: socket.socket) -> None:
 # --- Bar 16: once ---------------------------------------------------------------------------------------------
 
 
-@case(16, "once", 400)
+@case(16, "once", 400, over_wire=True)
 def once(run: Run) -> None:
     """Links are killed between START and READY: whoever had sent something is not offered again, and everybody
     else is."""
@@ -146,16 +148,16 @@ def once(run: Run) -> None:
 def deliver_once(run: Run) -> None:
     """Clients that send at once, or in two parts of which the second may meet the link between START and READY."""
     service = CountingService()
-    wire, relays = killing_relays(run, run.peers.service(service.serve).port)
+    passing, relays = killing_relays(run, serving(run, Legs(), service.serve))
     chances = random.Random(run.random.random())
 
     def draw(number: int) -> tuple[bytes, bytes, bytes, float]:
         request = b"%0*d" % (ID, number) + bytes(chances.randrange(6000))
         part = chances.choice((len(request), ID, 1, 0))
-        return request[:part], request[:ID], request[part:], chances.uniform(0.0, 0.005)
+        return request[:part], request[:ID], request[part:], chances.uniform(0.0, 0.005 + run.round_trip)
 
     requests = [draw(number) for number in range(run.scaled(10_000))]
-    with ThreadPoolExecutor(24) as pool:
+    with ThreadPoolExecutor(run.at_a_time(24)) as pool:
         outcomes = Counter(pool.map(lambda request: ask(relays.connect, *request), requests))
     repeated = sum(count - 1 for count in Counter(service.seen).values())
     run.tell("requests delivered twice", repeated, most=0, least=0)
@@ -164,36 +166,36 @@ def deliver_once(run: Run) -> None:
     run.tell(f"requests with neither answer nor error in {HUNG:g} s", outcomes["hung"], most=0, least=0)
     run.tell("requests answered", outcomes["answered"], least=len(requests) * 0.4)
     run.tell("requests ended with an error", outcomes["error"])
-    run.tell("links killed between START and READY", wire.killed.total(), least=run.scaled(3000))
-    for moment, count in sorted(wire.killed.items()):
+    run.tell("links killed between START and READY", passing.killed.total(), least=run.scaled(3000))
+    for moment, count in sorted(passing.killed.items()):
         run.tell(f"of these {moment}", count, least=1)
 
 
 def offer_again(run: Run) -> None:
     """Clients that say nothing are offered the next link, until one lives: READY never comes from a killed one."""
-    wire, relays = killing_relays(run, run.peers.service(greet).port)
+    passing, relays = killing_relays(run, serving(run, Legs(), greet))
     count = run.scaled(4_000)
-    with ThreadPoolExecutor(24) as pool:
+    with ThreadPoolExecutor(run.at_a_time(24)) as pool:
         outcomes = Counter(pool.map(lambda _: ask(relays.connect, b"", BANNER), range(count)))
     run.tell("silent clients with a part of the banner or another one", outcomes["cut"] + outcomes["wrong"], most=0)
     run.tell(f"silent clients with neither banner nor error in {HUNG:g} s", outcomes["hung"], most=0)
     run.tell("silent clients with the banner", 100 * outcomes["answered"] / count, least=99, unit="%")
-    run.tell("links killed under silent clients", wire.killed.total(), least=run.scaled(1000))
+    run.tell("links killed under silent clients", passing.killed.total(), least=run.scaled(1000))
 
 
-def killing_relays(run: Run, service: int) -> tuple[Wire, Relays]:
-    """Relays whose links pass through a `Wire` that kills many."""
+def killing_relays(run: Run, service: int | str) -> tuple[Passing, Relays]:
+    """Relays whose links pass through a `Passing` that kills many."""
     relay_port = free_port()
-    wire = Wire(run, relay_port, share=0.4)
-    server, client = ("--relay-port", str(relay_port)), ("--relay-port", str(wire.port), "--num-conn", "16")
-    return wire, Relays(run, Legs(), service, server, client)
+    passing = Passing(run, relay_port, share=0.4)
+    server, client = ("--relay-port", str(relay_port)), ("--relay-port", str(passing.port), "--num-conn", "16")
+    return passing, Relays(run, Legs(), service, server, client)
 
 
 BEFORE, WITHIN, AFTER, AT_READY = "before START", "some bytes after it", "some milliseconds after it", "at READY"
 
 
 class Passage:
-    """A link on its way through a `Wire`: both ends, and what has come from each that is no whole frame yet."""
+    """A link on its way through a `Passing`: both ends, and what has come from each that is no whole frame yet."""
 
     def __init__(self, client: socket.socket, server: socket.socket) -> None:
         self.client, self.server = client, server
@@ -220,8 +222,8 @@ class Passage:
             yield frame
 
 
-class Wire:
-    """Passes plain links on to the relay port, frame by frame, at once or after a delay, as a long way has it.
+class Passing:
+    """Passes plain links on to the relay port, frame by frame, at once or after a delay, at the server's host.
 
     It can kill a share of them between START and READY: it resets or closes the link towards one side or both, at one
     of four moments: when START comes (the relay client does not get it), so many bytes later, so many milliseconds
@@ -233,14 +235,17 @@ class Wire:
         self._random = random.Random(run.random.random())
         self.killed: Counter[str] = Counter()
         """How many links, by the moment."""
-        self._listener = socket.create_server((HOST, 0), backlog=256)
+        self._address = run.server.address
+        with run.server.inside():
+            self._listener = socket.create_server((self._address, 0), backlog=256)
         self.port: int = self._listener.getsockname()[1]
         self._stop = Stop()
         self._selector = selectors.DefaultSelector()
         self._timers: list[tuple[float, int, partial[object]]] = []
         self._numbers = itertools.count()  # keeps what is due at the same moment in order
-        self._thread = threading.Thread(target=self._run, name="wire")
-        self._thread.start()
+        self._thread = threading.Thread(target=self._run, name="passing")
+        with run.server.inside():
+            self._thread.start()
         run.stack.callback(self._end)
 
     def _end(self) -> None:
@@ -270,7 +275,7 @@ class Wire:
     def _accept(self) -> None:
         client, _ = self._listener.accept()
         try:
-            server = socket.create_connection((HOST, self._target), PATIENCE)
+            server = socket.create_connection((self._address, self._target), PATIENCE)
         except OSError:
             client.close()
             return
@@ -353,7 +358,7 @@ class Wire:
 # --- Bar 16: bye ----------------------------------------------------------------------------------------------
 
 
-@case(16, "bye", 400)
+@case(16, "bye", 400, over_wire=True)
 def bye(run: Run) -> None:
     """Links are given up in three ways under load, and every service client gets its echo."""
     cross_bye(run)
@@ -373,8 +378,9 @@ CROSSING, BLINDLY, OPENING, BEHIND_END = "as START arrives", "at any moment", "b
 class Leaver(FakeClient):
     """A relay client's link that serves one connection, and says BYE at a moment of its own choice."""
 
-    def __init__(self, relay_port: int) -> None:
-        sock = socket.create_connection((HOST, relay_port), PATIENCE)
+    def __init__(self, run: Run, relay_port: int) -> None:
+        with run.client.inside():
+            sock = socket.create_connection((run.server.address, relay_port), PATIENCE)
         sock.settimeout(None)
         Link.__init__(self, Stream(sock, "the server"), CLIENT)
         assert self.hello(token=TOKEN.encode()).kind == WELCOME
@@ -406,18 +412,23 @@ class Leaver(FakeClient):
 
 def cross_bye(run: Run) -> None:
     """BYE crosses START on the links of a relay client that the test plays."""
-    server = run.peers.server("--token", TOKEN)
+    with run.server.inside():
+        server = run.peers.server("--hostname", run.server.address, "--token", TOKEN)
     relay_port, service_port = server.relay_port, server.service_port
     crossed: list[str] = []  # the moments of BYE that a START crossed
     broken: list[str] = []  # how links ended that should not have
     stop = Stop()
     run.stack.callback(stop.close)
 
+    def connect(timeout: float) -> socket.socket:
+        with run.server.inside():
+            return socket.create_connection((run.server.address, service_port), timeout)
+
     def keep_leaving(seed: float) -> None:
         chances = random.Random(seed)
         while not stop.requested:
             moment = chances.choices((CROSSING, BLINDLY, OPENING, BEHIND_END), (7, 1, 1, 1))[0]
-            link = Leaver(relay_port)
+            link = Leaver(run, relay_port)
             try:
                 with link:
                     if link.live(moment, chances.expovariate(200), stop):
@@ -428,12 +439,13 @@ def cross_bye(run: Run) -> None:
                 broken.append(f"BYE {moment}: {error}")
 
     wanted = run.scaled(10_000)
-    with ThreadPoolExecutor(12) as pool:
-        leavers = [pool.submit(keep_leaving, run.random.random()) for _ in range(12)]
+    with ThreadPoolExecutor(count := run.at_a_time(12)) as pool:
+        leavers = [pool.submit(keep_leaving, run.random.random()) for _ in range(count)]
         try:
             outcomes = keep_asking(
-                lambda timeout: socket.create_connection((HOST, service_port), timeout),
+                connect,
                 lambda: len(crossed) + len(broken) < wanted and not any(leaver.done() for leaver in leavers),
+                run.at_a_time(8),
             )
         finally:
             stop.request()
@@ -449,16 +461,18 @@ def cross_bye(run: Run) -> None:
 
 def drain_clients(run: Run) -> None:
     """Relay clients come and go, in this process and in their own, while one stays."""
-    service = run.peers.service(echo).port
+    service = int(serving(run, Legs(), echo))
     relays = Relays(run, Legs(), service, client=("--num-conn", "4"))
-    far = Wire(run, relays.relay_port, delay=0.01).port  # so what crosses on the way has time to do it
+    far = Passing(run, relays.relay_port, delay=0.01).port  # so what crosses on the way has time to do it
     carried: list[int] = []  # connections of each relay client that has drained
 
     def drain_here(seed: float) -> None:
         """End a relay client while its first links come up, or after it has carried some connections."""
         chances, events = random.Random(seed), Recorder()
-        client = RelayClient(HOST, service, HOST, far, 4, token=TOKEN, drain_timeout=HUNG, on_event=events)
-        with client:
+        client = RelayClient(
+            HOST, service, run.server.address, far, 4, token=TOKEN, drain_timeout=HUNG, on_event=events
+        )
+        with run.client.inside(), client:
             if chances.random() < 0.5:
                 threading.Event().wait(chances.uniform(0.0, 0.2))
             else:
@@ -469,17 +483,18 @@ def drain_clients(run: Run) -> None:
 
     def drain_process() -> None:
         options = "--token", TOKEN, "--drain-timeout", str(HUNG), "--num-conn", "4"
-        client = run.peers.client(far, service, *options)
+        with run.client.inside():
+            client = run.peers.client(far, service, "--relay-host", run.server.address, *options)
         client.wait_event("ConnectionOpened")
         client.signal(signal.SIGTERM)
         assert client.wait(HUNG) == 0
         carried.append(len(client.events("ConnectionOpened")))
 
     here = [run.random.random() for _ in range(run.scaled(400, 8))]
-    with ThreadPoolExecutor(3) as pool:
+    with ThreadPoolExecutor(run.at_a_time(3)) as pool:
         drains = [pool.submit(drain_here, seed) for seed in here]
         drains += [pool.submit(drain_process) for _ in range(run.scaled(40, 2))]
-        outcomes = keep_asking(relays.connect, lambda: not all(drain.done() for drain in drains))
+        outcomes = keep_asking(relays.connect, lambda: not all(drain.done() for drain in drains), run.at_a_time(8))
     for drain in drains:
         drain.result()
     run.tell("relay clients drained", len(carried), least=len(drains))
@@ -497,9 +512,9 @@ sys.exit(tcprelay.main(sys.argv[4:]))
 
 def retire_surplus(run: Run) -> None:
     """After bursts, whose links are more than the relay client wants, the server retires some under load."""
-    server = ("--heartbeat", "0.1", "--log-level", "debug")
+    server = ("--heartbeat", str(0.1 + run.round_trip), "--log-level", "debug")
     wrapper = (sys.executable, "-c", SHORT_SURPLUS)
-    relays = Relays(run, Legs(), run.peers.service(echo).port, server, ("--num-conn", "2"), wrapper)
+    relays = Relays(run, Legs(), serving(run, Legs(), echo), server, ("--num-conn", "2"), wrapper)
     bursts, size = run.scaled(80, 5), 24
     outcomes: Counter[str] = Counter()
 

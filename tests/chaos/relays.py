@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import ssl
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,14 @@ class Legs:
     """TLS between service clients and the service port."""
     service: bool = False
     """TLS between the relay client and the service."""
+    unix: bool = False
+    """Whether the service is at a Unix socket."""
     version: str = "1.3"
     """The highest version that the tests' own ends and the relay client speak."""
 
     def __str__(self) -> str:
         tls = ["tls-port"] * self.port + [f"{self.link}-link"] + ["tls-service"] * self.service
+        tls += ["unix-service"] * self.unix
         return " ".join(tls) + (f" {self.version}" if self.has_tls else "")
 
     @property
@@ -57,7 +61,7 @@ class Legs:
         if links or self.service:
             words += ["--tls", "both" if links and self.service else "relay" if links else "service"]
         if links:
-            words += ["--ca-file", path("ca.pem")]
+            words += ["--ca-file", path("ca.pem"), "--tls-server-name", "localhost"]
         if self.service:
             words += ["--service-ca-file", path("ca.pem")]
         if self.link == "mutual":
@@ -98,12 +102,13 @@ class Relays:
         self,
         run: Run,
         legs: Legs,
-        service: int,
+        service: int | str,
         server: tuple[str, ...] = (),
         client: tuple[str, ...] = (),
         wrapper: tuple[str, ...] = (),
     ) -> None:
-        """A relay to the `service` port; `server` and `client` are further options.  Returns when it is published."""
+        """A relay to the `service`, as `serving` returns it; `server` and `client` are further options.  Returns when
+        it is published."""
         self._run, self.legs, self._service = run, legs, service
         self._wrapper = wrapper
         self._server_options, self._client_options = server, client
@@ -115,36 +120,44 @@ class Relays:
 
     def start_server(self) -> RelayProcess:
         """Start the server, again on the same ports if it was started before."""
-        options = ["--hostname", HOST]
+        options = ["--hostname", self._run.server.address]
         options += ["--relay-port", str(self.relay_port), "--service-port", str(self.service_port)]
         options += [*self.legs.server_options(self._run.certificates), *self._server_options]
-        self.server = self._run.peers.relay_process("server", *options, wrapper=self._wrapper)
+        with self._run.server.inside():
+            self.server = self._run.peers.relay_process("server", *options, wrapper=self._wrapper)
         self.server.wait_event("Listening", service="default")
         return self.server
 
     def start_client(self, wait: bool = True) -> RelayProcess:
         """Start the client; with `wait` until its service is published."""
-        options = ["--relay-host", HOST, "--relay-port", str(self.relay_port)]
-        options += ["--host", HOST, "--port", str(self._service)]
+        options = ["--relay-host", self._run.server.address, "--relay-port", str(self.relay_port)]
+        at_port = isinstance(self._service, int)
+        options += ["--host", HOST, "--port", str(self._service)] if at_port else ["--host", str(self._service)]
         options += [*self.legs.client_options(self._run.certificates), *self._client_options]
         environment = self.legs.environment(self._run.directory)
-        self.client = self._run.peers.relay_process("client", *options, env=environment, wrapper=self._wrapper)
+        with self._run.client.inside():
+            self.client = self._run.peers.relay_process("client", *options, env=environment, wrapper=self._wrapper)
         if wait:
             self.client.wait_event("Published")
         return self.client
 
     def connect(self, timeout: float = 10.0) -> Any:
         """A service client's connection: a socket, or a `TLSEnd`.  Raises `OSError`."""
-        sock = socket.create_connection((HOST, self.service_port), timeout)
+        with self._run.server.inside():
+            sock = socket.create_connection((self._run.server.address, self.service_port), timeout)
         return sock if self._connecting is None else TLSEnd(sock, self._connecting, False)
 
 
-def serving(run: Run, legs: Legs, serve: Callable[[Any], object]) -> int:
-    """A service in threads of this process, behind TLS where the legs say so; returns its port."""
-    if not legs.service:
-        return run.peers.service(serve).port
-    context = legs.context(run.certificates, True)
-    return run.peers.service(lambda sock: serve(TLSEnd(sock, context, True))).port
+def serving(run: Run, legs: Legs, serve: Callable[[Any], object]) -> int | str:
+    """A service at the client's host in threads of this process, behind TLS where the legs say so; returns its port,
+    or ``unix:PATH``."""
+    if legs.service:
+        context = legs.context(run.certificates, True)
+        return serving(run, replace(legs, service=False), lambda sock: serve(TLSEnd(sock, context, True)))
+    path = tempfile.mkdtemp(dir=run.directory) + "/service" if legs.unix else ""
+    with run.client.inside():
+        service = run.peers.service(serve, path)
+    return f"unix:{path}" if path else service.port
 
 
 # What processes use, their worker processes included.

@@ -15,14 +15,25 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
-from queue import Queue
-from socket import AF_UNIX, SHUT_RDWR, SHUT_WR, SOCK_SEQPACKET, create_connection, socket, socketpair
+from queue import Empty, Queue
+from socket import (
+    AF_UNIX,
+    IPPROTO_TCP,
+    SHUT_RDWR,
+    SHUT_WR,
+    SOCK_SEQPACKET,
+    TCP_NODELAY,
+    create_connection,
+    socket,
+    socketpair,
+)
 from typing import Any, ClassVar
 
 from tcprelay import CLIENT, DATA, READY, START, WELCOME, Link, Stream, encode_header, ignore_oserror
@@ -32,11 +43,13 @@ from ..conftest import PATIENCE, echo, read_all, read_exactly, wait_until
 from ..ends import TLSEnd
 from ..peers import HOST, LONG, RelayProcess, find, is_listening
 from ..peers_v1 import FakeClient
+from ..watch import WATCH
 from .relays import LEGS, TOKEN, Legs, Relays, serving
 from .suite import Run, case
 
 LANES = 4
-"""Connections under way at a time, where a case makes many."""
+"""Connections under way at a time through one relay, where a case makes many."""
+UNIX_LEGS = [Legs(unix=True), Legs("tls", unix=True)]
 OLD_LEGS = [replace(legs, version="1.2") for legs in LEGS if legs.has_tls]
 """The combinations of legs with TLS 1.2."""
 
@@ -57,19 +70,28 @@ class Arrivals:
 
     def take(self, stack: ExitStack, timeout: float = PATIENCE) -> Any:
         """The next one, which is closed when `stack` unwinds."""
-        end, done = self._queue.get(timeout=timeout)
+        try:
+            end, done = self._queue.get(timeout=timeout)
+        except Empty:
+            WATCH.tell(f"no connection reached the service within {timeout:g} s")
+            raise
         stack.callback(done.set)
         return stack.enter_context(end)
+
+    def let_go(self) -> None:
+        """Close those that nobody takes."""
+        while not self._queue.empty():
+            self._queue.get()[1].set()
 
 
 class Connections:
     """A relay whose connections this process holds at both ends."""
 
-    def __init__(self, run: Run, legs: Legs) -> None:
+    def __init__(self, run: Run, legs: Legs, server: tuple[str, ...] = ()) -> None:
         self._run, self._legs = run, legs
         self._arrivals = Arrivals()
         self._opening = threading.Lock()  # one at a time: so it is known which two ends belong together
-        self.relays = Relays(run, legs, serving(run, legs, self._arrivals.serve))
+        self.relays = Relays(run, legs, serving(run, legs, self._arrivals.serve), server)
 
     @contextmanager
     def open(self, timeout: float = PATIENCE) -> Iterator[tuple[Any, Any]]:
@@ -86,6 +108,7 @@ class Connections:
         both = self.relays.client, self.relays.server
         for relay in both:
             relay.close()
+        self._arrivals.let_go()
         kinds = "ConnectionClosed", "ConnectionFailed"
         bad = [event for relay in both for kind in kinds for event in relay.events(kind) if event["reason"]]
         for event in bad[:6]:
@@ -132,6 +155,29 @@ def outcomes_of(run: Run, futures: Iterable[Future[Outcome]]) -> tuple[list[Outc
     return [future.result() for future in futures if not future.exception()], len(problems)
 
 
+def carry_out(
+    run: Run, work: Sequence[tuple[Legs, Sequence[Callable[[Connections, Executor], Outcome]]]]
+) -> tuple[list[Outcome], int]:
+    """Carry out all of the work, through relays with those legs, some at a time; returns as `outcomes_of` does.
+
+    Connections through one relay are opened one by one, each of which takes a round trip: so over a wire there are
+    more relays at a time.
+    """
+    assert run.certificates  # made before there are threads
+    with ThreadPoolExecutor(run.at_a_time(1)) as relays:
+        done = list(relays.map(lambda one: carry_out_one(run, *one), work))
+    return [outcome for outcomes, _ in done for outcome in outcomes], sum(errors for _, errors in done)
+
+
+def carry_out_one(
+    run: Run, legs: Legs, acts: Sequence[Callable[[Connections, Executor], Outcome]]
+) -> tuple[list[Outcome], int]:
+    connections = Connections(run, legs)
+    with ThreadPoolExecutor(LANES) as lanes, ThreadPoolExecutor(4 * LANES) as threads:
+        outcomes, errors = outcomes_of(run, [lanes.submit(act, connections, threads) for act in acts])
+    return outcomes, errors + connections.close()
+
+
 def join(*futures: Future[Any]) -> list[Any]:
     """The results of threads that share a connection, when none of them uses it any more."""
     wait(futures)
@@ -142,26 +188,20 @@ def join(*futures: Future[Any]) -> list[Any]:
 
 SIZES = sorted({0} | {(1 << bits) + more for bits in range(27) for more in (-1, 0, 1)})
 """Sizes around each power of two up to 64 MiB, where buffers and frames begin and end."""
-TRANSFER_LEGS = [*LEGS, *(legs for legs in OLD_LEGS if legs.port + legs.service + (legs.link == "tls") != 2)]
+TRANSFER_LEGS = [*LEGS, *(legs for legs in OLD_LEGS if legs.port + legs.service + (legs.link == "tls") != 2),
+                 *UNIX_LEGS]  # fmt: skip
 
 
-@case(1, "transfers", 600)
+@case(1, "transfers", 600, over_wire=True)
 def transfers(run: Run) -> None:
     """Both directions at once, each of a size of its own, in random pieces: the same bytes come out."""
     source = Source(run.random)
     count = run.scaled(2000)
     sizes = list(zip(deal_sizes(run.random, count), deal_sizes(run.random, count), strict=True))
-    outcomes, errors, began = list[Outcome](), 0, time.monotonic()
-    with ThreadPoolExecutor(LANES) as lanes, ThreadPoolExecutor(4 * LANES) as threads:
-        for number, legs in enumerate(TRANSFER_LEGS):
-            connections = Connections(run, legs)
-            futures = [
-                lanes.submit(transfer, connections, source, up, down, fork(run.random), threads)
-                for up, down in sizes[number :: len(TRANSFER_LEGS)]
-            ]
-            done, failed = outcomes_of(run, futures)
-            outcomes += done
-            errors += failed + connections.close()
+    acts = [partial(transfer, source=source, up=up, down=down, chance=fork(run.random)) for up, down in sizes]
+    began = time.monotonic()
+    shares = [acts[number :: len(TRANSFER_LEGS)] for number in range(len(TRANSFER_LEGS))]
+    outcomes, errors = carry_out(run, list(zip(TRANSFER_LEGS, shares, strict=True)))
     run.tell("transfers", len(outcomes), least=count)
     run.tell("directions in which something else arrived", sum(one.wrong for one in outcomes), most=0, least=0)
     run.tell("errors, of the ends and of the relays", errors, most=0, least=0)
@@ -194,7 +234,7 @@ def fork(chance: random.Random) -> random.Random:
 
 
 def transfer(
-    connections: Connections, source: Source, up: int, down: int, chance: random.Random, threads: Executor
+    connections: Connections, threads: Executor, *, source: Source, up: int, down: int, chance: random.Random
 ) -> Outcome:
     """One connection: `up` bytes to the service and `down` bytes back; who ends first is left to chance."""
     near_saw, far_saw = threading.Event(), threading.Event()
@@ -209,6 +249,7 @@ def transfer(
     return Outcome(((up_in, up_out), (down_in, down_out)))
 
 
+@WATCH.at_timeout
 def send(end: Any, data: memoryview, chance: random.Random, after: threading.Event | None) -> Passed:
     """Send `data` in random pieces, its last byte and the end only `after` that."""
     body, last, largest = data[:-1], data[-1:], largest_piece(len(data), chance)
@@ -221,9 +262,10 @@ def send(end: Any, data: memoryview, chance: random.Random, after: threading.Eve
     if last:
         end.sendall(last)
     end.shutdown(SHUT_WR)
-    return Passed(len(data), hashlib.sha256(data).digest())
+    return pass_of(data)
 
 
+@WATCH.at_timeout
 def receive(end: Any, size: int, chance: random.Random, ended: threading.Event) -> Passed:
     """Receive in random pieces, to the end; `size` is what is expected."""
     digest, count, largest = hashlib.sha256(), 0, largest_piece(size, chance)
@@ -242,38 +284,34 @@ def largest_piece(size: int, chance: random.Random) -> int:
 # --- Half-close -----------------------------------------------------------------------------------------------
 
 
-@case(2, "half-close", 900)
+@case(2, "half-close", 900, over_wire=True)
 def half_close(run: Run) -> None:
     """Where one direction has ended the other side sees that at once, and the other direction goes on to its own."""
     source = Source(run.random)
     each = run.scaled(200)
     kinds = list(product((False, True), (False, True))) * each
-    outcomes, errors = list[Outcome](), 0
-    with ThreadPoolExecutor(LANES) as lanes, ThreadPoolExecutor(2 * LANES) as threads:
-        for legs in [*LEGS, *OLD_LEGS]:
-            connections = Connections(run, legs)
-            futures = [
-                lanes.submit(end_one_direction, connections, source, service_first, flowing, fork(run.random), threads)
-                for service_first, flowing in kinds
-            ]
-            done, failed = outcomes_of(run, futures)
-            outcomes += done
-            errors += failed + connections.close()
-    run.tell("connections", len(outcomes), least=len(kinds) * len([*LEGS, *OLD_LEGS]))
+    work = [
+        (legs, [partial(end_one_direction, source=source, service_first=first, flowing=flowing, chance=fork(run.random))
+                for first, flowing in kinds])
+        for legs in [*LEGS, *OLD_LEGS, *UNIX_LEGS]
+    ]  # fmt: skip
+    outcomes, errors = carry_out(run, work)
+    run.tell("connections", len(outcomes), least=len(kinds) * len(work))
     run.tell("bytes lost", sum(one.lost for one in outcomes), most=0, least=0)
     run.tell("directions in which something else arrived", sum(one.wrong for one in outcomes), most=0, least=0)
     run.tell("errors, of the ends and of the relays", errors, most=0, least=0)
-    run.tell("longest until an end was seen", max(one.seconds for one in outcomes), most=1.0, unit="s")
+    run.tell("longest until an end was seen", max(one.seconds for one in outcomes), most=1.0 + run.slack, unit="s")
     run.tell("carried", sum(one.carried for one in outcomes) / (1 << 20), unit="MiB")
 
 
 def end_one_direction(
     connections: Connections,
+    threads: Executor,
+    *,
     source: Source,
     service_first: bool,
     flowing: bool,
     chance: random.Random,
-    threads: Executor,
 ) -> Outcome:
     """One connection of which the `first` end ends its direction, while the `last` one is silent or `flowing`."""
     question = source.take(chance.randint(0, 5000), chance)
@@ -294,10 +332,10 @@ def end_one_direction(
         finally:
             seen.set()
             wait((answering, reading))
-    put_in = Passed(len(question), hashlib.sha256(question).digest())
-    return Outcome(((put_in, asked), (answering.result(), reading.result())), seconds)
+    return Outcome(((pass_of(question), asked), (answering.result(), reading.result())), seconds)
 
 
+@WATCH.at_timeout
 def answer(
     end: Any, source: Source, flowing: bool, chance: random.Random, flows: threading.Event, seen: threading.Event
 ) -> Passed:
@@ -320,6 +358,81 @@ def answer(
 def receive_after(event: threading.Event, end: Any, chance: random.Random) -> Passed:
     event.wait(PATIENCE)
     return receive(end, 1 << 20, chance, threading.Event())
+
+
+# --- Unread ---------------------------------------------------------------------------------------------------
+
+SMALL_PIECES = [b"%099d\n" % number for number in range(600)]
+"""What a service does not read at once: 60,000 bytes, which in small pieces are more than a Unix socket holds."""
+PACE = 0.002
+"""Seconds between two of them."""
+UNREAD = 4.0
+"""Heartbeats, of a second, for which it does not."""
+
+
+@case(2, "unread", 300, over_wire=True)
+def unread(run: Run) -> None:
+    """A service ends its direction and does not read for a while: all that is sent to it arrives in the end, and
+    meanwhile others are served."""
+    count = run.scaled(25, 5)
+    outcomes, errors, waits = list[Outcome](), 0, list[float]()
+    for legs in [Legs(), Legs("tls"), *UNIX_LEGS]:
+        connections = Connections(run, legs, ("--heartbeat", "1"))
+        with ExitStack() as stack, ThreadPoolExecutor(count) as threads:
+            pairs = [stack.enter_context(connections.open()) for _ in range(count)]
+            list(threads.map(send_small_pieces, pairs))
+            began = time.monotonic()
+            waits.append(serve_others(connections, count))
+            threading.Event().wait(began + UNREAD - time.monotonic())
+            waits.append(serve_others(connections, count))
+            done, failed = outcomes_of(run, [threads.submit(read_small_pieces, far) for _, far in pairs])
+        outcomes += done
+        errors += failed + connections.close()
+    run.tell("connections", len(outcomes), least=4 * count)
+    run.tell("bytes lost", sum(one.lost for one in outcomes), most=0, least=0)
+    run.tell("directions in which something else arrived", sum(one.wrong for one in outcomes), most=0, least=0)
+    run.tell("errors, of the ends and of the relays", errors, most=0, least=0)
+    run.tell("longest that another one took", max(waits), most=1.0 + run.slack, unit="s")
+
+
+def send_small_pieces(pair: tuple[Any, Any]) -> None:
+    """The service ends its direction; its client sees that, sends all in small pieces, and ends the other one.
+
+    They follow each other so slowly that the relays pass on each by itself.
+    """
+    near, far = pair
+    near.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
+    far.shutdown(SHUT_WR)
+    assert not read_all(near)
+    for piece in SMALL_PIECES:
+        near.sendall(piece)
+        threading.Event().wait(PACE)
+    near.shutdown(SHUT_WR)
+
+
+def read_small_pieces(far: Any) -> Outcome:
+    put_in, came = b"".join(SMALL_PIECES), read_all(far)
+    return Outcome(((pass_of(put_in), pass_of(came)),))
+
+
+def pass_of(data: bytes | memoryview) -> Passed:
+    return Passed(len(data), hashlib.sha256(data).digest())
+
+
+def serve_others(connections: Connections, count: int) -> float:
+    """So many connections of others, one after another; returns the seconds that the slowest took, which are many
+    where one was not served."""
+    longest = 0.0
+    with suppress(OSError, Empty):
+        for _ in range(count):
+            began = time.monotonic()
+            with connections.open() as (near, far):
+                near.sendall(b"?")
+                if far.recv(1) != b"?":
+                    raise OSError("not this connection")
+            longest = max(longest, time.monotonic() - began)
+        return longest
+    return PATIENCE
 
 
 # --- KeyUpdate ------------------------------------------------------------------------------------------------
@@ -630,7 +743,7 @@ LATE = 10.0
 """Seconds after a kill within which every end must have seen an error."""
 
 
-@case(17, "kills", 1200)
+@case(17, "kills", 1200, over_wire=True)
 def kills(run: Run) -> None:
     """A relay that is killed breaks its transfers off: nobody takes the part that has arrived for the whole."""
     count = run.scaled(200)

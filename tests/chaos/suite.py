@@ -11,6 +11,8 @@ from pathlib import Path
 
 from ..certificates import Certificates, make_all
 from ..peers import Peers
+from ..watch import WATCH
+from ..wire import Here, Host, Way, Wire
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,11 @@ class Figure:
 
 
 class Run:
-    """One run of a case: its chances, its helpers, and the figures that it has told so far."""
+    """One run of a case: its chances, its helpers, the hosts, and the figures that it has told so far."""
 
-    def __init__(self, stack: ExitStack, directory: Path, seed: int, scale: float, workers: int) -> None:
+    def __init__(
+        self, stack: ExitStack, directory: Path, seed: int, scale: float, workers: int, round_trip: float = 0.0
+    ) -> None:
         self.stack = stack
         self.directory = directory
         self.scale = scale
@@ -36,6 +40,31 @@ class Run:
         self.peers = Peers(stack, directory)
         self.figures: list[Figure] = []
         self._certificates: Certificates | None = None
+        self.round_trip = round_trip
+        """Seconds between the relays; 0 where all is on loopback."""
+        self.server: Here | Host = Here()
+        """Where the relay server is, and its service clients."""
+        self.client: Here | Host = Here()
+        """Where the relay client is, and its services, on loopback there."""
+        self._wire: Wire | None = None
+        if round_trip:
+            self.lay_wire()
+
+    def lay_wire(self) -> Wire:
+        """Have two hosts with a wire between them from now on, also where the case is on loopback otherwise.
+
+        Its round trip is the run's, give or take a fifth by chance; bandwidth is what the processor can carry.
+        """
+        if self._wire is None:
+            way = Way(delay=0.4 * self.round_trip, jitter=0.2 * self.round_trip)
+            self._wire = Wire(self.stack, way, offload=True, seed=self.random.getrandbits(32))
+            self.server, self.client = self._wire.server, self._wire.client
+        return self._wire
+
+    @property
+    def slack(self) -> float:
+        """Seconds by which what loopback sees at once may come later: two round trips."""
+        return 2 * self.round_trip
 
     @property
     def certificates(self) -> Certificates:
@@ -43,6 +72,10 @@ class Run:
         if self._certificates is None:
             self._certificates = make_all(self.directory)
         return self._certificates
+
+    def at_a_time(self, count: int) -> int:
+        """So many at a time, and four times as many over a wire, where most of their time is waiting for it."""
+        return 4 * count if self.round_trip else count
 
     def scaled(self, count: float, least: int = 1) -> int:
         """So many, times the scale of this run, and not fewer than `least`."""
@@ -60,6 +93,8 @@ class Run:
             bar = " and ".join(
                 [f"at least {show(least)}"] * (least is not None) + [f"at most {show(most)}"] * (most is not None)
             )
+        if not met:
+            WATCH.tell(f"{what}: {show(value)} {unit}".strip())
         self.figures.append(Figure(what, f"{show(value)} {unit}".strip(), f"{bar} {unit}".strip() if bar else "", met))
         return met
 
@@ -86,26 +121,32 @@ class Case:
     limit: float
     """Seconds within which it must be over, at scale 1."""
     run: Callable[[Run], None]
+    over_wire: bool
+    """Whether it can be run over a wire as well."""
 
 
 CASES: list[Case] = []
 
 
-def case(bar: int, name: str, limit: float) -> Callable[[Callable[[Run], None]], Callable[[Run], None]]:
+def case(
+    bar: int, name: str, limit: float, over_wire: bool = False
+) -> Callable[[Callable[[Run], None]], Callable[[Run], None]]:
     """Register a function as the case `name`, which proves the bar with this number."""
 
     def register(function: Callable[[Run], None]) -> Callable[[Run], None]:
-        CASES.append(Case(bar, name, limit, function))
+        CASES.append(Case(bar, name, limit, function, over_wire))
         return function
 
     return register
 
 
 @contextmanager
-def running(directory: Path, seed: int, scale: float, workers: int) -> Iterator[Run]:
+def running(directory: Path, seed: int, scale: float, workers: int, round_trip: float) -> Iterator[Run]:
     """A run whose processes, services and connections are taken away in the end."""
     with ExitStack() as stack:
-        yield Run(stack, directory, seed, scale, workers)
+        WATCH.start()
+        stack.callback(WATCH.stop)
+        yield Run(stack, directory, seed, scale, workers, round_trip)
 
 
 def write_figures(figures: list[Figure], path: Path) -> None:
