@@ -775,19 +775,17 @@ class Probing:
     """Seconds of silence after which the peer is asked, and up to half as much again: each connection at another
     moment.  There are NATs that forget a connection after 30 s without a packet; a dead one is not missed before."""
     dead_path: float = 900.0
-    """Seconds without any answer after which the connection is given up; 0 is never."""
+    """Seconds without any answer after which the connection is given up; 0 is never.  But a silent one is asked 127
+    times at most, which is all that Linux allows."""
     INTERVAL = 15
-    """Seconds from one question to the next."""
+    """Seconds from one question to the next, where that is not more than `keepalive`: Linux lets the greater of the
+    two pass between questions that are answered."""
 
     def apply(self, sock: socket.socket) -> None:
         """Set what accepted sockets inherit from a listener, and the rest."""
-        interval, count = self.INTERVAL, 127  # as many as Linux allows
-        if 0 < self.dead_path < 2 * interval:
-            interval, count = max(1, int(self.dead_path / 2)), 2
-        elif self.dead_path:
-            count = min(count, math.ceil(self.dead_path / interval))
-        else:
-            interval = 75
+        most = self.INTERVAL if self.dead_path else self.keepalive
+        interval = max(1, int(min(most, self.keepalive, self.dead_path / 2 or most)))
+        count = min(127, math.ceil(self.dead_path / interval)) if self.dead_path else 127
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (("TCP_KEEPINTVL", interval), ("TCP_KEEPCNT", count)):
             if hasattr(socket, name):

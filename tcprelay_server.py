@@ -776,7 +776,7 @@ class RelayServer(Relay):
     def _take_in(self, link: Link) -> PooledLink | None:
         """A link's handshake; ``None`` where it came to nothing, and its client has been told why."""
         stream, deadline = link.stream, Deadline(tcprelay.HANDSHAKE_TIMEOUT)
-        ended = False
+        gave_up = False
         try:
             self._check_protected_mode(stream)
             if isinstance(stream, TLSStream):
@@ -798,27 +798,27 @@ class RelayServer(Relay):
             refusal = Refusal("the relay server is ending", "draining")
         except (OSError, EOFError) as error:
             evicted = self._handshakes["link"].was_evicted(stream)
-            ended = isinstance(error, EOFError) and not evicted
+            gave_up = not evicted and (isinstance(error, EOFError) or error.errno is not None)  # or we have
             reason = "closed before its handshake was complete" if isinstance(error, EOFError) else say_error(error)
             refusal = Refusal(TOO_MANY_HANDSHAKES if evicted else reason, "lost")
             if tcprelay.is_tls_error(error):
-                refusal = Refusal(explain_tls(error), "tls")
+                refusal, gave_up = Refusal(explain_tls(error), "tls"), False
                 if error.reason in NOT_TLS:  # a plain relay client may be told in its own language
                     plain = encode_frame(tcprelay.REFUSED, {"code": "tls", "reason": "it speaks TLS; add --tls"})
                     tcprelay.ignore_oserror(link.sock.sendall, plain)
-        self._refuse_link(link, refusal, ended)
+        self._refuse_link(link, refusal, gave_up)
         return None
 
-    def _refuse_link(self, link: Link, refusal: Refusal, ended: bool) -> None:
-        """Tell why there is no link, in the log and, as far as it can be told there, to the relay client."""
+    def _refuse_link(self, link: Link, refusal: Refusal, gave_up: bool) -> None:
+        """Tell why there is no link, in the log and, as far as it can be told there, to the relay client, unless that
+        (or the path) gave it up."""
         stream = link.stream
         # Who has not said a byte may be a raw client, which would take REFUSED for a connection's bytes; or
         # only looked whether the port is open, which is nobody's refusal.
         silent = type(stream) is Stream and not link.unread() and link.machine.state == tcprelay.NEW
-        given_up = refusal.code == "lost" and str(refusal) != TOO_MANY_HANDSHAKES
-        kind = LinkNotMade if given_up else LinkRefused
+        kind = LinkNotMade if gave_up else LinkRefused
         event = kind(peer=show_address(stream.peer), code=refusal.code, reason=str(refusal))
-        if silent and ended:
+        if silent and gave_up:
             self._log.debug("%s", event)
         else:
             self._emit(event)

@@ -252,8 +252,8 @@ def test_keepalive_begins_at_different_moments(bench: Bench, monkeypatch: pytest
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's options")
 @pytest.mark.parametrize(
     ("keepalive", "dead_path", "begins", "interval", "count"),
-    [(20, 900, range(20, 30), 15, 60), (6, 120, range(6, 9), 15, 8), (1, 20, range(1, 2), 10, 2),
-     (20, 0, range(20, 30), 75, 127)],
+    [(20, 900, range(20, 30), 15, 60), (6, 120, range(6, 9), 6, 20), (1, 20, range(1, 2), 1, 20),
+     (20, 0, range(20, 30), 20, 127), (60, 20, range(60, 90), 10, 2), (2, 900, range(2, 3), 2, 127)],
 )  # fmt: skip
 def test_keepalive_and_dead_path(
     bench: Bench, keepalive: float, dead_path: float, begins: range, interval: int, count: int
