@@ -233,7 +233,8 @@ def say_error(error: BaseException) -> str:
     if not isinstance(error, OSError) or not error.strerror:
         return str(error) or type(error).__name__
     # Python puts the address behind some of the system's sentences; here the caller names it.
-    return error.strerror.partition(" (while attempting")[0].lower()
+    said = error.strerror.partition(" (while attempting")[0]
+    return said[:1].lower() + said[1:] if said[1:2].islower() else said
 
 
 def is_tls_error(error: BaseException) -> TypeGuard[ssl.SSLError]:
@@ -1685,7 +1686,7 @@ class Link:
         return encode_header(DATA, len(data)) + data
 
     def pack_end(self, passed: int = 0) -> bytes:
-        return self.pack_control(END, {"passed": passed} if passed else None)
+        return self.pack_control(END, {"passed": passed} if passed and self.machine.role == CLIENT else None)
 
     def end_now(self) -> bool:
         return True
@@ -1784,7 +1785,8 @@ SMALL_READS = 4
 SPARSE_READS = 16
 """So many reads in a row that the buffer before would have held have a pump begin with its first one again."""
 HEAR_OUT_TIME = 1.0
-"""Seconds for which the other side's end is waited for where its bytes can no longer be passed on."""
+"""Seconds for which the other side's end is waited for where its bytes can no longer be passed on; two round trips of
+the link where that is more."""
 MOST_DISCARDED = 1 << 20
 """Bytes that are received only to be dropped, behind this side's own end; for more, a link is closed."""
 
@@ -1924,7 +1926,7 @@ class Splice:
         """
         if leg is self.stream and self._stream_has_ended() and isinstance(self.link, Link):
             self._lost_at = self._lost_at or now
-            if now - self._lost_at < HEAR_OUT_TIME:
+            if now - self._lost_at < max(HEAR_OUT_TIME, 2 * round_trip(self.link.sock)):
                 return
         self.break_off(f"{leg.name}: connection lost", close_link=leg is self.link)
 
@@ -2002,7 +2004,7 @@ class Splice:
                 if self.reason:
                     return False
                 self.said_end = self.said_end or flow is self._flow_to_link
-            flow.out += flow.sink.pack_end(self.from_link)
+            flow.out += flow.sink.pack_end(self._passed())
         stream = carrier(flow.sink)
         try:
             if not stream.send_now(flow.out, end_follows=flow.ended and stream is flow.sink):
@@ -2043,7 +2045,7 @@ class Splice:
                 with self._lock:
                     self.said_end = self.said_end or not self.reason
                 if self.said_end:
-                    self.link.end(self.from_link)
+                    self.link.end(self._passed())
             except OSError as error:
                 # Where the stream failed, ABORT tells the other side, or on the raw wire an RST.  Where the link did,
                 # it may be in the midst of a frame, which nothing can follow; the other pump still reads what it holds.
@@ -2086,6 +2088,13 @@ class Splice:
         if self.reason and isinstance(self.link, Link):
             self._give_link_up(self.link)
 
+    def _passed(self) -> int:
+        """How many bytes for the stream will not hold up what comes next on the link: see `Leg.end`.
+
+        With TLS none of them, before the end of that direction: ending it takes a message, which may have to wait.
+        """
+        return 0 if isinstance(self.stream, TLSStream) and not self.from_link_ended else self.from_link
+
     def _stream_has_ended(self) -> bool:
         """Whether the link was told that the stream has ended: what then takes no more has been closed by its peer."""
         with self._lock:
@@ -2100,7 +2109,8 @@ class Splice:
         if not (self._stream_has_ended() and isinstance(self.link, Link)):
             return False
         try:
-            self._count(self._flow_from_link, held + self.link.discard(Deadline(HEAR_OUT_TIME)))
+            patience = Deadline(max(HEAR_OUT_TIME, 2 * round_trip(self.link.sock)))
+            self._count(self._flow_from_link, held + self.link.discard(patience))
         except OSError:
             return False
         return not self.reason
@@ -2370,15 +2380,29 @@ FEW_SEGMENTS = 20
 packet is lost, 1.22 divided by the square root of the share: Mathis and others, 1997)."""
 
 
-def say_path(sock: socket.socket) -> str:
-    """A remark for the log where a connection's path is slow; "" where it is not, or nobody can tell.
+def is_resent(sock: socket.socket) -> bool:
+    """Whether what was sent has been sent again twice without an acknowledgement, at the times of this path itself.
 
-    Reads `struct tcp_info` of Linux: tcpi_rtt (µs) at byte 68.
+    Reads `struct tcp_info` of Linux: tcpi_retransmits at byte 2, tcpi_unacked at byte 24.
     """
     try:
-        seconds = struct.unpack_from("I", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 72), 68)[0] / 1e6
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
+        return bool(struct.unpack_from("I", info, 24)[0] and info[2] >= 2)
     except (OSError, AttributeError, struct.error):
-        return ""
+        return False
+
+
+def round_trip(sock: socket.socket) -> float:
+    """Seconds of a connection's round trip; 0 where nobody can tell.  Reads Linux's tcpi_rtt (µs), at byte 68."""
+    try:
+        return float(struct.unpack_from("I", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 72), 68)[0]) / 1e6
+    except (OSError, AttributeError, struct.error):
+        return 0.0
+
+
+def say_path(sock: socket.socket) -> str:
+    """A remark for the log where a connection's path is slow; "" where it is not, or nobody can tell."""
+    seconds = round_trip(sock)
     return f"; the path is slow: a round trip takes {seconds:.1f} s" if seconds >= SLOW_PATH else ""
 
 

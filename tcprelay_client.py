@@ -706,50 +706,64 @@ class RelayClient(Relay):
                     return "it has lost packets, and a new one will be faster", False
                 settled = False
             elif frame.kind == BYE:
-                return "the relay server said BYE", True
+                return "the relay server said BYE", frame.fields.get("again") is not True
             else:
                 raise RefusedByServer(f"refused by the relay: {shown(frame.text('reason'), 240)}")
 
     def _leave_to_server(self, link: Link, service: Service) -> None:
-        """Give up a link after a connection, however long that takes.
+        """Give up a link after a connection, however long that takes; it no longer counts as idle.
 
         The server may still be passing bytes on to somebody who reads slowly, and has nothing to say meanwhile: it
         alone can close this link without losing them.
         """
-        self._set_busy(service, waiting=0)
+        self._shift(service, idle=-1)
         try:
-            self._say_bye(link, service, Deadline(None))
+            self._say_bye(link, service, Deadline(None), idle=0)
         finally:
-            self._set_idle(service)
+            self._shift(service, idle=1)
 
-    def _say_bye(self, link: Link, service: Service, deadline: Deadline) -> None:
-        """Give an idle link up, and wait for the server to close it: a START that crosses BYE is still served."""
+    def _say_bye(self, link: Link, service: Service, deadline: Deadline, idle: int = 1) -> None:
+        """Give a link up, and wait for the server to close it: a START that crosses BYE is still served."""
         try:
-            link.send_now(BYE)
+            out = bytearray(link.pack_control(BYE))
+            while not link.stream.send_now(out):
+                tcprelay.wait_for(link.fd, select.POLLOUT, deadline, self._cut)
             while (frame := link.receive(deadline, self._cut)).kind != START:
                 pass
-            self._serve(link, frame, service)
+            self._serve(link, frame, service, idle)
         except (OSError, EOFError):
             pass  # the server has closed it, as BYE asks it to
 
-    def _serve(self, link: Link, start: Frame, service: Service) -> bool:
-        """Connect a started link to the service; True where the link is idle again afterwards."""
+    def _serve(self, link: Link, start: Frame, service: Service, idle: int = 1) -> bool:
+        """Connect a started link, which counts as so many `idle` ones, to the service; True where it is idle again
+        afterwards."""
         record = {"id": shown(start.text("id"), 32), "service": service.name, "peer": shown(start.text("client"), 64)}
         began = time.monotonic()
-        self._set_busy(service, waiting=int(start.number("waiting", 0, 1e6)))
+        self._set_busy(service, waiting=int(start.number("waiting", 0, 1e6)), idle=idle)
         try:
+            if is_lost(link):  # START was read late: whoever it is for has been refused, and must not be served now
+                raise EOFError("the link was lost before its connection began")
             try:
                 stream = self._dial_service(service)
             except (OSError, EOFError) as error:
                 reason = f"cannot reach {service.target}: {say_error(error)}"
                 self._emit(ConnectionFailed(reason=reason, seconds=time.monotonic() - began, **record))
-                link.send(FAIL, {"reason": shown(reason, 400)})
-                link.discard(Deadline(tcprelay.FLUSH_TIMEOUT), self._cut)
+                self._fail(link, reason)
             else:
                 self._splice(stream, link, service, record)
         finally:
-            self._set_idle(service)
+            self._shift(service, busy=-1, idle=idle)
         return link.machine.state == IDLE
+
+    def _fail(self, link: Link, reason: str) -> None:
+        """Answer that the service cannot be reached, and drop what still comes.  Raises `OSError`."""
+        link.send(FAIL, {"reason": shown(reason, 400)})
+        try:
+            link.discard(Deadline(tcprelay.FLUSH_TIMEOUT), self._cut)
+        except ConnectionAbortedError:
+            pass  # the service client has gone; the link is idle
+        except TimeoutError:
+            raise ConnectionResetError("the relay server did not end the connection after FAIL") from None
 
     def _serve_raw(self, link: Stream, service: Service) -> str:
         """Carry one connection on a raw link: the first bytes start it.  Raises as `_serve_idle` does."""
@@ -772,7 +786,7 @@ class RelayClient(Relay):
         else:
             self._splice(stream, link, service, record, early[:count])
         finally:
-            self._set_idle(service)
+            self._shift(service, idle=1, busy=-1)
         return "its connection is over"
 
     def _dial_service(self, service: Service) -> Stream:
@@ -823,19 +837,29 @@ class RelayClient(Relay):
                 )
             )  # fmt: skip
 
-    def _set_busy(self, service: Service, waiting: int) -> None:
+    def _set_busy(self, service: Service, waiting: int, idle: int = 1) -> None:
         with self._condition:
-            service.idle -= 1
+            service.idle -= idle
             service.busy += 1
             service.carried += 1
             service.asked = waiting
             if service.idle + service.connecting < self._num_conn + waiting:
                 self._condition.notify_all()  # the keeper opens more
 
-    def _set_idle(self, service: Service) -> None:
+    def _shift(self, service: Service, idle: int = 0, busy: int = 0) -> None:
+        """Count so many more links as idle and as busy."""
         with self._condition:
-            service.busy -= 1
-            service.idle += 1
+            service.idle += idle
+            service.busy += busy
+            if idle < 0:
+                self._condition.notify_all()  # the keeper opens another
+
+
+def is_lost(link: Link) -> bool:
+    """Whether the other side has closed or reset a link by now."""
+    poller = select.poll()
+    poller.register(link.fd, getattr(select, "POLLRDHUP", 0))
+    return bool(poller.poll(0))
 
 
 class ClientWorkers(Workers):

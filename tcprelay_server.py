@@ -76,8 +76,8 @@ ACCESS_DENIED = b"\x15\x03\x03\x00\x02\x02\x31"
 SPARE_TAKERS = 8
 """Threads of a worker that wait for connections, at most."""
 SUSPICION = 3.0
-"""Seconds without any acknowledgement of START after which its relay client's idle links are to be proven alive: two
-retransmissions of a path whose round trip is below a second (RFC 6298: 1 s at first, doubled each time)."""
+"""Seconds without any acknowledgement of START after which its relay client's idle links are to be proven alive, where
+the kernel has sent it again by then: on a slow path an acknowledgement takes longer."""
 STANDSTILL = 5.0
 """Seconds without a link for anybody after which a service counts as not served, where service clients wait."""
 LOOK_FOR_ROOM = 0.002
@@ -959,7 +959,7 @@ class RelayServer(Relay):
             if kept:
                 self._tell_idle(pooled.service)
             elif isinstance(link, Link) and link.spent:
-                self._retire(pooled, "it has lost packets, and a new one will be faster")
+                self._retire(pooled, "it has lost packets, and a new one will be faster", again=True)
             else:
                 left = isinstance(link, Link) and link.machine.leaving
                 self._retire(pooled, "the relay client gave it up" if left else "this relay server is ending")
@@ -972,10 +972,10 @@ class RelayServer(Relay):
         if count is not None:
             raise LinkFault("bytes on an idle link; does the other side speak --wire v1?")
 
-    def _retire(self, pooled: PooledLink, reason: str) -> None:
-        """Close an idle link in peace, with BYE where the client has not said it."""
+    def _retire(self, pooled: PooledLink, reason: str, again: bool = False) -> None:
+        """Close an idle link in peace, with BYE where the client has not said it; it may open one `again` at once."""
         if isinstance(pooled.link, Link) and not pooled.link.machine.leaving:
-            tcprelay.ignore_oserror(pooled.send, BYE)
+            tcprelay.ignore_oserror(pooled.send, BYE, {"again": True} if again else None)
         self._drop_link(pooled, reason)
 
     def _drop_link(self, pooled: PooledLink, reason: str, dead: bool = False) -> None:
@@ -1066,10 +1066,10 @@ class RelayServer(Relay):
 
     # Service clients
 
-    def _serve_client(self, client: ServiceClient, problem: str = "") -> None:
+    def _serve_client(self, client: ServiceClient) -> None:
         """A service client's connection from accept to its closing record; the top of its thread."""
-        reason = problem or "too many connections at once (--max-connections)"
-        admitted = not problem and self._splices.admit()
+        reason = "too many connections at once (--max-connections)"
+        admitted = self._splices.admit()
         try:
             if admitted:
                 self._shake_hands(client)
@@ -1195,7 +1195,7 @@ class RelayServer(Relay):
             ready = dict(poller.poll(left * 1000))
             if trust and suspicion.remaining() == 0:
                 trust = False
-                if tcprelay.path_is_dead(link.sock, SUSPICION):
+                if tcprelay.path_is_dead(link.sock, SUSPICION) and tcprelay.is_resent(link.sock):
                     self._suspect(pooled.client)
                     if self._gauges is not None:
                         self.send_to_parent({"suspect": pooled.client})
@@ -1271,7 +1271,7 @@ def say_received(pooled: PooledLink) -> str:
     """For the log, where a link brought no answer: an answer that is too large for the path never arrives."""
     if tcprelay.unsent_bytes(pooled.link.sock):
         return "; the relay client's host does not acknowledge what was sent to it"
-    return "; the relay client's host has received the request (is the answer too large for the path?)"
+    return "; the relay client's host has received the request: is tcprelayc stopped there, or the path too narrow?"
 
 
 def make_stream(sock: socket.socket, name: str, address: Any, context: ssl.SSLContext | None) -> Stream:
@@ -1561,10 +1561,10 @@ class PooledLink:
     def origin(self) -> Origin:
         return self.client, self.worker
 
-    def send(self, kind: int) -> None:
-        """Send a frame without a body on an idle link, now or, where its socket is full, later by `flush`."""
+    def send(self, kind: int, fields: dict[str, Any] | None = None) -> None:
+        """Send a frame on an idle link, now or, where its socket is full, later by `flush`."""
         assert isinstance(self.link, Link)
-        self._unsent += self.link.pack_control(kind)
+        self._unsent += self.link.pack_control(kind, fields)
         self.flush()
 
     def flush(self) -> None:
@@ -1686,12 +1686,14 @@ class Pool:
                 return pooled, False
             if not wait:
                 raise NoLinkHere
-            if failed:
+            if failed and not any(p.service == service and p.client not in failed for p in self._aside):
                 raise Refusal(f"the service cannot be reached: {reason}")
             waiting = self._gauges.count_waiting(service) if self._gauges else len(self._waiting[service])
             if waiting >= self._max_pending and not (first or self._is_served(service)):
                 raise Refusal("too many service clients wait for a link (--max-pending)")
             waiter = _Waiter(threading.Condition(self._lock), failed)
+            if first:
+                waiter.since = 0.0  # it says nothing about how long others have waited
             self._waiting[service].insert(0 if first else len(self._waiting[service]), waiter)
             self._count(service, 0)
             try:
@@ -1713,7 +1715,7 @@ class Pool:
     def is_full(self, service: str) -> bool:
         """Whether as many service clients have no link as may wait for one, while others still get theirs: then the
         kernel holds who comes next.  Where nobody is served they are refused instead (see `take`)."""
-        if self._expected.get(service, 0) < self._max_pending:  # mostly, and "" for relay clients always
+        if not service or self._expected[service] < self._max_pending:
             return False
         with self._lock:
             return not self._closed and self._is_served(service)

@@ -18,6 +18,7 @@ import pytest
 import tcprelay
 import tcprelay_client
 from tcprelay import (
+    ABORT,
     AUTH,
     BYE,
     CHALLENGE,
@@ -641,3 +642,79 @@ def test_the_end_is_heard_out_before_a_link_is_given_up(
     assert (closed.reason, closed.bytes_in) == ("", 16)
     link.send(START, {"id": "c2"})
     assert next_frame(link).kind == READY
+
+
+def test_fail_after_the_service_client_has_gone_leaves_the_link_whole(bench: Bench, server: FakeServer) -> None:
+    """ABORT instead of END ends the connection as well, and the link is idle for both."""
+    client_of(bench, server, unused_port())
+    link = server.accept()
+    server.welcome(link)
+    link.send(START, {"id": "c1"})
+    link.send(ABORT, {"reason": "gone"})
+    assert next_frame(link).kind == FAIL
+    link.send(PING)
+    assert next_frame(link).kind == PONG
+    assert not bench.client_events.of(LinkDown)
+
+
+def test_a_link_that_has_done_its_work_is_replaced_at_once(bench: Bench, server: FakeServer) -> None:
+    """BYE with `again` says nothing about the relay: however many such links there are, the pool stays full."""
+    client = client_of(bench, server, bench.service(lambda sock: None), num_conn=4)
+    links: list[Link] = []
+    for _ in range(4):  # the first one before the others
+        links.append(server.accept())
+        server.welcome(links[-1])
+    for _ in range(12):
+        wait_until(lambda: client.counters["links_idle"] == 4)
+        links.pop(0).send(BYE, {"again": True})
+        links.append(server.accept())
+        server.welcome(links[-1])
+    assert client._services[0].pace.level(time.monotonic()) == 4
+
+
+def test_a_link_that_leaves_counts_once(bench: Bench, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not idle while the server may still pass bytes on, nor twice away when a START crosses its BYE."""
+    monkeypatch.setattr(tcprelay, "is_held_back", lambda sock, sent: True)
+    gone = threading.Event()
+    client = client_of(bench, server, bench.service(lambda sock: gone.wait(PATIENCE)))
+    link = server.accept()
+    server.welcome(link)
+    for _ in range(2):
+        gone.clear()
+        link.send(START, {"id": "c1"})
+        assert next_frame(link).kind == READY
+        [service] = client._services
+        assert (service.idle, service.busy) == (0, 1)
+        link.send(END)
+        gone.set()
+        assert link.recv_into(memoryview(bytearray(1))) == 0
+        if link.machine.leaving:
+            break
+        assert next_frame(link).kind == BYE
+        assert (service.idle, service.busy) == (0, 0)
+    link.close()
+
+
+def test_a_start_that_is_read_late_dials_nobody(
+    bench: Bench, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The link is gone by then: its service client has been refused, and its request must not be carried out."""
+    read_on, real = threading.Event(), tcprelay_client.RelayClient._set_busy
+
+    def late(client: RelayClient, *words: Any, **more: Any) -> None:
+        read_on.wait(PATIENCE)
+        real(client, *words, **more)
+
+    monkeypatch.setattr(tcprelay_client.RelayClient, "_set_busy", late)
+    service = bench.service()
+    client_of(bench, server, service)
+    link = server.accept()
+    server.welcome(link)
+    link.send(START, {"id": "c1"})
+    link.stream.send(encode_header(DATA, 5) + b"early")
+    link.stream.reset_on_close()
+    link.close()
+    read_on.set()
+    [down] = bench.client_events.wait(LinkDown)
+    assert down.reason == "the link was lost before its connection began"
+    assert service.connections == 0

@@ -225,7 +225,7 @@ class Wire:
         fields = json.loads(body) if body else {}
         types = {"string": str, "number": (int, float), "boolean": bool}
         assert [key for key, value in fields.items() if not isinstance(value, types[FIELDS[name][key]])] == []  # type: ignore[arg-type]
-        assert set(FIELDS.get(name, ())) - set(fields) <= {"proof", "passed"}
+        assert set(FIELDS.get(name, ())) - set(fields) <= {"proof", "passed", "again"}
         return fields
 
 

@@ -59,7 +59,7 @@ def pooled(bench: Bench, server: RelayServer, client: str) -> FakeClient:
     link: FakeClient = bench.enter(FakeClient(server))
     assert link.hello(idle=8, client=client).kind == WELCOME
     wait_until(lambda: server.counters["links_idle"] == idle + 1)
-    wait_until(lambda: not any(known.pongs_due for known in server._pool.idle_links()))  # it has answered once
+    wait_until(lambda: not any(known.pongs_due and not known.settling for known in server._pool.idle_links()))
     return link
 
 
@@ -602,8 +602,9 @@ def test_a_start_that_nobody_acknowledges_makes_its_client_suspect(
 ) -> None:
     """The other links of that relay client are not used before they have answered; who has sent nothing is offered to
     another one, and who has sent something, which may have arrived, goes on waiting."""
-    monkeypatch.setattr(tcprelay_server, "SUSPICION", 0.2)
-    monkeypatch.setattr(tcprelay, "path_is_dead", lambda sock, seconds: seconds == 0.2)
+    monkeypatch.setattr(tcprelay_server, "SUSPICION", 0.5)
+    monkeypatch.setattr(tcprelay, "path_is_dead", lambda sock, seconds: seconds == 0.5)
+    monkeypatch.setattr(tcprelay, "is_resent", lambda sock: True)
     server = bench.server()
     idle, chosen = pooled(bench, server, "lost"), pooled(bench, server, "lost")
     sock = bench.connect(server)
@@ -962,3 +963,47 @@ def test_looking_after_idle_links_makes_pauses(monkeypatch: pytest.MonkeyPatch) 
     assert [len(piece) for piece in pieces] == [256, 256, 256, 232]
     assert [item for piece in pieces for item in piece] == list(range(1000))
     assert len(pauses) == 3
+
+
+def test_a_slow_path_is_not_suspect(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its acknowledgements take longer than that; what tells is that the kernel has sent START again."""
+    monkeypatch.setattr(tcprelay_server, "SUSPICION", 0.2)
+    monkeypatch.setattr(tcprelay, "path_is_dead", lambda sock, seconds: seconds == 0.2)
+    link = fake(bench)
+    sock = bench.connect(link.server)
+    assert link.next().kind == START
+    link.sock.settimeout(0.6)
+    with pytest.raises(TimeoutError):
+        link.sock.recv(1)
+    link.sock.settimeout(None)
+    link.send(READY)
+    link.write(b"banner")
+    assert read_exactly(sock, 6) == b"banner"
+
+
+def test_without_a_queue_nobody_waits(bench: Bench) -> None:
+    """--max-pending 0: who finds no idle link is refused at once, and relay clients come in."""
+    link = fake(bench, max_pending=0)
+    busy = bench.connect(link.server)
+    assert link.next().kind == START
+    with pytest.raises(ConnectionResetError):
+        bench.connect(link.server).recv(1)
+    [failed] = bench.server_events.wait(ConnectionFailed)
+    assert "--max-pending" in failed.reason
+    busy.close()
+
+
+def test_who_failed_elsewhere_waits_for_a_link_that_is_being_proven(bench: Bench) -> None:
+    """One relay client cannot reach its service; the link of another settles, and is used when it has answered."""
+    server = bench.server()
+    settling = pooled(bench, server, "settling")
+    carry_one_way(settling, bench.connect(server), 10)
+    assert settling.next().kind == PING
+    failing = pooled(bench, server, "failing")
+    sock = bench.connect(server)
+    assert failing.next().kind == START
+    failing.send(FAIL, {"reason": "down"})
+    failing.read_end()
+    wait_until(lambda: server.counters["waiting"] == 1)
+    settling.send(PONG)
+    settling.send_connection(sock)

@@ -106,9 +106,10 @@ class Relays:
         server: tuple[str, ...] = (),
         client: tuple[str, ...] = (),
         wrapper: tuple[str, ...] = (),
+        publish: bool = True,
     ) -> None:
         """A relay to the `service`, as `serving` returns it; `server` and `client` are further options.  Returns when
-        it is published."""
+        it is published, or with `publish` False when the client is started."""
         self._run, self.legs, self._service = run, legs, service
         self._wrapper = wrapper
         self._server_options, self._client_options = server, client
@@ -116,7 +117,7 @@ class Relays:
         self.relay_port = self.service_port = 0
         self.server = self.start_server()
         self.relay_port, self.service_port = self.server.relay_port, self.server.service_port
-        self.client = self.start_client()
+        self.client = self.start_client(publish)
 
     def start_server(self) -> RelayProcess:
         """Start the server, again on the same ports if it was started before."""

@@ -50,14 +50,16 @@ class Run:
         if round_trip:
             self.lay_wire()
 
-    def lay_wire(self) -> Wire:
+    def lay_wire(self, way: Way | None = None, nat: float | None = None) -> Wire:
         """Have two hosts with a wire between them from now on, also where the case is on loopback otherwise.
 
-        Its round trip is the run's, give or take a fifth by chance; bandwidth is what the processor can carry.
+        Where nothing else is asked for its round trip is the run's, give or take a fifth by chance, and its bandwidth
+        what the processor can carry.
         """
         if self._wire is None:
-            way = Way(delay=0.4 * self.round_trip, jitter=0.2 * self.round_trip)
-            self._wire = Wire(self.stack, way, offload=True, seed=self.random.getrandbits(32))
+            usual = Way(delay=0.4 * self.round_trip, jitter=0.2 * self.round_trip)
+            seed = self.random.getrandbits(32)
+            self._wire = Wire(self.stack, way or usual, nat=nat, offload=way is None, seed=seed)
             self.server, self.client = self._wire.server, self._wire.client
         return self._wire
 
