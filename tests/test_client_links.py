@@ -36,6 +36,7 @@ from tcprelay import (
     WELCOME,
     ConnectionClosed,
     ConnectionFailed,
+    ConnectionOpened,
     Deadline,
     Link,
     LinkDown,
@@ -718,3 +719,133 @@ def test_a_start_that_is_read_late_dials_nobody(
     [down] = bench.client_events.wait(LinkDown)
     assert down.reason == "the link was lost before its connection began"
     assert service.connections == 0
+
+
+def test_who_waits_is_not_forgotten_while_links_are_bounded() -> None:
+    """What could not be opened at once is opened later, without the server saying it again."""
+    client = RelayClient("127.0.0.1", 1, "127.0.0.1", 1, 8, max_conn=1000)
+    [service] = client._services
+    service.probing, service.asked, service.busy = False, 300, 100
+    assert client._take_missing(service, time.monotonic())[0] == 256
+    client._handshakes = 1000
+    assert client._take_missing(service, time.monotonic())[0] == 8 + 300 - 256
+    assert client._take_missing(service, time.monotonic())[0] == 0
+
+
+@pytest.mark.parametrize(("count", "number", "most"), [(4, 0, 64), (3, 0, 86), (3, 2, 85)])
+def test_workers_share_the_bound_of_handshakes(count: int, number: int, most: int) -> None:
+    client = RelayClient("127.0.0.1", 1, "127.0.0.1", 1, 8)
+    client.become_one_of(number, count)
+    assert (client._handshakes, client._most_handshakes) == (most, most)
+
+
+def test_a_link_on_which_no_ping_comes_is_reset(bench: Bench, server: FakeServer) -> None:
+    """A FIN would be sent again and again on a dead path, and the answers to it keep the other side in the dark."""
+    client_of(bench, server, unused_port())
+    link = server.accept()
+    server.welcome(link, heartbeat=0.05)
+    with pytest.raises(ConnectionResetError):
+        next_frame(link)
+    assert bench.client_events.wait(LinkDown)[0].reason == "no PING in time"
+
+
+def test_a_link_that_losses_hold_back_is_replaced(
+    bench: Bench, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BYE follows its connection; what crosses that is still served, and another link takes its place."""
+    monkeypatch.setattr(tcprelay, "is_held_back", lambda sock, sent: True)
+    client_of(bench, server, bench.service())
+    link = server.accept()
+    server.welcome(link)
+    for number in range(2):
+        link.send(START, {"id": f"c{number}"})
+        link.send(END)
+        assert next_frame(link).kind == READY
+        assert link.recv_into(memoryview(bytearray(1))) == 0
+        if not number:
+            assert next_frame(link).kind == BYE
+            server.welcome(server.accept())
+    link.close()
+    [down] = bench.client_events.wait(LinkDown)
+    assert down.reason == "it has lost packets, and a new one will be faster"
+
+
+@pytest.mark.parametrize("tls", ["", "relay"])
+@pytest.mark.parametrize("path", ["", "; the path is slow"])
+def test_a_relay_that_says_nothing(
+    bench: Bench, server: FakeServer, monkeypatch: pytest.MonkeyPatch, tls: str, path: str
+) -> None:
+    """It is given up in time, from the TCP connection on, and told with what is known of the path."""
+    monkeypatch.setattr(tcprelay_client, "LINK_TIMEOUT", 0.2)
+    monkeypatch.setattr(tcprelay, "say_path", lambda sock: path)
+    client_of(bench, server, unused_port(), tls=tls)
+    server.accept()
+    [event] = bench.client_events.wait(Unpublished)
+    why = path or f"; is 127.0.0.1:{server.port} the relay port of a tcprelays?"
+    assert event.reason == f"no answer within 0.2 s{why}"
+
+
+def test_the_relay_is_dialled_once_more_beside(server: FakeServer) -> None:
+    """With the time-outs that protocol.md says, in workers too."""
+    client = RelayClient("127.0.0.1", 1, "127.0.0.1", server.port, 2)
+    for _ in range(2):
+        dialer = client._dialer
+        assert (dialer._timeout, dialer._again) == (
+            tcprelay_client.RELAY_DIAL_TIMEOUT,
+            tcprelay_client.DIAL_AGAIN,
+        )
+        client.become_one_of(0, 2)
+
+
+def test_a_slow_path_is_told_when_the_relay_is_back(
+    bench: Bench, server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "tcprelay")
+    monkeypatch.setattr(tcprelay, "say_path", lambda sock: "; the path is slow")
+    client_of(bench, server, unused_port())
+    server.welcome(server.accept())
+    bench.client_events.wait(LinkUp)
+    assert f"a link with 127.0.0.1:{server.port} is up; the path is slow" in caplog.messages
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()])
+def test_a_lack_of_threads_is_an_attempt_that_failed(
+    bench: Bench, server: FakeServer, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """It ends nothing, and no count is lost."""
+    real, failed = tcprelay.Threads.start, threading.Event()
+
+    def start(threads: tcprelay.Threads, *words: Any) -> None:
+        if not failed.is_set():
+            failed.set()
+            raise error
+        real(threads, *words)
+
+    monkeypatch.setattr(tcprelay.Threads, "start", start)
+    client = client_of(bench, server, unused_port(), max_conn=1)
+    server.welcome(server.accept())
+    wait_until(lambda: client.counters["links_idle"] == 1)
+    [event] = bench.client_events.of(Unpublished)
+    assert event.reason == tcprelay.say_error(error)
+
+
+def test_an_unexpected_error_as_a_connection_opens(
+    bench: Bench, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no longer watched over, its service is let go, and it has its closing record."""
+    emit = tcprelay.Events.__call__
+
+    def fail(events: tcprelay.Events, event: tcprelay.Event) -> None:
+        if isinstance(event, ConnectionOpened):
+            raise MemoryError
+        emit(events, event)
+
+    monkeypatch.setattr(tcprelay.Events, "__call__", fail)
+    client = client_of(bench, server, bench.service())
+    link = server.accept()
+    server.welcome(link)
+    link.send(START, {"id": "c1"})
+    with pytest.raises((EOFError, ConnectionError)):
+        next_frame(link)
+    bench.client_events.wait(ConnectionClosed)
+    assert not client._splices.snapshot()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import io
+import json
 import logging
 import os
 import select
@@ -15,6 +18,7 @@ import termios
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -280,6 +284,77 @@ def test_a_disk_that_has_room_again_gets_the_count(lines: Lines) -> None:
         lines.writer.put("there\n")
         said = lines.read_all()
     assert said == ["there", "WARNING 3 log lines were dropped: standard error did not take them"]
+
+
+def test_a_line_that_was_torn_is_ended_before_the_next(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk was full in its midst: what comes later stands in a line of its own."""
+    real, written = LogWriter._write_some, []
+
+    def write_some(writer: LogWriter, piece: memoryview) -> int:
+        written.append(piece)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(writer, piece[:3] if len(written) == 1 else piece)
+
+    monkeypatch.setattr(LogWriter, "_write_some", write_some)
+    lines.writer.begin()
+    lines.writer.put("first\n")
+    wait_until(lambda: len(written) == 3 and not lines.writer._dropped)
+    lines.writer.put("second\n")
+    notice = "WARNING 1 log lines were dropped: standard error did not take them"
+    assert lines.read_all() == ["fir", notice, "second"]
+
+
+def test_without_a_standard_error_lines_are_dropped(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None at all, or a closed one; the thread lives on."""
+    closed = io.StringIO()
+    closed.close()
+    lines.writer.stream = closed
+    lines.writer.begin()
+    lines.writer.put("lost\n")
+    wait_until(lambda: lines.writer._dropped == 1)
+    lines.writer.stream = None
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", None)
+        lines.writer.put("lost, too\n")
+        wait_until(lambda: lines.writer._dropped == 2)
+    lines.writer.stream = lines.stream
+    lines.writer.put("there\n")
+    assert "there" in lines.read_all()
+
+
+def test_an_exception_is_in_a_json_line(lines: Lines) -> None:
+    lines.writer.setFormatter(tcprelay.JsonFormatter())
+    record = logging.LogRecord("tcprelay", logging.ERROR, "", 0, "it failed", (), None)
+    try:
+        raise ZeroDivisionError("canary")
+    except ZeroDivisionError:
+        record.exc_info = sys.exc_info()
+    lines.writer.handle(record)
+    [said] = map(json.loads, lines.read_all())
+    assert said["message"] == "it failed"
+    assert said["exception"].splitlines()[-1] == "ZeroDivisionError: canary"
+
+
+def test_closed_standard_descriptors_are_no_connections(workers: str) -> None:
+    """What some library says on them would go to a peer: they are opened on /dev/null, in workers too."""
+    port = free_port()
+    words = "server", "--relay-port", str(port), "--service-port", "0", "--hostname", HOST, "--workers", workers
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-m", "tcprelay", *words]
+    process = subprocess.Popen(command, cwd=ROOT)
+    try:
+        wait_until(lambda: dial(port), 3 * PATIENCE).close()
+        children = wait_until(
+            lambda: len(found := Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+            == int(workers) and [*found, ""]
+        )  # fmt: skip
+        for pid in (process.pid, *children[:-1]):
+            assert {os.readlink(f"/proc/{pid}/fd/{number}") for number in range(3)} == {"/dev/null"}
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+        process.wait(PATIENCE)
 
 
 def test_the_end_does_not_wait_for_whoever_reads(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:

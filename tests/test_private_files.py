@@ -234,6 +234,14 @@ def test_without_a_home_directory(tmp_path: Path, environment: dict[str, str]) -
     assert not list((tmp_path / "empty").iterdir())
 
 
+def test_a_relative_place_counts_as_none(tmp_path: Path) -> None:
+    """As XDG's rules say; the home directory is there instead."""
+    done = run_without_home(tmp_path, XDG_STATE_HOME="relative", HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / ".local/state/tcprelay/token").exists()
+    assert not list((tmp_path / "empty").iterdir())
+
+
 def test_systemd_s_directory_needs_no_home(tmp_path: Path) -> None:
     done = run_without_home(tmp_path, STATE_DIRECTORY=str(tmp_path / "state"))
     assert (done.stdout, done.returncode) == ("tcprelays: the configuration is valid\n", 0), done.stderr

@@ -40,8 +40,9 @@ from tcprelay import (
     encode_header,
     prove,
 )
-from tcprelay_server import Handshakes, LinkRefused, PooledLink
+from tcprelay_server import Handshakes, LinkNotMade, LinkRefused, PooledLink
 
+from .certificates import Certificates
 from .conftest import PATIENCE, Bench, connect, read_all, read_exactly, wait_until
 from .peers_v1 import FakeClient
 
@@ -832,7 +833,6 @@ def test_a_client_that_shows_that_it_is_done_gets_the_next_at_once(bench: Bench)
 def test_a_link_that_settles_is_closed_in_peace(bench: Bench) -> None:
     """The server's end sends no RST, which would destroy what is still on the way to the relay client."""
     link = fake(bench)
-    link.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     sock = bench.connect(link.server)
     assert link.next().kind == START
     link.send(READY)
@@ -1007,3 +1007,191 @@ def test_who_failed_elsewhere_waits_for_a_link_that_is_being_proven(bench: Bench
     wait_until(lambda: server.counters["waiting"] == 1)
     settling.send(PONG)
     settling.send_connection(sock)
+
+
+def test_a_silent_idle_link_is_reset(bench: Bench) -> None:
+    """It is dead: nobody waits for an answer to a FIN."""
+    link = fake(bench, heartbeat=0.1)
+    with pytest.raises(ConnectionResetError):
+        while True:
+            assert link.next().kind == PING
+    assert bench.server_events.wait(LinkDown)[0].reason == "silent for 0.25 s"
+
+
+def test_a_link_that_settles_on_a_dead_path_is_reset(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silence is no reason, but that nothing is acknowledged for --dead-path is."""
+    dead = threading.Event()
+    monkeypatch.setattr(tcprelay, "path_is_dead", lambda sock, seconds: seconds == 77.0 and dead.is_set())
+    link = fake(bench, heartbeat=0.1, dead_path=77.0)
+    carry_one_way(link, bench.connect(link.server), 10)
+    assert link.next().kind == PING
+    with pytest.raises(TimeoutError):
+        link.receive(tcprelay.Deadline(0.5))
+    dead.set()
+    with pytest.raises(ConnectionResetError):
+        link.next()
+    assert bench.server_events.wait(LinkDown)[0].reason == "sent bytes are no longer acknowledged"
+
+
+def test_a_link_with_half_a_ping_in_it_is_not_given_out(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """START would be read as the rest of it; who comes waits until that has gone."""
+    full, half_sent, release = threading.Event(), threading.Event(), threading.Event()
+    plain, ping = tcprelay.Stream.send_now, encode_frame(PING)
+
+    def send_now(stream: tcprelay.Stream, data: bytearray, end_follows: bool = False) -> bool:
+        if full.is_set() and not release.is_set() and bytes(data) in (ping, ping[2:]):
+            if bytes(data) == ping:
+                plain(stream, data[:2])
+                del data[:2]
+            else:
+                half_sent.set()
+            release.wait(0.01)
+            return False
+        return plain(stream, data, end_follows)
+
+    monkeypatch.setattr(tcprelay.Stream, "send_now", send_now)
+    link = fake(bench, heartbeat=1.0)
+    full.set()
+    assert half_sent.wait(PATIENCE)
+    wait_until(link.server._pool.idle_links)
+    sock = bench.connect(link.server)
+    wait_until(lambda: link.server.counters["waiting"] == 1)
+    release.set()
+    assert link.next().kind == PING
+    link.send(PONG)
+    link.send_connection(sock)
+
+
+@pytest.mark.parametrize("settles", [False, True])
+def test_a_link_that_losses_hold_back_is_retired(bench: Bench, monkeypatch: pytest.MonkeyPatch, settles: bool) -> None:
+    """When its connection is over for its client, too; in peace."""
+    monkeypatch.setattr(tcprelay, "is_held_back", lambda sock, sent: True)
+    link = fake(bench)
+    if settles:
+        carry_one_way(link, bench.connect(link.server), 10)
+        assert link.next().kind == PING
+        assert not bench.server_events.of(LinkDown)
+        link.send(PONG)
+    else:
+        link.send_connection(bench.connect(link.server))
+    assert link.next().kind == BYE
+    with pytest.raises(EOFError):
+        link.next()
+    assert bench.server_events.wait(LinkDown)[0].reason == "it has lost packets, and a new one will be faster"
+
+
+def test_what_a_client_has_passed_on_counts_for_one_connection(bench: Bench) -> None:
+    """The next one's END says it anew, or says nothing: then the link settles."""
+    link = fake(bench)
+    link.send_connection(bench.connect(link.server))
+    carry_one_way(link, bench.connect(link.server), 8)  # as many as before
+    assert link.next().kind == PING
+
+
+@pytest.mark.parametrize("step", ["AUTH", "TLS"])
+def test_each_answer_of_a_handshake_has_its_time(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, certificates: Certificates, step: str
+) -> None:
+    """Who has said HELLO and then nothing, or nothing where TLS is spoken, does not get the whole time."""
+    monkeypatch.setattr(tcprelay, "HANDSHAKE_TIMEOUT", 1000.0)
+    monkeypatch.setattr(tcprelay, "HANDSHAKE_STEP", 0.3)
+    files = {"cert": certificates.path("server.pem"), "key": certificates.path("server.key")}
+    server = bench.server(token="t", **(files if step == "TLS" else {}), tls="relay" if step == "TLS" else "")
+    link = bench.enter(FakeClient(server))
+    if step == "AUTH":
+        link.send(HELLO, {"version": 1, "service": "default", "client": "fake", "nonce": "0"})
+        assert link.next().kind == CHALLENGE
+    assert [event.code for event in bench.server_events.wait(LinkRefused)] == ["timeout"]
+
+
+def test_a_handshake_has_its_time_in_all(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long each answer may take."""
+    monkeypatch.setattr(tcprelay, "HANDSHAKE_TIMEOUT", 0.3)
+    monkeypatch.setattr(tcprelay, "HANDSHAKE_STEP", 1000.0)
+    bench.enter(FakeClient(bench.server()))
+    assert [event.code for event in bench.server_events.wait(LinkRefused)] == ["timeout"]
+
+
+def test_who_had_a_link_in_vain_is_the_first_to_get_another(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before those who came later and wait already, and however many these are."""
+    lost = threading.Event()
+    monkeypatch.setattr(tcprelay_server, "SUSPICION", 0.05)
+    monkeypatch.setattr(tcprelay_server, "STANDSTILL", 0.0)
+    monkeypatch.setattr(tcprelay, "path_is_dead", lambda sock, seconds: seconds == 0.05 and lost.wait(PATIENCE))
+    link = fake(bench, max_pending=1)
+    first = bench.connect(link.server)
+    assert link.next().kind == START
+    later = bench.connect(link.server)
+    wait_until(lambda: link.server.counters["waiting"] == 1)
+    lost.set()
+    wait_until(lambda: link.server.counters["waiting"] == 2)
+    other = bench.enter(FakeClient(link.server))
+    assert other.hello(client="other").kind == WELCOME
+    assert other.next().fields["client"] == "{}:{}".format(*first.getsockname())
+    later.close()
+    first.close()
+    assert not bench.server_events.of(ConnectionFailed)
+
+
+def test_where_nobody_is_served_nobody_is_kept_in_the_kernel(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a relay client one more than --max-pending is refused at once."""
+    monkeypatch.setattr(tcprelay_server, "STANDSTILL", 1000.0)
+    server = bench.server(max_pending=1)
+    bench.connect(server)
+    wait_until(lambda: server.counters["waiting"] == 1)
+    with pytest.raises(ConnectionResetError):
+        bench.connect(server).recv(1)
+    assert "--max-pending" in bench.server_events.wait(ConnectionFailed)[0].reason
+
+
+def test_when_a_link_was_given_out_is_known(bench: Bench) -> None:
+    """From the pool, and to who waits: others may hope then."""
+    link = fake(bench)
+    given_at = link.server._pool._given_at
+    assert not given_at["default"]
+    link.send_connection(bench.connect(link.server))
+    first = given_at["default"]
+    assert first
+    wait_until(lambda: link.server.counters["links_idle"] == 1)
+    busy = bench.connect(link.server)
+    waiting: list[socket.socket] = []
+
+    def wait_in_vain() -> None:
+        waiting.append(bench.connect(link.server))
+        wait_until(lambda: link.server.counters["waiting"] == 1)
+        given_at["default"] = 0.0
+
+    plain = link.read_end
+    link.read_end = lambda: [wait_in_vain(), plain()][1]  # type: ignore[method-assign, func-returns-value]
+    link.send_connection(busy)
+    assert link.next().kind == START
+    assert given_at["default"] > first
+    waiting[0].close()
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, MemoryError])
+def test_who_gets_no_thread_is_waited_for_no_longer(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    """It does not count among those that have no link yet: with a few of them the kernel would hold all others."""
+    server = bench.server()
+
+    def fail(*_: object) -> None:
+        raise kind("no thread")
+
+    monkeypatch.setattr(server._threads, "start", fail)
+    with pytest.raises(ConnectionResetError):
+        bench.connect(server).recv(1)
+    monkeypatch.undo()
+    wait_until(lambda: server._pool._expected["default"] == 0)
+
+
+def test_who_gives_a_handshake_up_was_not_refused(bench: Bench) -> None:
+    """Nobody has to be warned of it."""
+    link = bench.enter(FakeClient(bench.server(token="t")))
+    link.send(HELLO, {"version": 1, "service": "default", "client": "fake", "nonce": "0"})
+    assert link.next().kind == CHALLENGE
+    link.close()
+    [event] = bench.server_events.wait(LinkRefused)
+    assert type(event) is LinkNotMade
+    assert event.level < LinkRefused.level

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+import tcprelay
 from tcprelay import Deadline, Threads
 
 from .conftest import PATIENCE, wait_until
@@ -111,18 +112,42 @@ def test_what_was_told_to_outlive_its_terminal_does(workers: str, tmp_path: Path
         assert terminal.is_running() and is_listening(terminal.port)
 
 
+def test_a_terminal_that_closes_is_one_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel and a shell may both tell of it: the second time does not cut the drain short."""
+    gone = threading.Event()
+    monkeypatch.setattr(tcprelay, "is_terminal_gone", gone.is_set)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with tcprelay._Signals() as signals:
+            said = []
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGHUP)
+                said.append(signals.wait())
+                gone.set()
+            assert said == [signal.SIGHUP, signal.SIGTERM, signal.SIGHUP]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 # --- Children of others ---------------------------------------------------------------------------------------
 
 ORPHANS = """
-import os, subprocess, sys, time
+import os, socket, subprocess, sys, time
 port = sys.argv[1]
 relay = [sys.executable, "-m", "tcprelay", "server", "--relay-port", port, "--service-port", "0", "--hostname",
          "127.0.0.1", "--workers", sys.argv[2], "--drain-timeout", "0"]
 if not os.fork():
     for _ in range(5):  # each leaves a child of its own behind
         subprocess.run(["sh", "-c", "sleep 0.2 &"], check=True)
-    time.sleep(0.1)
-    os._exit(0)
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", int(port))).close()
+            break
+        except ConnectionRefusedError:
+            time.sleep(0.01)
+    subprocess.run(["sh", "-c", "sleep 0.7 &"], check=True)
+    time.sleep(0.5)
+    os._exit(0)  # while the relay serves, as the last one that it has left
 os.execv(sys.executable, relay)
 """
 

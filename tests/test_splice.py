@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from unittest.mock import Mock
 
 import pytest
 
@@ -965,9 +966,10 @@ def close_early(rig: Rig, more: bytes = b"second") -> None:
     send(rig.far, more)
 
 
-def test_the_end_is_heard_out_when_the_stream_has_closed(rig: Rig) -> None:
+def test_the_end_is_heard_out_when_the_stream_has_closed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is on the way to somebody who has closed cannot be delivered; END comes behind it, the link stays whole,
     and both relays count the same and call the connection complete."""
+    monkeypatch.setattr(tcprelay, "HEAR_OUT_TIME", PATIENCE)
     close_early(rig)
     send(rig.far, b"third")
     rig.far.send(END)
@@ -1001,6 +1003,7 @@ def test_who_sends_much_to_somebody_who_has_closed_is_told_soon(rig: Rig, monkey
 
 def test_a_sweep_hears_the_end_out_too(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """It sees the RST of a peer that has closed, while END is on its way: that comes in time, or it does not."""
+    monkeypatch.setattr(tcprelay, "HEAR_OUT_TIME", PATIENCE)
     close_early(rig, b"")
     splices = Splices(10, 0, 0)
     splices.add(rig.splice)
@@ -1030,3 +1033,93 @@ def test_a_fin_is_believed_although_an_rst_came_behind_it() -> None:
         with pytest.raises(BrokenPipeError):
             near.send(b"later still")
         assert stream.recv_into(view) == stream.recv_now(view) == 0
+
+
+def tcp_info(**values: int) -> socket.socket:
+    """Stands in for a socket whose `struct tcp_info` has these numbers, and zeros."""
+    offsets = {"mss": 16, "unacked": 24, "last_ack": 56, "round_trip": 68, "threshold": 76, "lost": 100}
+    info = bytearray(200)
+    for name, value in values.items():
+        struct.pack_into("I", info, offsets[name], value)
+    sock = Mock(spec=socket.socket)
+    sock.getsockopt.side_effect = lambda level, option, size: bytes(info[:size])
+    return sock
+
+
+@pytest.mark.parametrize(
+    ("lost", "threshold", "sent", "held_back"),
+    [(0, 8, 10**7, False), (1, 8, 0, True), (1, 20, 0, True), (1, 21, 0, False), (1, 250, 10**6, True),
+     (1, 251, 10**6, False), (1, 0x7FFFFFFF, 10**6, False)],
+)  # fmt: skip
+def test_what_losses_hold_back(lost: int, threshold: int, sent: int, held_back: bool) -> None:
+    """A threshold that is low, or less than a quarter of what was sent; without a loss it says nothing."""
+    assert tcprelay.is_held_back(tcp_info(mss=1000, lost=lost, threshold=threshold), sent) is held_back
+
+
+def test_where_the_path_is_slow_that_is_said() -> None:
+    """From a second on; of what is no TCP connection nothing is."""
+    assert tcprelay.say_path(tcp_info(round_trip=2_340_000)) == "; the path is slow: a round trip takes 2.3 s"
+    assert tcprelay.say_path(tcp_info(round_trip=999_999)) == ""
+    one, other = socket.socketpair()
+    with one, other:
+        assert tcprelay.say_path(one) == ""
+        assert not tcprelay.is_held_back(one, 10**9)
+        assert not tcprelay.path_is_dead(one, 1)
+
+
+@pytest.mark.parametrize(
+    ("unacked", "last_ack", "seconds", "dead"),
+    [(1, 2001, 2, True), (1, 2000, 2, False), (0, 10**6, 2, False), (1, 10**6, 0, False)],
+)
+def test_when_a_path_is_dead(unacked: int, last_ack: int, seconds: float, dead: bool) -> None:
+    """Something is under way, and nothing was acknowledged for longer than that; 0 is never."""
+    assert tcprelay.path_is_dead(tcp_info(unacked=unacked, last_ack=last_ack), seconds) is dead
+
+
+def test_a_link_that_losses_hold_back_is_spent(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked when the connection is over, with what that has sent on it."""
+    asked: list[tuple[socket.socket, int]] = []
+
+    def is_held_back(sock: socket.socket, sent: int) -> bool:
+        asked.append((sock, sent))
+        return True
+
+    monkeypatch.setattr(tcprelay, "is_held_back", is_held_back)
+    rig.far_stream.sendall(b"hello")
+    rig.far_stream.shutdown(socket.SHUT_WR)
+    assert receive(rig.far) == b"hello"
+    rig.far.send(END)
+    assert rig.done.wait(PATIENCE)
+    assert asked == [(rig.link.sock, 5)]
+    assert rig.link.spent
+
+
+@pytest.mark.parametrize("lost", ["stream", "link"])
+def test_a_dead_path_ends_a_connection(rig: Rig, monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
+    """Of either leg, and by RST on the link; not where --dead-path is 0, and not before that time."""
+    dead = getattr(rig, lost).sock
+    monkeypatch.setattr(tcprelay, "path_is_dead", lambda sock, seconds: sock is dead)
+    for dead_path in (0.0, 1000.0):
+        patient = Splices(10, 0, 0, dead_path)
+        patient.add(rig.splice)
+        patient.sweep()
+        assert not rig.splice.reason
+    rig.link.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
+    splices = Splices(10, 0, 0, 0.01)
+    splices.add(rig.splice)
+    sweep_until_broken(splices)
+    assert rig.splice.reason == "sent bytes are no longer acknowledged"
+    wait_until(lambda: rig.far.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == b"\x07")  # not CLOSE_WAIT
+
+
+def test_a_pump_s_end_says_what_was_passed_on(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the opening exchange's does; without it each larger connection's link would have to settle."""
+    monkeypatch.setattr(tcprelay, "OPENING_TIME", 0.0)
+    data = random.Random(5).randbytes(300_000)
+    for start in range(0, len(data), 50_000):
+        send(rig.far, data[start : start + 50_000])
+        assert read_exactly(rig.far_stream, 50_000) == data[start : start + 50_000]
+    wait_until(lambda: rig.splice.from_link == len(data))
+    rig.far_stream.shutdown(socket.SHUT_WR)
+    assert receive(rig.far) == b""
+    assert rig.far.passed == len(data)
