@@ -1037,7 +1037,7 @@ class RelayServer(Relay):
         if not isinstance(pooled.link, Link):
             return
         dead = now - pooled.last_heard > tcprelay.SILENCE * heartbeat
-        due = now - max(pooled.last_pinged, pooled.last_heard) > heartbeat
+        due = not pooled.blocked and now - max(pooled.last_pinged, pooled.last_heard) > heartbeat
         if pooled.settling:  # silence says nothing: it may have to wait for a slow service before it reads on
             dead, due = tcprelay.path_is_dead(pooled.link.sock, self.options.dead_path), False
         unused = now - pooled.last_used >= SURPLUS_TIME and not pooled.settling

@@ -1050,7 +1050,7 @@ def test_a_link_with_half_a_ping_in_it_is_not_given_out(bench: Bench, monkeypatc
         return plain(stream, data, end_follows)
 
     monkeypatch.setattr(tcprelay.Stream, "send_now", send_now)
-    link = fake(bench, heartbeat=1.0)
+    link = fake(bench, heartbeat=2.0)
     full.set()
     assert half_sent.wait(PATIENCE)
     wait_until(link.server._pool.idle_links)
@@ -1118,6 +1118,7 @@ def test_who_had_a_link_in_vain_is_the_first_to_get_another(bench: Bench, monkey
     monkeypatch.setattr(tcprelay_server, "SUSPICION", 0.05)
     monkeypatch.setattr(tcprelay_server, "STANDSTILL", 0.0)
     monkeypatch.setattr(tcprelay, "path_is_dead", lambda sock, seconds: seconds == 0.05 and lost.wait(PATIENCE))
+    monkeypatch.setattr(tcprelay, "is_resent", lambda sock: True)
     link = fake(bench, max_pending=1)
     first = bench.connect(link.server)
     assert link.next().kind == START
