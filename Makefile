@@ -25,7 +25,7 @@ lint: $(VENV)/.lint  ## ruff and mypy --strict
 
 check: lint test  ## ruff, mypy --strict and the tests
 
-chaos: $(VENV)/.test  ## faults, load and hostile input, as root on Linux, half an hour; ARGS="--scale 0.05" is a quick look
+chaos: $(VENV)/.test  ## faults, load and hostile input, as root on Linux, over an hour; ARGS="--scale 0.05" is a quick look
 	$(RUN) -m tests.chaos $(ARGS)
 
 bench: $(VENV)/.test  ## speed and memory beside other relays, up to 45 minutes; ARGS="--repeat 1 --seconds 1" is a quick look

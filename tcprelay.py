@@ -4012,7 +4012,7 @@ def _run_role(prog: str, options: OptionsT, make: Callable[[OptionsT], Relay], c
         log_writer.begin()  # behind that line, for it stays where it is started
         role.start()
         invite(role)
-        signals.watch_children()
+        signals.begin()
         return _run(role, signals)
 
 
@@ -4083,6 +4083,7 @@ class _Signals:
         self._fd_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._ends_with_terminal = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN and not is_terminal_gone()
         self._before = {number: signal.signal(number, lambda *_: None) for number in self.HANDLED}
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until `begin`: there is nothing to reload yet
         return self
 
     def fileno(self) -> int:
@@ -4107,10 +4108,13 @@ class _Signals:
             if number in (*self.HANDLED, signal.SIGCHLD, 0):
                 return number
 
-    def watch_children(self) -> None:
-        """Tell of children that have ended, too; not before serving begins, for until then any signal is an end."""
+    def begin(self) -> None:
+        """Tell of SIGHUP and of children that have ended, too: until serving begins any signal is an end."""
+        signal.signal(signal.SIGHUP, lambda *_: None)
         self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
         self._writer.send(bytes([signal.SIGCHLD]))  # some may have ended before
+        if self._ends_with_terminal and is_terminal_gone():
+            self._writer.send(bytes([signal.SIGHUP]))
 
     def done(self) -> None:
         self._writer.send(b"\0")
@@ -4497,7 +4501,7 @@ class Workers:
         """The life of the parent; returns the exit status.  Raises `OSError` where the role cannot begin."""
         self._signals = signals
         self.role.prepare()
-        signals.watch_children()  # without that, whoever started us may have made it impossible to wait for one
+        signals.begin()  # without that, whoever started us may have made it impossible to wait for one
         self.selector.register(signals, selectors.EVENT_READ, lambda: self._obey(signals.wait()))
         self.open()
         gc.collect()

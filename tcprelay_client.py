@@ -542,7 +542,7 @@ class RelayClient(Relay):
                 elif not self._stop.requested:
                     self._back_off(service, since)
             link.close()
-        self._emit(LinkDown(service=service.name, peer=str(self._relay), client=self._id, reason=reason))
+            self._emit(LinkDown(service=service.name, peer=str(self._relay), client=self._id, reason=reason))
 
     def _connect(self, service: Service) -> tuple[Link | Stream, str, int]:
         """Dial the relay server and bring the link to its idle state; with the service's address there, and how many

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import signal
 import socket
 import struct
@@ -251,3 +252,17 @@ def test_a_thread_that_cannot_be_woken_does_not_hold_up_the_end() -> None:
     assert 2.1 <= time.monotonic() - began < PATIENCE
     stuck.set()
     assert threads.end(Deadline(PATIENCE)) == []
+
+
+def test_sighup_before_serving_is_no_end() -> None:
+    """There is nothing to reload yet, and whoever waits for a name server goes on; SIGTERM ends it."""
+    with tcprelay._Signals() as signals:
+        os.kill(os.getpid(), signal.SIGHUP)
+        with pytest.raises(TimeoutError):
+            tcprelay.wait_for(signals.fileno(), select.POLLIN, Deadline(0.05))
+        signals.begin()
+        assert signals.wait() == signal.SIGCHLD
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.wait() == signal.SIGHUP
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.wait() == signal.SIGTERM
