@@ -4712,6 +4712,7 @@ class Workers:
         code = os.waitstatus_to_exitcode(status)
         how = f"by signal {-code}" if code < 0 else f"with status {code}"
         if not (was_up or self._begun):
+            self.log.error("worker %d (process %d) has ended %s before it could serve", worker.number, pid, how)
             self._status = 1
             self._obey(signal.SIGTERM)
         else:

@@ -163,8 +163,8 @@ def wait_workers(relay: RelayProcess, without: set[int], count: int = 2) -> list
 
 
 def wait_up(relay: RelayProcess) -> None:
-    """Wait until both workers have started their threads."""
-    wait_until(lambda: sum(len(os.listdir(f"/proc/{pid}/task")) >= 4 for pid in workers_of(relay)) == 2)
+    """Wait until both workers have told their parent that they serve, and started the thread that comes after that."""
+    wait_until(lambda: sum(len(os.listdir(f"/proc/{pid}/task")) >= 5 for pid in workers_of(relay)) == 2)
 
 
 def is_refused(server: RelayProcess) -> bool:
@@ -513,7 +513,7 @@ def test_orders_reach_a_worker_whose_channel_is_full(peers: Peers) -> None:
     wait_up(server)
     pids = workers_of(server)
     for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
     with ExitStack() as stack:
         with contextlib.suppress(ConnectionResetError):
             while not server.events("AcceptPaused"):  # no worker takes it
@@ -534,7 +534,7 @@ def test_who_comes_back_from_a_worker_that_ends_has_a_closing_record(peers: Peer
     wait_events(server, "LinkUp", 8)
     pids = workers_of(server)
     for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
     socks = [peers.connect(server.service_port) for _ in range(8)]
     wait_until(lambda: not unaccepted(server.service_port))
     client.kill()  # so that the links are gone when their workers look at them
