@@ -4703,7 +4703,10 @@ class Workers:
         self.selector.unregister(worker.channel)
         worker.channel.close()
         worker.intake.close()
-        _, status = os.waitpid(worker.pid, 0)
+        try:
+            _, status = os.waitpid(worker.pid, 0)
+        except ChildProcessError:  # somebody else has collected it; its number may be another process's by now
+            status = 0
         pid, worker.pid, was_up, worker.up, worker.orders = worker.pid, 0, worker.up, False, b""
         self._reap()  # what it may have stood before
         self._guard(functools.partial(self.lost, worker))
