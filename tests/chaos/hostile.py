@@ -53,6 +53,7 @@ from tcprelay import (
     prove,
     tls_fault,
 )  # fmt: skip
+from tcprelay_client import LINK_TIMEOUT
 from tcprelay_server import most_handshakes
 
 from ..certificates import Certificates, tls_context
@@ -66,8 +67,8 @@ Context = ssl.SSLContext | None
 Result = TypeVar("Result")
 Job = TypeVar("Job")
 
-CUT_AT = HANDSHAKE_TIMEOUT + 1.0
-"""Seconds after which the relay must have closed what is not a link yet."""
+CUT_AT, GIVEN_UP_AT = HANDSHAKE_TIMEOUT + 1.0, LINK_TIMEOUT + 1.0
+"""Seconds after which a relay server, and a relay client, must have closed what is not a link yet."""
 FLAT = 16.0
 """MiB that a relay may grow by in the second half of what is done to it."""
 AT_ONCE = 8
@@ -79,7 +80,7 @@ class Peer:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self.sock.settimeout(CUT_AT + 1.0)
+        self.sock.settimeout(GIVEN_UP_AT + 1.0)
         self.name = "{}:{}".format(*sock.getsockname())
         """Its address, as the relay writes it."""
         self.heard = bytearray()
@@ -470,9 +471,9 @@ def is_closed_after(address: Address, data: bytes) -> bool:
         return True
 
 
-def tell_ends(run: Run, who: str, left: int, lasted: Iterable[float]) -> None:
+def tell_ends(run: Run, who: str, left: int, lasted: Iterable[float], most: float = CUT_AT) -> None:
     run.tell(f"{who}: connections left open", left, most=0)
-    run.tell(f"{who}: longest one that fell silent", max(lasted, default=0.0), most=CUT_AT, unit="s")
+    run.tell(f"{who}: longest one that fell silent", max(lasted, default=0.0), most=most, unit="s")
 
 
 @dataclass
@@ -584,7 +585,7 @@ def frames_to_client(run: Run) -> int:
     who, dialled = "to the client", 4
     service = run.peers.service(echo)
     listener = run.stack.enter_context(socket.create_server((HOST, 0), backlog=64))
-    listener.settimeout(CUT_AT)
+    listener.settimeout(GIVEN_UP_AT)
     words = ["--relay-host", HOST, "--relay-port", str(listener.getsockname()[1]), "--token", TOKEN]
     for number in range(dialled):  # each service tries for one link at a time
         words += ["--publish", f"s{number}={HOST}:{service.port}"]
@@ -615,7 +616,7 @@ def frames_to_client(run: Run) -> int:
     with ThreadPoolExecutor(dialled) as pool:
         silent = list(pool.map(fall_silent, range(dialled)))
     left = sum(not closed for _, closed in results) + sum(not closed for closed, _ in silent)
-    tell_ends(run, who, left, (seconds for _, seconds in silent))
+    tell_ends(run, who, left, (seconds for _, seconds in silent), GIVEN_UP_AT)
     run.tell(f"{who}: connections to its service", service.connections, most=0)
     return sum(count for count, _ in results)
 
