@@ -487,7 +487,7 @@ class RelayClient(Relay):
         if began >= service.failed_at:  # those under way at the same time count once
             service.failed_at = time.monotonic()
             service.failures += 1
-            self._handshakes = max(1, self._handshakes // 2)
+            self._handshakes = max(len(self._services), self._handshakes // 2)  # each service may try one
             service.span = FIRST_BACKOFF if service.failures == 1 else min(longest, 2 * service.span)
             # Measured from its beginning: one that took long to fail has been waiting already.
             service.retry_at = max(service.failed_at, began + service.span * tcprelay.random_fraction())
