@@ -854,6 +854,7 @@ def test_an_unexpected_error_as_a_connection_opens(
 def test_each_service_may_try_one_link() -> None:
     """However often handshakes fail, one that hangs for one service does not keep the others from trying."""
     client = RelayClient("127.0.0.1", 1, "127.0.0.1", 1, 8, publish=["web=127.0.0.1:2", "ssh=127.0.0.1:3"])
-    for service in client._services * 10:
-        client._back_off(service, time.monotonic())
+    with client._condition:
+        for service in client._services * 10:
+            client._back_off(service, time.monotonic())
     assert client._handshakes == 3
