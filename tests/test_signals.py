@@ -120,6 +120,8 @@ def test_a_terminal_that_closes_is_one_end(monkeypatch: pytest.MonkeyPatch) -> N
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
         with tcprelay._Signals() as signals:
+            signals.begin()
+            assert signals.wait() == signal.SIGCHLD
             said = []
             for _ in range(3):
                 os.kill(os.getpid(), signal.SIGHUP)
