@@ -744,7 +744,7 @@ class RelayClient(Relay):
             if is_lost(link):  # START was read late: whoever it is for has been refused, and must not be served now
                 raise EOFError("the link was lost before its connection began")
             try:
-                stream = self._dial_service(service)
+                stream = self._dial_service(service, link)
             except (OSError, EOFError) as error:
                 reason = f"cannot reach {service.target}: {say_error(error)}"
                 self._emit(ConnectionFailed(reason=reason, seconds=time.monotonic() - began, **record))
@@ -779,7 +779,7 @@ class RelayClient(Relay):
         self._set_busy(service, waiting=0)
         link.reset_on_close()
         try:
-            stream = self._dial_service(service)
+            stream = self._dial_service(service, link)
         except (OSError, EOFError) as error:
             reason = f"cannot reach {service.target}: {say_error(error)}"
             self._emit(ConnectionFailed(reason=reason, seconds=0.0, **record))
@@ -789,10 +789,10 @@ class RelayClient(Relay):
             self._shift(service, idle=1, busy=-1)
         return "its connection is over"
 
-    def _dial_service(self, service: Service) -> Stream:
-        """Connect to the service, with TLS where it is asked for.  Raises `OSError`, `EOFError`."""
+    def _dial_service(self, service: Service, link: Link | Stream) -> Stream:
+        """Connect to the service for a link, with TLS where it is asked for.  Raises `OSError`, `EOFError`."""
         deadline = Deadline(tcprelay.DIAL_TIMEOUT)
-        sock = service.dialer.dial(self._cut)
+        sock = service.dialer.dial(self._cut, little=not tcprelay.is_near(link.sock))
         name, context = f"service {service.target}", self._credentials.services
         if context is None:
             stream = Stream(sock, name)

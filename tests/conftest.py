@@ -75,10 +75,9 @@ class Recorder:
 
 
 class Service:
-    """A service on a free loopback port, or at a Unix socket: calls `serve` with each connection, in a thread of its
-    own."""
+    """A service on a free port, or at a Unix socket: calls `serve` with each connection, in a thread of its own."""
 
-    def __init__(self, serve: Callable[[socket.socket], object], path: str = "") -> None:
+    def __init__(self, serve: Callable[[socket.socket], object], path: str = "", address: str = "127.0.0.1") -> None:
         self._serve = serve
         self.port = 0
         if path:
@@ -86,7 +85,7 @@ class Service:
             self._listener.bind(path)
             self._listener.listen()
         else:
-            self._listener = socket.create_server(("127.0.0.1", 0))
+            self._listener = socket.create_server((address, 0))
             self.port = self._listener.getsockname()[1]
         self.connections = 0
         self._threads = [threading.Thread(target=self._accept)]

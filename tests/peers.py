@@ -353,9 +353,9 @@ class Peers:
 
     # Services and what speaks to them
 
-    def service(self, serve: Callable[[socket.socket], object], path: str = "") -> Service:
+    def service(self, serve: Callable[[socket.socket], object], path: str = "", address: str = HOST) -> Service:
         """A service in Python, in threads of this process; with a path it is at a Unix socket."""
-        service = Service(serve, path)
+        service = Service(serve, path, address)
         self._stack.callback(service.close)
         return service
 

@@ -149,15 +149,15 @@ class Relays:
         return sock if self._connecting is None else TLSEnd(sock, self._connecting, False)
 
 
-def serving(run: Run, legs: Legs, serve: Callable[[Any], object]) -> int | str:
+def serving(run: Run, legs: Legs, serve: Callable[[Any], object], address: str = HOST) -> int | str:
     """A service at the client's host in threads of this process, behind TLS where the legs say so; returns its port,
     or ``unix:PATH``."""
     if legs.service:
         context = legs.context(run.certificates, True)
-        return serving(run, replace(legs, service=False), lambda sock: serve(TLSEnd(sock, context, True)))
+        return serving(run, replace(legs, service=False), lambda sock: serve(TLSEnd(sock, context, True)), address)
     path = tempfile.mkdtemp(dir=run.directory) + "/service" if legs.unix else ""
     with run.client.inside():
-        service = run.peers.service(serve, path)
+        service = run.peers.service(serve, path, address)
     return f"unix:{path}" if path else service.port
 
 
