@@ -1589,8 +1589,8 @@ class Link:
         """Seconds between the server's PINGs, as it said in WELCOME."""
         self.passed = 0
         """Bytes of the present connection, or the last, that the relay client had passed on when it sent END."""
-        self.spent = False
-        """Not to be used again, since a new link would be faster: see `is_held_back`."""
+        self.spent = ""
+        """Why it is not to be used again, where a new link would be better: see `why_spent`."""
         self._buffer = bytearray(512)  # what has been received beyond the last frame: [_start:_end]
         self._start = self._end = 0
         self._left = 0  # bytes of the present DATA frame that are still to come out of here
@@ -1937,7 +1937,7 @@ class Splice:
                 leg.flush()
         if isinstance(self.link, Link):
             self.link.stream.rest()
-            self.link.spent = is_held_back(self.link.sock, self.to_link)
+            self.link.spent = why_spent(self.link.sock, self.to_link, self.from_link)
 
     def break_off(self, reason: str, force: bool = False, close_link: bool = False) -> None:
         """End both directions with an error; any thread, any number of times, the first reason counts.
@@ -2539,6 +2539,30 @@ def say_path(sock: socket.socket) -> str:
 
 SLOW_PATH = 1.0
 """Seconds of a round trip that are worth a remark: a queue that fills up before a saturated uplink."""
+
+
+def why_spent(sock: socket.socket, sent: int, received: int) -> str:
+    """Why a new link would be better than one that has just carried so many bytes; "" where it would not."""
+    if is_held_back(sock, sent):
+        return "it has lost packets, and a new one will be faster"
+    if received > LARGE_BUFFER and is_swollen(sock):
+        return "the system holds much for it, and a new one will be a shorter queue"
+    return ""
+
+
+SWOLLEN = 1 << 20
+"""Bytes of a receive buffer beyond which it is a long queue for a slow reader: see `Queue`."""
+
+
+def is_swollen(sock: socket.socket) -> bool:
+    """Whether the receive buffer of a connection with a peer that is not near has grown that far.
+
+    Nothing makes it smaller again without harm: Linux's window would not grow any more.
+    """
+    try:
+        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) > SWOLLEN and not is_near(sock)
+    except OSError:
+        return False
 
 
 def is_held_back(sock: socket.socket, sent: int) -> bool:

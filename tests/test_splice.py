@@ -1136,6 +1136,22 @@ def test_when_a_path_is_dead(unacked: int, last_ack: int, seconds: float, dead: 
     assert tcprelay.path_is_dead(tcp_info(unacked=unacked, last_ack=last_ack), seconds) is dead
 
 
+@pytest.mark.parametrize(
+    ("near", "size", "received", "spent"),
+    [(False, 1 << 20, 200_000, True), (True, 1 << 20, 200_000, False), (False, 1 << 18, 200_000, False),
+     (False, 1 << 20, 100_000, False)],
+)  # fmt: skip
+def test_a_link_for_which_the_system_holds_much_is_spent(
+    monkeypatch: pytest.MonkeyPatch, near: bool, size: int, received: int, spent: bool
+) -> None:
+    """It would be a long queue for the next reader, if that is slow; on a short way that does not matter."""
+    monkeypatch.setattr(tcprelay, "is_near", lambda sock: near)
+    one, other = tcp_pair()
+    with one, other:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+        assert ("shorter queue" in tcprelay.why_spent(one, 0, received)) == spent
+
+
 def test_a_link_that_losses_hold_back_is_spent(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is asked when the connection is over, with what that has sent on it."""
     asked: list[tuple[socket.socket, int]] = []
