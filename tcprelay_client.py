@@ -241,9 +241,10 @@ def longest_backoff(error: BaseException) -> float:
 class Pace:
     """How many idle links there should be: all, or after losses one, and from then on more at a measured pace."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, workers: int = 1) -> None:
+        """`most` is one worker's share, of so many."""
         self._most = most
-        self._rate = max(REFILL_RATE, most / REFILL_TIME)
+        self._rate = max(REFILL_RATE / workers, most / REFILL_TIME)
         self._level, self._since = float(most), 0.0
 
     def level(self, now: float) -> float:
@@ -268,12 +269,12 @@ class Pace:
 class Service:
     """A published service and the state of its links; all but the first three under `RelayClient._condition`."""
 
-    def __init__(self, publication: Publication, most_idle: int, probing: tcprelay.Probing) -> None:
+    def __init__(self, publication: Publication, most_idle: int, probing: tcprelay.Probing, workers: int = 1) -> None:
         self.name = publication.name
         self.target = publication.target
         self.dialer = tcprelay.Dialer(publication.target, probing=probing)
         self.idle = self.busy = self.connecting = 0
-        self.pace = Pace(most_idle)
+        self.pace = Pace(most_idle, workers)
         self.asked = 0
         """Links wanted beyond the idle ones, because service clients wait at the server: its word, see `GROWTH`."""
         self.failures = 0
@@ -405,7 +406,9 @@ class RelayClient(Relay):
         self._worker = number
         self._num_conn = share(options.num_conn)
         self._handshakes = self._most_handshakes = max(1, share(MOST_HANDSHAKES))
-        self._services = [Service(publication, self._num_conn, self._probing) for publication in options.services]
+        self._services = [
+            Service(publication, self._num_conn, self._probing, count) for publication in options.services
+        ]
         if options.max_conn:
             self._splices.most = share(options.max_conn)
 

@@ -428,10 +428,10 @@ def test_the_bound_delays_no_usual_burst(waiting: int) -> None:
     assert service.asked == 0
 
 
-@pytest.mark.parametrize(("most", "rate"), [(8, 4.0), (20, 4.0), (100, 20.0)])
-def test_lost_idle_links_come_back_at_a_pace(most: int, rate: float) -> None:
-    """One at once, the rest at 4 a second, or so many that the pool is full within 5 s."""
-    pace = Pace(most)
+@pytest.mark.parametrize(("most", "workers", "rate"), [(8, 1, 4.0), (20, 1, 4.0), (100, 1, 20.0), (4, 2, 2.0)])
+def test_lost_idle_links_come_back_at_a_pace(most: int, workers: int, rate: float) -> None:
+    """One at once, the rest at 4 a second, or so many that the pool is full within 5 s; workers share that."""
+    pace = Pace(most, workers)
     assert pace.wanted(100.0) == (most, math.inf)
     pace.lose(100.0)
     assert pace.wanted(100.0)[0] == most - 1

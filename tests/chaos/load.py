@@ -131,7 +131,7 @@ POOL = 8
 
 @case(5, "leaks", 1200)
 def leaks(run: Run) -> None:
-    """10,000 connections, of which a third is broken off, leave nothing behind; nor do 10,000 more."""
+    """10,000 connections, of which a third is broken off, leave nothing behind; nor do twice 10,000 more."""
     for legs in (Legs(), Legs("tls", port=True, service=True)):
         look_for_leaks(run, legs)
 
@@ -141,7 +141,7 @@ def look_for_leaks(run: Run, legs: Legs) -> None:
     wait_for_pool(relays, POOL)
     baseline = beyond_links(settle(relays), POOL)
     count, used = run.scaled(10_000, least=100), []
-    for which in ("first", "second"):
+    for which in ("first", "second", "third"):
         name = f"{legs}: {which} {count:,}"
         run.tell(f"{name}: wrong answers on whole connections", sum(rush(run, relays, count)), least=0, most=0)
         seconds = seconds_until(lambda: not left_over(relays, baseline))
@@ -152,9 +152,11 @@ def look_for_leaks(run: Run, legs: Legs) -> None:
             wait_until(lambda: links_of(relays.relay_port) <= POOL, SURPLUS_TIME + LATE)
         settle(relays)
         used.append((memory(relays.server), memory(relays.client)))
-    for name, first, second in zip(("server", "client"), *used, strict=True):
+    for name, first, second, third in zip(("server", "client"), *used, strict=True):
+        # More of them at the same time, by chance, take more memory for good; but what leaks does so every time.
         bar = 2 if run.scale >= 1 else None
-        run.tell(f"{legs}: the second {count:,} add to relay {name}'s memory", second - first, most=bar, unit="MiB")
+        least = min(second - first, third - second)
+        run.tell(f"{legs}: what a further {count:,} add to relay {name}'s memory", least, most=bar, unit="MiB")
     end(relays)
 
 
