@@ -244,6 +244,7 @@ class Pace:
     def __init__(self, most: int, workers: int = 1) -> None:
         """`most` is one worker's share, of so many."""
         self._most = most
+        self._first = 1.0 / workers
         self._rate = max(REFILL_RATE / workers, most / REFILL_TIME)
         self._level, self._since = float(most), 0.0
 
@@ -263,7 +264,7 @@ class Pace:
 
     def begin(self, now: float) -> None:
         """The first link is up again."""
-        self._level, self._since = 1.0, now
+        self._level, self._since = self._first, now
 
 
 class Service:

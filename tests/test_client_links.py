@@ -447,6 +447,19 @@ def test_lost_idle_links_come_back_at_a_pace(most: int, workers: int, rate: floa
     assert moments[-1] - 100.0 == pytest.approx(most / rate, abs=0.01)
 
 
+@pytest.mark.parametrize(("workers", "seconds"), [(1, 0.25), (2, 0.75)])
+def test_workers_begin_with_a_link_each_and_go_on_later(workers: int, seconds: float) -> None:
+    """So that all of them together have one link more than a single one would have, and no more."""
+    pace = Pace(8, workers)
+    pace.begin(100.0)
+    count, moment = pace.wanted(100.0)
+    assert count == 1
+    while count == 1:
+        now = moment
+        count, moment = pace.wanted(now)
+    assert now == pytest.approx(100.0 + seconds, abs=0.01)
+
+
 def test_a_lost_pool_is_filled_at_that_pace(bench: Bench, server: FakeServer) -> None:
     """All links of a stable pool are lost at once: the first comes back at once, the others one by one."""
     client = client_of(bench, server, unused_port(), num_conn=8)
