@@ -833,26 +833,24 @@ def set_tcp_options(sock: socket.socket, probing: Probing) -> None:
 UNSENT = 1 << 15
 """Bytes that a socket takes beyond what the path and its peer's window allow: see `Queue`."""
 NEAR = 0.002
-"""Seconds of a round trip up to which a peer needs no more than Linux's first receive buffer."""
+"""Seconds of a round trip: what is nearer gives whatever it has in no time, and needs no large window for that."""
 NEAR_BUFFER = 1 << 15
-"""Bytes of that buffer; Linux doubles what it is told."""
+"""Bytes of the receive buffer for a near service behind a far link; Linux doubles what it is told."""
 NEAR_SEGMENT = 7_400
-"""Bytes of a segment at most, where a service is on this host: its send buffer takes 20 segments at least, each rounded
-up to a power of two with some 700 bytes of the kernel's own.  With loopback's 65,483 these are 2.6 MB."""
+"""Bytes of its segments at most.  The send buffer of a service on this host takes 20 segments at least, each rounded up
+to a power of two with some 700 bytes of the kernel's own: with loopback's 65,483 these are 2.6 MB."""
 _SO_BUF_LOCK = 72
 
 
 def limit_unsent(sock: socket.socket, most: int = UNSENT) -> None:
-    """Set TCP_NOTSENT_LOWAT, where there is such a thing; -1 leaves it to the system."""
+    """Set TCP_NOTSENT_LOWAT, where there is such a thing; 0 leaves it to the system."""
     if sock.family != socket.AF_UNIX and hasattr(socket, "TCP_NOTSENT_LOWAT"):
         ignore_oserror(sock.setsockopt, socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, most)
 
 
 def hold_little(sock: socket.socket) -> None:
-    """Have the system not hold more and more of what a near peer sends, until `hold_much` leaves that to it again.
-
-    Before Linux 5.14 there is no way back, so that nothing is done there.
-    """
+    """Have the system not hold more and more of what comes, where the peer is near, until `hold_much` leaves that to it
+    again; for which there is no way before Linux 5.14, so that nothing is done there."""
     if LINUX and sock.family != socket.AF_UNIX and is_near(sock):
         try:
             sock.getsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK)
@@ -1342,6 +1340,14 @@ def unsent_bytes(sock: socket.socket) -> int:
         return 0
 
 
+def waiting_bytes(sock: socket.socket) -> int:
+    """How many bytes a socket has taken and not sent yet (SIOCOUTQNSD); 0 where nobody can tell."""
+    try:
+        return int(struct.unpack("i", fcntl.ioctl(sock, 0x894B, b"\0\0\0\0"))[0]) if LINUX else 0
+    except (OSError, ValueError):
+        return 0
+
+
 def ignore_oserror(function: Callable[..., Any], *args: Any) -> None:
     try:
         function(*args)
@@ -1589,8 +1595,8 @@ class Link:
         """Seconds between the server's PINGs, as it said in WELCOME."""
         self.passed = 0
         """Bytes of the present connection, or the last, that the relay client had passed on when it sent END."""
-        self.spent = ""
-        """Why it is not to be used again, where a new link would be better: see `why_spent`."""
+        self.spent = False
+        """Not to be used again, since a new link would be faster: see `is_held_back`."""
         self._buffer = bytearray(512)  # what has been received beyond the last frame: [_start:_end]
         self._start = self._end = 0
         self._left = 0  # bytes of the present DATA frame that are still to come out of here
@@ -1829,6 +1835,8 @@ BULK = 16384
 PIPE_SIZE = 1 << 20
 """Bytes that a pipe for bulk traffic takes: Linux's limit for ordinary users.  It holds a page for each of the
 fragments that packets come in, so less would fill up early (measured: 256 KiB cost 30 % more processor time)."""
+PIPE_AGAIN = 256
+"""So many large reads without one, since none was to be had, until it is asked for again."""
 SMALL_READS = 4
 """So many small reads in a row end bulk traffic."""
 SPARSE_READS = 16
@@ -1937,7 +1945,7 @@ class Splice:
                 leg.flush()
         if isinstance(self.link, Link):
             self.link.stream.rest()
-            self.link.spent = why_spent(self.link.sock, self.to_link, self.from_link)
+            self.link.spent = is_held_back(self.link.sock, self.to_link)
 
     def break_off(self, reason: str, force: bool = False, close_link: bool = False) -> None:
         """End both directions with an error; any thread, any number of times, the first reason counts.
@@ -2242,9 +2250,12 @@ class Splice:
             go_home()
 
     def _pump_large(self, flow: Flow, queue: Queue) -> bool:
+        """The same through a large buffer; now and then False where a pipe would do, since there may be one again."""
         source, sink = flow.source, flow.sink
         view, small = memoryview(bytearray(HEADER + LARGE_TLS_BUFFER)), 0
-        while small < SPARSE_READS:
+        for _ in range(PIPE_AGAIN) if source.spliceable and sink.spliceable else itertools.count():
+            if small == SPARSE_READS:
+                return False
             try:
                 count = source.recv_into(view[HEADER : HEADER + queue.bound])
             except OSError as error:
@@ -2298,11 +2309,14 @@ class Splice:
 
 
 class Queue:
-    """Bounds what waits for a sink: to about what it takes in `HELD_TIME`.
+    """Bounds what waits for a sink: to about as much as passes in `HELD_TIME`.
 
     A relay would be a long queue otherwise: the system lets each of its sockets hold some megabytes, and the more,
     the more is taken from it at once (measured at 10 Mbit/s and 50 ms: 7.2 MB still came after a service client had
     said stop, 0.6 directly).  Whatever else that service client says waits behind them, and so does its end.
+
+    What the system holds of a far source stays its affair, since such a path needs a large window.  So it is with a
+    near one from when that turns out to be the slower side, or much passes: see `hold_little`.
     """
 
     HELD_TIME = 0.1
@@ -2314,8 +2328,12 @@ class Queue:
         self._source = source
         self._sink = sink
         self.bound = self.LEAST
-        """Bytes: so many are taken from the source at once, and by the sink's socket before it has sent some."""
+        """Bytes: so many are taken from the source at once (and by TLS some more), and by the sink's socket before it
+        has sent some.  It is one figure for both: a piece that is larger than what the socket takes would wait for
+        0.2 s behind its own header, which is held back for it."""
         self._count, self._since = 0, time.monotonic()
+        self._held = True
+        """Nothing has told yet that the source needs a large window."""
 
     def sent(self, count: int) -> None:
         self._count += count
@@ -2324,13 +2342,12 @@ class Queue:
             return
         bound = int(min(max(self.LEAST, self.HELD_TIME * self._count / max(past, 1e-6)), self.MOST))
         self._count, self._since = 0, now
-        if bound == self.MOST != self.bound:
+        if bound == self.MOST != self.bound or not self.bound / 2 <= bound <= 2 * self.bound:
             self.bound = bound
-            limit_unsent(self._sink, -1)
+            limit_unsent(self._sink, bound if bound < self.MOST else 0)
+        if self._held and (bound == self.MOST or not waiting_bytes(self._sink)):
+            self._held = False
             hold_much(self._source)
-        elif not self.bound / 2 <= bound <= 2 * self.bound:
-            self.bound = bound
-            limit_unsent(self._sink, bound)
 
     def release(self) -> None:
         """Have the sink take as little as before."""
@@ -2522,8 +2539,11 @@ def round_trip(sock: socket.socket) -> float:
 
 
 def is_near(sock: socket.socket) -> bool:
-    """Whether a connection's shortest round trip so far is below `NEAR`.  Reads tcpi_min_rtt (µs), at byte 148: the
-    mean has delayed acknowledgements in it, some 40 ms even on loopback.  True where nobody can tell."""
+    """Whether a connection's shortest round trip, of the last five minutes, is below `NEAR`.
+
+    Reads tcpi_min_rtt (µs), at byte 148 of Linux's tcp_info; the mean has delayed acknowledgements in it, some 40 ms
+    even on loopback.  True where nobody can tell, False before the first sample.
+    """
     try:
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 152)
         return bool(struct.unpack_from("I", info, 148)[0] < NEAR * 1e6)
@@ -2539,30 +2559,6 @@ def say_path(sock: socket.socket) -> str:
 
 SLOW_PATH = 1.0
 """Seconds of a round trip that are worth a remark: a queue that fills up before a saturated uplink."""
-
-
-def why_spent(sock: socket.socket, sent: int, received: int) -> str:
-    """Why a new link would be better than one that has just carried so many bytes; "" where it would not."""
-    if is_held_back(sock, sent):
-        return "it has lost packets, and a new one will be faster"
-    if received > LARGE_BUFFER and is_swollen(sock):
-        return "the system holds much for it, and a new one will be a shorter queue"
-    return ""
-
-
-SWOLLEN = 1 << 20
-"""Bytes of a receive buffer beyond which it is a long queue for a slow reader: see `Queue`."""
-
-
-def is_swollen(sock: socket.socket) -> bool:
-    """Whether the receive buffer of a connection with a peer that is not near has grown that far.
-
-    Nothing makes it smaller again without harm: Linux's window would not grow any more.
-    """
-    try:
-        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) > SWOLLEN and not is_near(sock)
-    except OSError:
-        return False
 
 
 def is_held_back(sock: socket.socket, sent: int) -> bool:

@@ -707,7 +707,7 @@ class RelayClient(Relay):
                     return "its connection was broken off", False
                 if link.spent:
                     self._leave_to_server(link, service)
-                    return link.spent, False
+                    return "it has lost packets, and a new one will be faster", False
                 settled = False
             elif frame.kind == BYE:
                 return "the relay server said BYE", frame.fields.get("again") is not True

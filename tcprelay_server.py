@@ -959,7 +959,7 @@ class RelayServer(Relay):
             if kept:
                 self._tell_idle(pooled.service)
             elif isinstance(link, Link) and link.spent:
-                self._retire(pooled, link.spent, again=True)
+                self._retire(pooled, "it has lost packets, and a new one will be faster", again=True)
             else:
                 left = isinstance(link, Link) and link.machine.leaving
                 self._retire(pooled, "the relay client gave it up" if left else "this relay server is ending")

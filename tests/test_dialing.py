@@ -457,3 +457,47 @@ def test_an_end_cuts_waiting_for_a_unix_socket_short(full_path: tuple[Endpoint, 
         Dialer(full_path[0], 60.0).dial(stop)
     assert time.monotonic() - began < PATIENCE
     stop.close()
+
+
+@pytest.mark.parametrize("little", [False, True])
+def test_a_near_peer_is_asked_to_hold_little(bench: Bench, little: bool) -> None:
+    """By small segments, and a small window that stays, where the dialler is told so."""
+    service = bench.service()
+    with Dialer(Endpoint("127.0.0.1", service.port)).dial(little=little) as sock:
+        assert (sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG) <= tcprelay.NEAR_SEGMENT) == little
+        held = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == 2 * tcprelay.NEAR_BUFFER
+        assert held == (little and has_buffer_lock(sock))
+        sock.sendall(b"whole")
+        assert sock.recv(5) == b"whole"
+
+
+def has_buffer_lock(sock: socket.socket) -> bool:
+    """Whether this system has SO_BUF_LOCK: Linux from 5.14 on."""
+    try:
+        sock.getsockopt(socket.SOL_SOCKET, 72)
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("near", [False, True])
+def test_a_service_holds_little_where_the_link_is_far(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, near: bool
+) -> None:
+    """Where it is near too, whatever waits is through in no time."""
+    asked: list[bool] = []
+    real = Dialer.dial
+
+    def dial(dialer: Dialer, stop: Stop | None = None, little: bool = False) -> socket.socket:
+        if dialer._target.port == service.port:
+            asked.append(little)
+        return real(dialer, stop, little)
+
+    monkeypatch.setattr(Dialer, "dial", dial)
+    monkeypatch.setattr(tcprelay, "is_near", lambda sock: near)
+    server, service = bench.server(), bench.service()
+    bench.client(server, service.port)
+    with bench.connect(server) as sock:
+        sock.sendall(b"x")
+        assert sock.recv(1) == b"x"
+    assert asked == [not near]
