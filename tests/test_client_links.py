@@ -746,10 +746,14 @@ def test_who_waits_is_not_forgotten_while_links_are_bounded() -> None:
 
 
 @pytest.mark.parametrize(("count", "number", "most"), [(4, 0, 64), (3, 0, 86), (3, 2, 85)])
-def test_workers_share_the_bound_of_handshakes(count: int, number: int, most: int) -> None:
+def test_workers_share_the_bound_of_handshakes_and_the_pace(count: int, number: int, most: int) -> None:
     client = RelayClient("127.0.0.1", 1, "127.0.0.1", 1, 8)
     client.become_one_of(number, count)
     assert (client._handshakes, client._most_handshakes) == (most, most)
+    [service] = client._services
+    for _ in range(8):
+        service.pace.lose(100.0)
+    assert service.pace.level(101.0) == pytest.approx(4.0 / count)
 
 
 def test_a_link_on_which_no_ping_comes_is_reset(bench: Bench, server: FakeServer) -> None:

@@ -464,6 +464,7 @@ def test_a_near_peer_is_asked_to_hold_little(bench: Bench, little: bool) -> None
     """By small segments, and a small window that stays, where the dialler is told so."""
     service = bench.service()
     with Dialer(Endpoint("127.0.0.1", service.port)).dial(little=little) as sock:
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) == tcprelay.UNSENT
         assert (sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG) <= tcprelay.NEAR_SEGMENT) == little
         held = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == 2 * tcprelay.NEAR_BUFFER
         assert held == (little and has_buffer_lock(sock))

@@ -876,9 +876,25 @@ def test_a_pump_gives_its_large_buffer_back(
 
 
 @pytest.mark.parametrize("spliceable", [True, False])
-def test_little_waits_for_a_sink_that_does_not_read(rig: Rig, spliceable: bool) -> None:
+def test_little_waits_for_a_sink_that_does_not_read(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, spliceable: bool
+) -> None:
     """What a relay takes ahead of a slow peer is a queue for all that this one says next."""
     rig.stream.spliceable = rig.link.spliceable = spliceable
+    sizes: list[int] = []
+    real_splice, real_receive = os.splice, rig.stream.recv_into
+
+    def splice(source: int, sink: int, count: int) -> int:
+        if source == rig.stream.fd:
+            sizes.append(count)
+        return real_splice(source, sink, count)
+
+    def recv_into(view: memoryview) -> int:
+        sizes.append(len(view))
+        return real_receive(view)
+
+    monkeypatch.setattr(os, "splice", splice)
+    monkeypatch.setattr(rig.stream, "recv_into", recv_into)
     tcprelay.limit_unsent(rig.link.sock)
     rig.far_stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
     rig.far_stream.settimeout(0.5)
@@ -888,6 +904,7 @@ def test_little_waits_for_a_sink_that_does_not_read(rig: Rig, spliceable: bool) 
             taken += rig.far_stream.send(bytes(1 << 16))
     assert taken > tcprelay.UNSENT
     assert taken < 3_000_000  # without bounds 8 to 13
+    assert sizes[sizes.index(tcprelay.LARGE_BUFFER) :].index(tcprelay.UNSENT) <= 2, "bulk traffic begins with little"
     rig.far_stream.settimeout(PATIENCE)
     rig.far_stream.shutdown(socket.SHUT_WR)
     view, got = memoryview(bytearray(1 << 16)), 0
@@ -1014,6 +1031,12 @@ def test_what_is_near(lay_wire: Callable[..., Wire]) -> None:
     """Not what is 10 ms away, but loopback, whatever delayed acknowledgements say."""
     near, far = tcp_pair()
     with near, far:
+        for one, other in ((near, far), (far, near)):  # an exchange, after which acknowledgements wait for an answer
+            one.sendall(b"?")
+            assert other.recv(1) == b"?"
+        while tcprelay.round_trip(near) < 2 * tcprelay.NEAR:  # the mean, of acknowledgements that are delayed
+            near.sendall(b"not answered")
+            wait_until(lambda: not tcprelay.unsent_bytes(near))
         assert tcprelay.is_near(near)
     wire = lay_wire(Way(delay=0.005), offload=True)
     with wire.server.inside():

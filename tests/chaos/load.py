@@ -153,8 +153,9 @@ def look_for_leaks(run: Run, legs: Legs) -> None:
         settle(relays)
         used.append((memory(relays.server), memory(relays.client)))
     for name, first, second, third in zip(("server", "client"), *used, strict=True):
-        # More of them at the same time, by chance, take more memory for good; but what leaks does so every time.
-        bar = 2 if run.scale >= 1 else None
+        # More of them at the same time, by chance, take more memory for good, in each process that carries some; but
+        # what leaks does so every time.
+        bar = 2 * max(1, run.workers) if run.scale >= 1 else None
         least = min(second - first, third - second)
         run.tell(f"{legs}: what a further {count:,} add to relay {name}'s memory", least, most=bar, unit="MiB")
     end(relays)
