@@ -288,7 +288,9 @@ def test_an_s_client_that_is_killed_has_not_ended(peers: Peers, trust: Trust, ve
         assert got.result(PATIENCE) == b"half a file\n"
         talking.process.kill()
         assert ended.result(PATIENCE) == "reset"
-    assert "cut off without TLS close_notify" in wait_events(server, "ConnectionClosed", 1)[0]["reason"]
+    # Where it had not read the server's session tickets yet, its system resets the connection.
+    reason = wait_events(server, "ConnectionClosed", 1)[0]["reason"]
+    assert reason.endswith(("cut off without TLS close_notify", "connection reset by peer"))
 
 
 def s_server(peers: Peers, trust: Trust, version: str, *more: str) -> int:
