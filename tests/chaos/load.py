@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
+from itertools import pairwise
 from operator import le, sub
 from typing import Any, TypeVar
 
@@ -129,9 +130,9 @@ POOL = 8
 """Idle links of the relay client."""
 
 
-@case(5, "leaks", 1200)
+@case(5, "leaks", 1800)
 def leaks(run: Run) -> None:
-    """10,000 connections, of which a third is broken off, leave nothing behind; nor do twice 10,000 more."""
+    """10,000 connections, of which a third is broken off, leave nothing behind; nor do three times 10,000 more."""
     for legs in (Legs(), Legs("tls", port=True, service=True)):
         look_for_leaks(run, legs)
 
@@ -141,7 +142,7 @@ def look_for_leaks(run: Run, legs: Legs) -> None:
     wait_for_pool(relays, POOL)
     baseline = beyond_links(settle(relays), POOL)
     count, used = run.scaled(10_000, least=100), []
-    for which in ("first", "second", "third"):
+    for which in ("first", "second", "third", "fourth"):
         name = f"{legs}: {which} {count:,}"
         run.tell(f"{name}: wrong answers on whole connections", sum(rush(run, relays, count)), least=0, most=0)
         seconds = seconds_until(lambda: not left_over(relays, baseline))
@@ -152,11 +153,11 @@ def look_for_leaks(run: Run, legs: Legs) -> None:
             wait_until(lambda: links_of(relays.relay_port) <= POOL, SURPLUS_TIME + LATE)
         settle(relays)
         used.append((memory(relays.server), memory(relays.client)))
-    for name, first, second, third in zip(("server", "client"), *used, strict=True):
+    for name, *after in zip(("server", "client"), *used, strict=True):
         # More of them at the same time, by chance, take more memory for good, in each process that carries some; but
         # what leaks does so every time.
         bar = 2 * max(1, run.workers) if run.scale >= 1 else None
-        least = min(second - first, third - second)
+        least = min(more - less for less, more in pairwise(after))
         run.tell(f"{legs}: what a further {count:,} add to relay {name}'s memory", least, most=bar, unit="MiB")
     end(relays)
 
