@@ -433,35 +433,33 @@ def test_a_worker_without_descriptors_goes_on(peers: Peers, port: str) -> None:
 
 def test_a_parent_that_was_told_to_ignore_the_death_of_children(peers: Peers) -> None:
     """Some shells and service managers hand that down; a worker is replaced all the same."""
-    command = "--relay-port", "0", "--service-port", "0", "--hostname", HOST, *TWO
-    patch = (
-        "import signal, sys, tcprelay; signal.signal(signal.SIGCHLD, signal.SIG_IGN);"
-        "sys.exit(tcprelay.main(sys.argv[4:]))"
-    )
-    server = peers.relay_process("server", *command, wrapper=[sys.executable, "-c", patch])
-    server.expected_error = "worker "
-    wait_up(server)
-    victim, _ = workers_of(server)
-    os.kill(victim, signal.SIGKILL)
-    wait_workers(server, {victim})
+    patch = "import signal\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+    server, victim = kill_worker_of(peers, patch)
     is_told(server, f"worker 0 (process {victim}) has ended by signal 9")
 
 
 def test_a_worker_that_somebody_else_has_collected_is_replaced(peers: Peers) -> None:
     """A parent that goes on counting it as alive would send SIGKILL to whoever has its number by then."""
-    command = "--relay-port", "0", "--service-port", "0", "--hostname", HOST, *TWO
     patch = (
-        "import os, sys, tcprelay\nreal = os.waitpid\n"
+        "import os\nreal = os.waitpid\n"
         "def waitpid(pid, options):\n    real(pid, options)\n    raise ChildProcessError\n"
-        "os.waitpid = waitpid\nsys.exit(tcprelay.main(sys.argv[4:]))"
+        "os.waitpid = waitpid\n"
     )
-    server = peers.relay_process("server", *command, wrapper=[sys.executable, "-c", patch])
+    server, victim = kill_worker_of(peers, patch)
+    is_told(server, f"worker 0 (process {victim}) has ended with status 0")
+
+
+def kill_worker_of(peers: Peers, patch: str) -> tuple[RelayProcess, int]:
+    """Kill a worker of a server that has carried out `patch` first; returns when it is replaced."""
+    command = "--relay-port", "0", "--service-port", "0", "--hostname", HOST, *TWO
+    start = f"{patch}import sys, tcprelay\nsys.exit(tcprelay.main(sys.argv[4:]))"
+    server = peers.relay_process("server", *command, wrapper=[sys.executable, "-c", start])
     server.expected_error = "worker "
     wait_up(server)
     victim, _ = workers_of(server)
     os.kill(victim, signal.SIGKILL)
     wait_workers(server, {victim})
-    is_told(server, f"worker 0 (process {victim}) has ended with status 0")
+    return server, victim
 
 
 # --- Signals --------------------------------------------------------------------------------------------------
