@@ -31,7 +31,7 @@ chaos: $(VENV)/.test  ## faults, load and hostile input, as root on Linux, over 
 bench: $(VENV)/.test  ## speed and memory beside other relays, up to 45 minutes; ARGS="--repeat 1 --seconds 1" is a quick look
 	$(RUN) -m tests.bench $(ARGS)
 
-dist: $(VENV)/.runtime  ## dist/tcprelays and dist/tcprelayc, one executable file each, and the wheel
+dist: $(VENV)/.runtime  ## dist/tcprelays, dist/tcprelayc and dist/tcprelay, one executable file each, and the wheel
 	$(RUN) deploy/make_dist.py
 
 clean:

@@ -27,269 +27,92 @@ With --workers, each worker process is a `RelayClient` that keeps its share of t
 
 from __future__ import annotations
 
-import logging
 import select
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import tcprelay
-from tcprelay import (
-    AUTH, BYE, CHALLENGE, CLIENT, FAIL, HELLO, IDLE, PING, PONG, READY, REFUSED, SERVER, START,
-    ConnectionClosed, ConnectionFailed, ConnectionOpened, Credentials, Deadline, Endpoint, Event, Frame, Link,
-    LinkDown, LinkFault, LinkUp, Options, Relay, Splice, Stopping, Stream, TLSStream, WorkerProcess, Workers, option,
-    parse_count, parse_endpoint, parse_flag, parse_host, parse_name, parse_path, parse_port, parse_positive,
-    say_error, shown,
-)  # fmt: skip
+from _tcprelay.addresses import Endpoint
+from _tcprelay.certificates import make_context, pin_of, trust
+from _tcprelay.client.pace import FIRST_BACKOFF, LAST_BACKOFF, RefusedByServer, Service, Unreachable, longest_backoff
+from _tcprelay.command import run_command
+from _tcprelay.events import (
+    ConnectionClosed,
+    ConnectionFailed,
+    ConnectionOpened,
+    Event,
+    LinkDown,
+    LinkUp,
+    Published,
+    Unpublished,
+)
+from _tcprelay.link import Link, carrier
+from _tcprelay.options import ClientOptions
+from _tcprelay.processes import WorkerProcess, Workers
+from _tcprelay.protocol import (
+    AUTH,
+    BYE,
+    CHALLENGE,
+    CLIENT,
+    FAIL,
+    HELLO,
+    IDLE,
+    PING,
+    PONG,
+    PROTOCOL_VERSION,
+    READY,
+    REFUSED,
+    SERVER,
+    SILENCE,
+    START,
+    Frame,
+    LinkFault,
+    guess_protocol,
+    is_proof,
+    new_nonce,
+    prove,
+)
+from _tcprelay.role import Credentials, Parent, Relay
+from _tcprelay.sockets import DIAL_TIMEOUT, Dialer
+from _tcprelay.splice import Splice
+from _tcprelay.streams import FLUSH_TIMEOUT, Stream
+from _tcprelay.system import random_fraction, ssl
+from _tcprelay.tcp import is_near, say_path
+from _tcprelay.text import connection_id, is_tls_error, random_id, say_error, shown
+from _tcprelay.threads import JOIN_TIMEOUT, join
+from _tcprelay.tls import TLSStream
+from _tcprelay.values import parse_publication
+from _tcprelay.waiting import Deadline, Stopping, wait_for
 
-if TYPE_CHECKING:
-    import ssl
-else:
-    ssl = tcprelay.ssl  # imported when it is used
-
-__all__ = ["ClientOptions", "RelayClient", "create_relay_client", "main"]
-
-FIRST_BACKOFF = 1.0
-"""Seconds of the span after a first failure; a random moment within it is taken, and each further one doubles it."""
-LAST_BACKOFF = 4.0
-"""Seconds at which that span stops growing while the relay server cannot be reached: a single packet every few
-seconds burdens nobody, and when the way is free again the service is back soon."""
-REFUSED_BACKOFF = 30.0
-"""The same where the relay server refuses: somebody has to change something first.  And where a link is lost in its
-handshake: the server may have more of them than it can do, and trying again soon would keep that up."""
 MOST_HANDSHAKES = 256
 """Links that are being opened at once: as many handshakes as each relay server takes."""
+
+
 RELAY_DIAL_TIMEOUT, DIAL_AGAIN = 15.0, 5.0
 """Seconds to reach the relay server, and after how many without an answer it is tried once more beside the first
 attempt: a saturated uplink has round trips of seconds, and a path that is back is found soon."""
+
+
 LINK_TIMEOUT = 30.0
 """Seconds from a link's TCP connection to WELCOME; clearly more than the relay server gives it, so that a link that
 is in the server's pool has not been given up here."""
-REFILL_TIME, REFILL_RATE = 5.0, 4.0
-"""Idle links that were lost are replaced within so many seconds, at so many a second where that is faster."""
+
+
 BYE_TIMEOUT = 2.0
 """Seconds that the server has to close a link after BYE; meanwhile a START that crossed it is still served."""
+
+
 GROWTH = 4
 """Links that may be opened at once for each one in use, beyond the idle ones, where the server says that more service
 clients wait: 200 that come together have theirs after two rounds from a pool of 8, and a number that the server merely
 says opens a second pool at most."""
+
+
 STABLE_TIME = 10.0
 """Seconds that a link must have been up for its loss to count as the first."""
-
-
-# --- Options and events ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Publication:
-    """A service's name at the relay server, and where it is reached from here."""
-
-    name: str
-    target: Endpoint
-
-
-def parse_publication(text: str) -> Publication:
-    """``NAME=HOST:PORT`` or ``NAME=unix:PATH``.  Raises `ValueError` that says what is accepted."""
-    name, equals, target = text.partition("=")
-    if not equals:
-        raise ValueError("NAME=HOST:PORT or NAME=unix:PATH")
-    return Publication(parse_name(name), parse_endpoint(target))
-
-
-def parse_pin(text: str) -> str:
-    """``sha256:`` and 64 hexadecimal digits, with or without colons between them."""
-    kind, _, digest = text.lower().partition(":")
-    digest = digest.replace(":", "")
-    if kind != "sha256" or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
-        raise ValueError("sha256: and 64 hexadecimal digits, as tcprelays --tls prints it")
-    return f"sha256:{digest}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClientOptions(Options):
-    """The options of `RelayClient` and of ``tcprelayc``."""
-
-    host: str = option(
-        "localhost", parse_host, "host of the service named default, or unix:PATH",
-        group="Addresses", metavar="HOST", spelling="host")  # fmt: skip
-    port: int | None = option(
-        None, parse_port, "port of the service named default",
-        group="Addresses", metavar="PORT", spelling="port")  # fmt: skip
-    publish: tuple[Publication, ...] = option(
-        (), parse_publication, "a further service, by its name at the relay server; may be repeated",
-        group="Addresses", metavar="NAME=HOST:PORT", many=True)  # fmt: skip
-    relay_host: str = option(
-        "", parse_host, "host of the relay server",
-        group="Addresses", metavar="HOST", spelling="relayHost")  # fmt: skip
-    relay_port: int | None = option(
-        None, parse_port, "port of the relay server for relay clients",
-        group="Addresses", metavar="PORT", spelling="relayPort")  # fmt: skip
-    num_conn: int = option(
-        8, parse_positive, "idle links kept for each service",
-        group="Links", metavar="N", spelling="numConn")  # fmt: skip
-    max_conn: int = option(
-        0, parse_count, "links at once, idle ones and all", group="Links", metavar="N",
-        shown_default="a quarter of the limit on open files")  # fmt: skip
-    name: str = option(
-        "", str, "what the relay server calls this client in its log", group="Links", metavar="NAME",
-        shown_default="this host's name")  # fmt: skip
-
-    reject_unauthorized: bool = option(
-        True, parse_flag, "refuse a relay server whose certificate cannot be verified",
-        group="TLS", metavar="true|false", spelling="rejectUnauthorized")  # fmt: skip
-    tls_server_name: str = option(
-        "", parse_host, "name that must stand in the relay server's certificate",
-        group="TLS", metavar="NAME", shown_default="--relay-host")  # fmt: skip
-    pin: str = option(
-        "", parse_pin, "accept exactly the relay server's certificate with this SHA-256 digest, self-signed or not",
-        group="TLS", metavar="sha256:HEX")  # fmt: skip
-    service_ca_file: str = option(
-        "", parse_path, "CA certificates, PEM, for the service's certificate (--tls both)",
-        group="TLS", metavar="FILE")  # fmt: skip
-    service_insecure: bool = option(
-        False, parse_flag, "accept any certificate of the service (--tls both)", group="TLS")  # fmt: skip
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.relay_host:
-            raise ValueError("--relay-host is required")
-        if self.relay_port is None:
-            raise ValueError("--relay-port is required")
-        services = self.services
-        if not services:
-            raise ValueError("--port (with --host) or --publish is required")
-        names = [service.name for service in services]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"two services are named {twice[0]}")
-        if unreachable := [
-            str(service.target) for service in services if not (service.target.port or service.target.path)
-        ]:
-            raise ValueError(f"nothing can be reached at port 0: {unreachable[0]}")
-        if self.host.startswith("unix:") and self.port is not None:
-            raise ValueError("--port is of no use where --host is a Unix socket")
-        if 0 < self.max_conn < self.num_conn * len(services):
-            raise ValueError("--max-conn is less than the idle links that --num-conn asks for, over all services")
-        if self.wire == "raw" and len(services) > 1:
-            raise ValueError("--wire raw carries one service: links have no name there")
-        for name in ("pin", "tls_server_name", "cert", "pfx", "ca_file"):
-            if getattr(self, name) and self.tls not in ("relay", "both"):
-                raise ValueError(f"--{name.replace('_', '-')} is of no use without --tls")
-        for name in ("service_ca_file", "service_insecure"):
-            if getattr(self, name) and self.tls not in ("both", "service"):
-                raise ValueError(f"--{name.replace('_', '-')} is of no use without --tls both or --tls service")
-
-    @property
-    def services(self) -> list[Publication]:
-        """All services, that of ``--host`` and ``--port`` first."""
-        if self.host.startswith("unix:"):
-            return [Publication("default", parse_endpoint(self.host)), *self.publish]
-        if self.port is None:
-            return list(self.publish)
-        return [Publication("default", Endpoint(self.host, self.port)), *self.publish]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Published(Event):
-    """The service can be reached through the relay, for the first time or again."""
-
-    says = "service {service}: {target} is published at {address}"
-    of_all = True
-    service: str
-    target: str
-    relay: str
-    address: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unpublished(Event):
-    """No link to the relay can be had.  The client goes on trying; told again only when the reason changes."""
-
-    level = logging.WARNING
-    says = "service {service}: no link to the relay at {relay}, trying again: {reason}"
-    of_all = True
-    service: str
-    relay: str
-    reason: str
-
-
-class Unreachable(ConnectionError):
-    """There is no connection to the relay server; the message says why."""
-
-
-class RefusedByServer(ConnectionError):
-    """The relay server refused a link, or its proofs were not accepted here; the message says why."""
-
-    def __init__(self, reason: str, code: str = "") -> None:
-        super().__init__(reason)
-        self.lasting = code not in ("draining", "limit")
-        """It will not pass by itself, or not soon."""
-
-
-def longest_backoff(error: BaseException) -> float:
-    """Where the span between two attempts stops growing after such a failure, in seconds."""
-    passing = isinstance(error, Unreachable) or (isinstance(error, RefusedByServer) and not error.lasting)
-    return LAST_BACKOFF if passing else REFUSED_BACKOFF
-
-
-# --- The client -----------------------------------------------------------------------------------------------
-
-
-class Pace:
-    """How many idle links there should be: all, or after losses one, and from then on more at a measured pace."""
-
-    def __init__(self, most: int, workers: int = 1) -> None:
-        """`most` is one worker's share, of so many."""
-        self._most = most
-        self._first = 1.0 / workers
-        self._rate = max(REFILL_RATE / workers, most / REFILL_TIME)
-        self._level, self._since = float(most), 0.0
-
-    def level(self, now: float) -> float:
-        return min(self._most, self._level + self._rate * (now - self._since))
-
-    def wanted(self, now: float) -> tuple[int, float]:
-        """How many there should be, and the moment from which on it is one more."""
-        level = self.level(now)
-        if level == self._most:
-            return self._most, float("inf")
-        return max(1, int(level)), now + (1 - level % 1) / self._rate + 0.001
-
-    def lose(self, now: float) -> None:
-        """An idle link is lost: it is to be replaced, but not at once."""
-        self._level, self._since = max(0.0, self.level(now) - 1), now
-
-    def begin(self, now: float) -> None:
-        """The first link is up again."""
-        self._level, self._since = self._first, now
-
-
-class Service:
-    """A published service and the state of its links; all but the first three under `RelayClient._condition`."""
-
-    def __init__(self, publication: Publication, most_idle: int, probing: tcprelay.Probing, workers: int = 1) -> None:
-        self.name = publication.name
-        self.target = publication.target
-        self.dialer = tcprelay.Dialer(publication.target, probing=probing)
-        self.idle = self.busy = self.connecting = 0
-        self.pace = Pace(most_idle, workers)
-        self.asked = 0
-        """Links wanted beyond the idle ones, because service clients wait at the server: its word, see `GROWTH`."""
-        self.failures = 0
-        """Failures in a row; a link that has been stable resets them."""
-        self.failed_at = self.retry_at = 0.0
-        """When the last one was, and the moment of the next attempt."""
-        self.span = 0.0
-        """Seconds within which that moment was drawn."""
-        self.probing = True
-        """At the start and after a failure, until a link is up: one attempt at a time."""
-        self.carried = 0
-        """Connections that its links have begun to carry."""
-        self.told: str | None = None
-        """What was last told of its state: "" is published, ``None`` nothing yet, otherwise why not."""
 
 
 class RelayClient(Relay):
@@ -324,7 +147,7 @@ class RelayClient(Relay):
             host=host, port=port, relay_host=relay_host, relay_port=relay_port, num_conn=num_conn, **options
         )
         super().__init__("tcprelay.client", checked, checked.max_conn, on_event)
-        self._id = tcprelay.random_id(8)
+        self._id = random_id(8)
         self._name = (checked.name or socket.gethostname())[:64]
         self._relay = Endpoint(relay_host, relay_port)
         self._dialer = self._make_dialer()
@@ -352,17 +175,17 @@ class RelayClient(Relay):
         token = options.read_token()
         links = services = None
         if options.tls in ("relay", "both"):
-            links = tcprelay.make_context(options, False, options.cert, options.key, options.pfx)
+            links = make_context(options, False, options.cert, options.key, options.pfx)
             if options.pin or not options.reject_unauthorized:
                 links.check_hostname, links.verify_mode = False, ssl.CERT_NONE
             else:
-                tcprelay.trust(links, options.ca_file)
+                trust(links, options.ca_file)
         if options.tls in ("both", "service"):
-            services = tcprelay.make_context(options, False)
+            services = make_context(options, False)
             if options.service_insecure:
                 services.check_hostname, services.verify_mode = False, ssl.CERT_NONE
             else:
-                tcprelay.trust(services, options.service_ca_file)
+                trust(services, options.service_ca_file)
         return Credentials(token, links, services)
 
     def prepare(self) -> None:
@@ -379,7 +202,7 @@ class RelayClient(Relay):
             self.prepare()
         self._keeper.start()
 
-    def make_workers(self, count: int) -> Workers | None:
+    def make_workers(self, count: int) -> Parent | None:
         """As many as there are idle links to keep, at most.  With --max-conn there are none by default: one process
         may need what another has left."""
         options = self.options
@@ -388,8 +211,8 @@ class RelayClient(Relay):
         count = min(count, options.num_conn, options.max_conn or count)
         return ClientWorkers(self, count) if count > 1 else None
 
-    def _make_dialer(self) -> tcprelay.Dialer:
-        return tcprelay.Dialer(self._relay, RELAY_DIAL_TIMEOUT, self._probing, DIAL_AGAIN)
+    def _make_dialer(self) -> Dialer:
+        return Dialer(self._relay, RELAY_DIAL_TIMEOUT, self._probing, DIAL_AGAIN)
 
     def _make_threads(self) -> None:
         self._keeper = threading.Thread(target=self._keep, name="tcprelay-client keeper", daemon=True)
@@ -416,7 +239,7 @@ class RelayClient(Relay):
     def _stop_intake(self) -> None:
         with self._condition:
             self._condition.notify_all()
-        tcprelay.join(self._keeper, tcprelay.JOIN_TIMEOUT)
+        join(self._keeper, JOIN_TIMEOUT)
 
     def _wake_all(self) -> None:
         with self._condition:  # a link is closed after it has left the set
@@ -494,7 +317,7 @@ class RelayClient(Relay):
             self._handshakes = max(len(self._services), self._handshakes // 2)  # each service may try one
             service.span = FIRST_BACKOFF if service.failures == 1 else min(longest, 2 * service.span)
             # Measured from its beginning: one that took long to fail has been waiting already.
-            service.retry_at = max(service.failed_at, began + service.span * tcprelay.random_fraction())
+            service.retry_at = max(service.failed_at, began + service.span * random_fraction())
             service.probing = True
         self._condition.notify_all()
 
@@ -530,7 +353,7 @@ class RelayClient(Relay):
                 reason, idle = self._serve_idle(link, service)
         except TimeoutError:
             reason = "no PING in time"
-            tcprelay.carrier(link).reset_on_close()  # it is dead: see `tcprelay.Splice.check_time`
+            carrier(link).reset_on_close()  # it is dead: see `tcprelay.Splice.check_time`
         except (OSError, EOFError) as error:
             reason = say_error(error)
         finally:
@@ -573,7 +396,7 @@ class RelayClient(Relay):
 
     def _say_late(self, sock: socket.socket) -> TimeoutError:
         """What to raise where the relay has not answered in time."""
-        why = tcprelay.say_path(sock) or f"; is {self._relay} the relay port of a tcprelays?"
+        why = say_path(sock) or f"; is {self._relay} the relay port of a tcprelays?"
         return TimeoutError(f"no answer within {LINK_TIMEOUT:g} s{why}")
 
     def _dial_relay(self, deadline: Deadline) -> Stream:
@@ -591,7 +414,7 @@ class RelayClient(Relay):
         try:
             stream = TLSStream(sock, name, context, server_hostname=expected)
             stream.handshake(deadline, self._stop)
-            found = tcprelay.pin_of(stream.tls.getpeercert(binary_form=True) or b"")
+            found = pin_of(stream.tls.getpeercert(binary_form=True) or b"")
             if options.pin and found != options.pin:
                 raise RefusedByServer(f"the relay's certificate has another pin than --pin says: {found}")
         except BaseException as error:
@@ -599,7 +422,7 @@ class RelayClient(Relay):
             sock.close()
             if isinstance(error, TimeoutError):
                 raise late from None
-            if not tcprelay.is_tls_error(error):
+            if not is_tls_error(error):
                 raise
             if isinstance(error, ssl.SSLCertVerificationError):
                 hint = "give --ca-file or --pin, or --tls-server-name where the name differs"
@@ -618,8 +441,8 @@ class RelayClient(Relay):
 
     def _greet(self, link: Link, service: Service, deadline: Deadline) -> Frame:
         """HELLO, CHALLENGE, AUTH; returns WELCOME.  The server proves that it knows the token, too."""
-        nonce, token = tcprelay.new_nonce(), self._credentials.token
-        hello = {"version": tcprelay.PROTOCOL_VERSION, "service": service.name, "client": self._id,
+        nonce, token = new_nonce(), self._credentials.token
+        hello = {"version": PROTOCOL_VERSION, "service": service.name, "client": self._id,
                  "worker": self._worker, "name": self._name, "idle": self._num_conn, "nonce": nonce,
                  "token": bool(token)}  # fmt: skip
         link.send(HELLO, hello)
@@ -627,10 +450,10 @@ class RelayClient(Relay):
         try:
             answer = link.receive(deadline, self._stop if token else self._cut)
         except LinkFault as error:
-            spoken = tcprelay.guess_protocol(link.unread())
+            spoken = guess_protocol(link.unread())
             raise LinkFault(f"the relay port answers with {spoken}, not the link protocol ({error})") from error
         except OSError as error:
-            if not tcprelay.is_tls_error(error):
+            if not is_tls_error(error):
                 raise
             # With TLS 1.3 a client learns only now that its certificate was not accepted.
             reason = f"refused by the relay, maybe for this client's certificate: {say_error(error)}"
@@ -643,12 +466,12 @@ class RelayClient(Relay):
                 raise RefusedByServer("the relay asks for a token; set --token-file or --token")
             server_nonce = answer.text("nonce")
             parts = (nonce, server_nonce, service.name, self._id)
-            expected = tcprelay.prove(token, SERVER, *parts)
-            link.send(AUTH, {"proof": tcprelay.prove(token, CLIENT, *parts)})
+            expected = prove(token, SERVER, *parts)
+            link.send(AUTH, {"proof": prove(token, CLIENT, *parts)})
             answer = link.receive(deadline, self._cut)
         if answer.kind == REFUSED:
             raise RefusedByServer(f"refused by the relay: {shown(answer.text('reason'), 240)}", answer.text("code"))
-        if token and not (expected and tcprelay.is_proof(answer.text("proof"), expected)):
+        if token and not (expected and is_proof(answer.text("proof"), expected)):
             raise RefusedByServer("the relay did not prove that it knows the token; is --token-file set there?")
         return answer
 
@@ -676,7 +499,7 @@ class RelayClient(Relay):
             self._emit(
                 Published(service=service.name, target=str(service.target), relay=str(self._relay), address=where)
             )
-            if remark := tcprelay.say_path(link.sock):
+            if remark := say_path(link.sock):
                 self._log.info("a link with %s is up%s", self._relay, remark)
         self._emit(LinkUp(service=service.name, peer=str(self._relay), client=self._id))
 
@@ -686,7 +509,7 @@ class RelayClient(Relay):
 
         Raises `OSError`, `EOFError`, `LinkFault`, `TimeoutError` where it is lost while it is idle.
         """
-        patience = tcprelay.SILENCE * link.heartbeat
+        patience = SILENCE * link.heartbeat
         settled = True
         while True:
             try:
@@ -731,7 +554,7 @@ class RelayClient(Relay):
         try:
             out = bytearray(link.pack_control(BYE))
             while not link.stream.send_now(out):
-                tcprelay.wait_for(link.fd, select.POLLOUT, deadline, self._cut)
+                wait_for(link.fd, select.POLLOUT, deadline, self._cut)
             while (frame := link.receive(deadline, self._cut)).kind != START:
                 pass
             self._serve(link, frame, service, idle)
@@ -763,7 +586,7 @@ class RelayClient(Relay):
         """Answer that the service cannot be reached, and drop what still comes.  Raises `OSError`."""
         link.send(FAIL, {"reason": shown(reason, 400)})
         try:
-            link.discard(Deadline(tcprelay.FLUSH_TIMEOUT), self._cut)
+            link.discard(Deadline(FLUSH_TIMEOUT), self._cut)
         except ConnectionAbortedError:
             pass  # the service client has gone; the link is idle
         except TimeoutError:
@@ -774,12 +597,12 @@ class RelayClient(Relay):
         early = bytearray(4096)
         while (count := link.recv_now(memoryview(early))) is None:
             try:
-                tcprelay.wait_for(link.fd, select.POLLIN, Deadline(None), self._stop)
+                wait_for(link.fd, select.POLLIN, Deadline(None), self._stop)
             except Stopping:
                 return "ending"
         if count == 0:
             raise EOFError("the relay closed it")
-        record = {"id": tcprelay.connection_id(), "service": service.name, "peer": f"relay {self._relay}"}
+        record = {"id": connection_id(), "service": service.name, "peer": f"relay {self._relay}"}
         self._set_busy(service, waiting=0)
         link.reset_on_close()
         try:
@@ -795,8 +618,8 @@ class RelayClient(Relay):
 
     def _dial_service(self, service: Service, link: Link | Stream) -> Stream:
         """Connect to the service for a link, with TLS where it is asked for.  Raises `OSError`, `EOFError`."""
-        deadline = Deadline(tcprelay.DIAL_TIMEOUT)
-        sock = service.dialer.dial(self._cut, little=not tcprelay.is_near(link.sock))
+        deadline = Deadline(DIAL_TIMEOUT)
+        sock = service.dialer.dial(self._cut, little=not is_near(link.sock))
         name, context = f"service {service.target}", self._credentials.services
         if context is None:
             stream = Stream(sock, name)
@@ -898,9 +721,6 @@ class ClientWorkers(Workers):
             self.emit(Unpublished(**fields) if reason else Published(**fields))
 
 
-# --- The command ----------------------------------------------------------------------------------------------
-
-
 def create_relay_client(
     host: str, port: int, relay_host: str, relay_port: int, num_conn: int = 1, **options: Any
 ) -> RelayClient:
@@ -910,7 +730,7 @@ def create_relay_client(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command ``tcprelayc``.  Returns its exit status."""
-    return tcprelay.run_command(
+    return run_command(
         "tcprelayc",
         "Relay client: for a host behind a NAT. It makes a service that it can reach available at the relay server.",
         ClientOptions,

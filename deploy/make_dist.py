@@ -1,10 +1,10 @@
-"""Makes what is handed out: dist/tcprelays and dist/tcprelayc, one executable file each, and the wheel.
+"""Makes what is handed out: dist/tcprelays, dist/tcprelayc and dist/tcprelay, one executable file each, and the wheel.
 
     make dist      or      python3 deploy/make_dist.py [--output DIR] [--no-wheel]
 
-An executable file is a zip archive with a line for the kernel before it; python3 runs it as it is.  It holds the
-role, the core and ConfigArgParse, so that a host needs nothing but Python 3.10.  The same sources and the same
-ConfigArgParse give the same bytes, whenever and wherever they are packed.
+An executable file is a zip archive with a line for the kernel before it; python3 runs it as it is.  It holds a role, or
+both, with the rooms that it stands on and ConfigArgParse, so that a host needs nothing but Python 3.10.  The same
+sources and the same ConfigArgParse give the same bytes, whenever and wherever they are packed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ROLES = {"tcprelays": "tcprelay_server", "tcprelayc": "tcprelay_client"}
+DOORS = {
+    "tcprelays": ["tcprelay_server"],
+    "tcprelayc": ["tcprelay_client"],
+    "tcprelay": ["tcprelay", "tcprelay_server", "tcprelay_client"],
+}
+"""The files, and the modules that each holds beside its rooms: the first one has its `main`."""
 LONG_AGO = (1980, 1, 1, 0, 0, 0)
 """The time of every entry: the first that a zip archive can say."""
 
@@ -41,15 +46,15 @@ sys.exit({module}.main())
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Make the executable files tcprelays and tcprelayc, and the wheel.")
+    parser = argparse.ArgumentParser(description="Make the executable files of the commands, and the wheel.")
     parser.add_argument("--output", type=Path, default=ROOT / "dist", metavar="DIR", help="where to (default: dist)")
-    parser.add_argument("--no-wheel", action="store_true", help="the two executable files alone")
+    parser.add_argument("--no-wheel", action="store_true", help="the executable files alone")
     arguments = parser.parse_args()
     output: Path = arguments.output
     try:
         output.mkdir(parents=True, exist_ok=True)
-        shared = [*find_configargparse(), ("LICENSE", ROOT / "LICENSE"), ("tcprelay.py", ROOT / "tcprelay.py")]
-        made = [make_executable(output / prog, prog, module, shared) for prog, module in ROLES.items()]
+        shared = {**dict(find_configargparse()), "LICENSE": ROOT / "LICENSE"}
+        made = [make_executable(output / prog, doors, shared) for prog, doors in DOORS.items()]
         if not arguments.no_wheel:
             made.append(make_wheel(output))
     except (OSError, LookupError) as error:
@@ -63,11 +68,13 @@ def main() -> int:
     return 0
 
 
-def make_executable(path: Path, prog: str, module: str, shared: list[tuple[str, Path]]) -> Path:
+def make_executable(path: Path, doors: list[str], shared: dict[str, Path]) -> Path:
     """Write one executable file, as a whole or not at all."""
-    entries = {name: source.read_bytes() for name, source in shared}
-    entries[f"{module}.py"] = (ROOT / f"{module}.py").read_bytes()
-    entries["__main__.py"] = MAIN.format(prog=prog, module=module).encode("ascii")
+    others = {role for role in ("server", "client") if f"tcprelay_{role}" not in doors}
+    sources = [ROOT / f"{door}.py" for door in doors] + sorted((ROOT / "_tcprelay").rglob("*.py"))
+    files = {file.relative_to(ROOT).as_posix(): file for file in sources if file.parent.name not in others}
+    entries = {name: file.read_bytes() for name, file in {**shared, **files}.items()}
+    entries["__main__.py"] = MAIN.format(prog=path.name, module=doors[0]).encode("ascii")
     archive = io.BytesIO()
     archive.write(b"#!/usr/bin/env python3\n")
     with zipfile.ZipFile(archive, "w") as file:
@@ -114,6 +121,7 @@ def make_wheel(output: Path) -> Path:
         for pattern in ("pyproject.toml", "README.md", "LICENSE", "tcprelay*.py"):
             for file in ROOT.glob(pattern):
                 shutil.copy(file, source)
+        shutil.copytree(ROOT / "_tcprelay", source / "_tcprelay", ignore=shutil.ignore_patterns("__pycache__"))
         subprocess.run(
             [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps",
              "--wheel-dir", str(built), str(source)],

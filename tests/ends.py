@@ -6,8 +6,8 @@ import socket
 import ssl
 from typing import Any
 
-import tcprelay
-from tcprelay import TLSStream
+from _tcprelay.tls import TLSStream
+from _tcprelay.waiting import Deadline
 
 from .conftest import PATIENCE
 
@@ -22,7 +22,7 @@ class TLSEnd:
         self.sock = sock
         self.sock.settimeout(None)
         self.stream = TLSStream(sock, "test", context, server_side=server_side)
-        self.stream.handshake(tcprelay.Deadline(PATIENCE))
+        self.stream.handshake(Deadline(PATIENCE))
         self.sock.settimeout(PATIENCE)
 
     def sendall(self, data: bytes) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import pytest
 
-from tcprelay import Deadline
+from _tcprelay.waiting import Deadline
 
 from .conftest import PATIENCE, PEER_PATH, Service, wait_until
 from .conftest import no_peer as no_peer  # for those who use what is here

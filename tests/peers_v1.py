@@ -5,7 +5,8 @@ from __future__ import annotations
 import socket
 from typing import Any
 
-from tcprelay import (
+from _tcprelay.link import Link
+from _tcprelay.protocol import (
     AUTH,
     CHALLENGE,
     CLIENT,
@@ -17,14 +18,13 @@ from tcprelay import (
     SERVER,
     START,
     WELCOME,
-    Deadline,
     Frame,
-    Link,
-    RelayServer,
-    Stream,
     new_nonce,
     prove,
 )
+from _tcprelay.streams import Stream
+from _tcprelay.waiting import Deadline
+from tcprelay import RelayServer
 
 from .conftest import PATIENCE, connect
 

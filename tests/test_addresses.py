@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 import pytest
 
-import tcprelay
-from tcprelay import RelayClient, RelayServer, address_group, is_loopback
-from tcprelay_client import Unpublished
-from tcprelay_server import Listening
+from _tcprelay.addresses import address_group, is_loopback, name_in_certificate, show_address
+from _tcprelay.sockets import _listen_on, listen
+from _tcprelay.tcp import Probing
+from tcprelay import Listening, RelayClient, RelayServer, Unpublished
 
 from .certificates import Certificates
-from .conftest import PATIENCE, Bench, wait_until
+from .conftest import PATIENCE, Bench, replace, wait_until
 from .peers import Peers, RelayProcess, find, no_peer, run
 
 
@@ -90,19 +90,19 @@ def test_a_free_port_must_be_free_at_all_addresses(monkeypatch: pytest.MonkeyPat
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match="already in use"):
-            tcprelay.listen("localhost", port)
+            listen("localhost", port)
         socket.create_server(("::1", port), family=socket.AF_INET6).close()
 
-    real, refused = tcprelay._listen_on, [0]
+    real, refused = _listen_on, [0]
 
-    def listen_on(family: int, address: Any, probing: tcprelay.Probing) -> socket.socket:
+    def listen_on(family: int, address: Any, probing: Probing) -> socket.socket:
         if family == socket.AF_INET and not refused[0]:
             refused[0] = address[1]
             raise OSError(errno.EADDRINUSE, "Address already in use")
         return real(family, address, probing)
 
-    monkeypatch.setattr(tcprelay, "_listen_on", listen_on)
-    listeners = tcprelay.listen("localhost", 0)
+    replace(monkeypatch, "_listen_on", listen_on)
+    listeners = listen("localhost", 0)
     ports = {listener.getsockname()[1] for listener in listeners}
     for listener in listeners:
         listener.close()
@@ -115,8 +115,8 @@ def test_an_address_that_the_host_does_not_have_is_left_out(monkeypatch: pytest.
     """As long as the name has another; if not, that is said."""
     foreign = socket.AF_INET, ("192.0.2.1", 0)
     found = [foreign, (socket.AF_INET, ("127.0.0.1", 0))]
-    monkeypatch.setattr(tcprelay, "resolve", lambda host, port: found)
-    [listener] = tcprelay.listen("relay.example", 0)
+    replace(monkeypatch, "resolve", lambda host, port: found)
+    [listener] = listen("relay.example", 0)
     with listener:
         assert listener.getsockname()[0] == "127.0.0.1"
     found = [foreign]
@@ -128,9 +128,9 @@ def test_protected_mode_looks_at_all_addresses(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A name may be loopback first, and more than that: without a token that is worth a warning."""
-    monkeypatch.setattr(tcprelay, "is_loopback", lambda address: address[0] == "127.0.0.1")
-    monkeypatch.setattr(
-        tcprelay, "resolve", lambda host, port: [(socket.AF_INET, (f"127.0.0.{number}", port)) for number in (1, 2)]
+    replace(monkeypatch, "is_loopback", lambda address: address[0] == "127.0.0.1")
+    replace(
+        monkeypatch, "resolve", lambda host, port: [(socket.AF_INET, (f"127.0.0.{number}", port)) for number in (1, 2)]
     )
     bench.server(hostname="relay.example")
     [record] = [record for record in caplog.records if "no token is set" in record.getMessage()]
@@ -142,9 +142,9 @@ def test_addresses_with_a_zone() -> None:
     assert is_loopback(("::1%lo", 1, 0, 1))
     assert not is_loopback(("fe80::5%eth0", 1, 0, 2))
     assert address_group(("fe80::5%eth0", 1, 0, 2)) == "fe80::/64"
-    assert tcprelay.show_address(("fe80::5%eth0", 1, 0, 2)) == "[fe80::5%eth0]:1"
-    assert tcprelay.show_address(("fe80::5", 1, 0, 999_999)) == "[fe80::5%999999]:1", "that interface is gone"
-    assert tcprelay.show_address(("fe80::5", 1, 0, 1)) == f"[fe80::5%{socket.if_indextoname(1)}]:1"
+    assert show_address(("fe80::5%eth0", 1, 0, 2)) == "[fe80::5%eth0]:1"
+    assert show_address(("fe80::5", 1, 0, 999_999)) == "[fe80::5%999999]:1", "that interface is gone"
+    assert show_address(("fe80::5", 1, 0, 1)) == f"[fe80::5%{socket.if_indextoname(1)}]:1"
 
 
 # --- Certificates ---------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def test_addresses_with_a_zone() -> None:
     [("relay.example.net.", "relay.example.net"), ("fe80::5%eth0", "fe80::5"), ("192.0.2.1", "192.0.2.1")],
 )
 def test_what_a_certificate_names(host: str, name: str) -> None:
-    assert tcprelay.name_in_certificate(host) == name
+    assert name_in_certificate(host) == name
 
 
 def test_a_trailing_dot_is_not_in_the_certificate(bench: Bench, certificates: Certificates) -> None:

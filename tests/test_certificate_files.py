@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import tcprelay
+from _tcprelay.certificates import load_pair, load_pfx, trust
 from tcprelay import RelayServer
 
 from .certificates import Certificates, openssl, tls_context
@@ -190,7 +190,7 @@ def test_pem_files(files: Path, case: Case) -> None:
 def test_pfx_files(files: Path, name: str, passphrase: str, line: str) -> None:
     """Likewise for --pfx."""
     with pytest.raises(ValueError) as caught:
-        tcprelay.load_pfx(tls_context(True), str(files / name), passphrase)
+        load_pfx(tls_context(True), str(files / name), passphrase)
     assert str(caught.value) == line.format(files / name)
 
 
@@ -212,7 +212,7 @@ def test_pfx_files(files: Path, name: str, passphrase: str, line: str) -> None:
 def test_ca_files(files: Path, name: str, line: str) -> None:
     """Likewise for --ca-file."""
     with pytest.raises(ValueError) as caught:
-        tcprelay.trust(tls_context(), str(files / name))
+        trust(tls_context(), str(files / name))
     assert str(caught.value) == line.format(files / name)
 
 
@@ -241,4 +241,4 @@ def test_good_files_in_unusual_forms(files: Path) -> None:
         ("both.pem", ""), ("server.pem", "both.pem"), ("server.pem", "locked.key"), ("server.pem", "locked-old.key"),
         ("crlf.pem", "server.key"), ("bom.pem", "server.key"),
     ):  # fmt: skip
-        tcprelay.load_pair(tls_context(True), str(files / cert), key and str(files / key), "right")
+        load_pair(tls_context(True), str(files / cert), key and str(files / key), "right")

@@ -17,7 +17,11 @@ import pytest
 
 import tcprelay
 import tcprelay_client
-from tcprelay import (
+from _tcprelay.client.pace import LAST_BACKOFF, Pace, Unreachable, longest_backoff
+from _tcprelay.events import Events
+from _tcprelay.link import Link
+from _tcprelay.names import Addresses, Name, resolve
+from _tcprelay.protocol import (
     ABORT,
     AUTH,
     BYE,
@@ -34,22 +38,28 @@ from tcprelay import (
     SERVER,
     START,
     WELCOME,
-    ConnectionClosed,
-    ConnectionFailed,
-    ConnectionOpened,
-    Deadline,
-    Link,
-    LinkDown,
-    LinkUp,
-    RelayClient,
-    RelayServer,
     encode_frame,
     encode_header,
     prove,
 )
-from tcprelay_client import Pace, Published, Unpublished, Unreachable, longest_backoff
+from _tcprelay.sockets import Race
+from _tcprelay.tcp import unsent_bytes
+from _tcprelay.text import say_error
+from _tcprelay.threads import Threads
+from _tcprelay.waiting import Deadline
+from tcprelay import (
+    ConnectionClosed,
+    ConnectionFailed,
+    ConnectionOpened,
+    LinkDown,
+    LinkUp,
+    Published,
+    RelayClient,
+    RelayServer,
+    Unpublished,
+)
 
-from .conftest import PATIENCE, Bench, Service, connect, read_exactly, wait_until
+from .conftest import PATIENCE, Bench, Service, connect, read_exactly, replace, wait_until
 from .peers_v1 import FakeServer
 
 
@@ -290,9 +300,9 @@ def test_why_there_is_no_link_is_told_once(bench: Bench, server: FakeServer, ans
 
 @pytest.fixture
 def quick_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcprelay_client, "FIRST_BACKOFF", 0.02)
-    monkeypatch.setattr(tcprelay_client, "LAST_BACKOFF", 0.1)
-    monkeypatch.setattr(tcprelay_client, "REFUSED_BACKOFF", 0.1)
+    replace(monkeypatch, "FIRST_BACKOFF", 0.02)
+    replace(monkeypatch, "LAST_BACKOFF", 0.1)
+    replace(monkeypatch, "REFUSED_BACKOFF", 0.1)
 
 
 pytestmark = pytest.mark.usefixtures("quick_backoff")
@@ -328,7 +338,7 @@ def test_the_span_of_the_backoff_doubles_up_to_its_cap(
     """Full jitter: each wait is a random part of a span that doubles with every failure, and longer where the
     server refuses, or the link is lost in its handshake, than where it cannot be reached or is ending."""
     for name, seconds in (("FIRST_BACKOFF", 1.0), ("LAST_BACKOFF", 4.0), ("REFUSED_BACKOFF", 30.0)):
-        monkeypatch.setattr(tcprelay_client, name, seconds)
+        replace(monkeypatch, name, seconds)
     seen: list[float] = []
 
     class Spy:
@@ -338,7 +348,7 @@ def test_the_span_of_the_backoff_doubles_up_to_its_cap(
             seen.append(span)
             return 0.0
 
-    monkeypatch.setattr("tcprelay.random_fraction", Spy)
+    replace(monkeypatch, "random_fraction", Spy)
     client_of(bench, server, unused_port())
     while len(seen) < len(spans):
         link = server.accept()
@@ -364,7 +374,7 @@ def test_attempts_that_fail_together_count_once(bench: Bench, server: FakeServer
     assert service.failures == 2
     service.failed_at = 0.0
     with client._condition:
-        client._back_off(service, time.monotonic() - 2 * tcprelay_client.LAST_BACKOFF)
+        client._back_off(service, time.monotonic() - 2 * LAST_BACKOFF)
     assert service.retry_at == service.failed_at, "tries again at once"
 
 
@@ -372,7 +382,7 @@ def test_the_span_follows_what_went_wrong(monkeypatch: pytest.MonkeyPatch) -> No
     """It doubles up to the cap of the present failure: soon again once the server cannot be reached at all, and from
     there on, not from the number of attempts, where it takes connections and loses them."""
     for name, seconds in (("FIRST_BACKOFF", 1.0), ("LAST_BACKOFF", 4.0), ("REFUSED_BACKOFF", 30.0)):
-        monkeypatch.setattr(tcprelay_client, name, seconds)
+        replace(monkeypatch, name, seconds)
     client = RelayClient("127.0.0.1", 1, "127.0.0.1", 1, 1)
     [service] = client._services
     unreachable, lost = Unreachable("no route"), EOFError("the relay closed the link without a word")
@@ -390,7 +400,7 @@ def test_a_relay_that_cannot_be_reached_is_tried_soon(bench: Bench) -> None:
     client = bench.enter(RelayClient("127.0.0.1", 1, "127.0.0.1", unused_port(), 1, on_event=bench.client_events))
     [service] = client._services
     wait_until(lambda: service.failures >= 9)
-    assert service.span <= tcprelay_client.LAST_BACKOFF
+    assert service.span <= LAST_BACKOFF
     assert {event.reason for event in bench.client_events.of(Unpublished)} == {"connection refused"}
 
 
@@ -499,17 +509,17 @@ def test_after_a_failure_one_link_probes(bench: Bench, server: FakeServer) -> No
 
 def test_an_unknown_relay_host_is_tried_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """At boot a name server may only not know it yet: that is told, once, and the client goes on trying."""
-    real, asked, known = tcprelay.resolve, threading.Semaphore(0), threading.Event()
+    asked, known = threading.Semaphore(0), threading.Event()
 
-    def resolve(host: str, port: int) -> tcprelay.Addresses:
+    def look_up(host: str, port: int) -> Addresses:
         asked.release()
         if known.is_set():
-            return real("127.0.0.1", port)
+            return resolve("127.0.0.1", port)
         raise socket.gaierror(socket.EAI_NONAME, f"unknown host {host}")
 
-    monkeypatch.setattr(tcprelay, "resolve", resolve)
-    monkeypatch.setattr(tcprelay.Name, "FAILED_TIME", 0.0)
-    monkeypatch.setattr("tcprelay_client.FIRST_BACKOFF", 0.05)
+    replace(monkeypatch, "resolve", look_up)
+    monkeypatch.setattr(Name, "FAILED_TIME", 0.0)
+    replace(monkeypatch, "FIRST_BACKOFF", 0.05)
     server = bench.server()
     port = server.relay_address[1]
     client = bench.enter(RelayClient("localhost", 1, "relay.example", port, 1, on_event=bench.client_events))
@@ -577,14 +587,14 @@ def test_silence_after_a_connection_is_no_loss(bench: Bench, server: FakeServer)
 def test_when_no_port_is_free_the_client_goes_on_trying(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """EADDRNOTAVAIL, which a host gets that has used up its ephemeral ports, is no reason to end: it is told,
     a service client meanwhile is refused, and both come back."""
-    real, broken = tcprelay.Race._begin, threading.Event()
+    real, broken = Race._begin, threading.Event()
 
     def connect_unless_broken(*words: Any) -> socket.socket | None:
         if broken.is_set():
             raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
         return real(*words)
 
-    monkeypatch.setattr(tcprelay.Race, "_begin", connect_unless_broken)
+    monkeypatch.setattr(Race, "_begin", connect_unless_broken)
     server = bench.server()
     broken.set()
     port = server.relay_address[1]
@@ -608,15 +618,15 @@ def test_an_unexpected_error_loses_no_count_of_links(
     bench: Bench, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever fails as a link comes up, it counts neither as connecting nor as idle afterwards."""
-    emit, failed = tcprelay.Events.__call__, threading.Event()
+    emit, failed = Events.__call__, threading.Event()
 
-    def fail_once(events: tcprelay.Events, event: tcprelay.Event) -> None:
+    def fail_once(events: Events, event: tcprelay.Event) -> None:
         if isinstance(event, LinkUp) and not failed.is_set():
             failed.set()
             raise MemoryError
         emit(events, event)
 
-    monkeypatch.setattr(tcprelay.Events, "__call__", fail_once)
+    monkeypatch.setattr(Events, "__call__", fail_once)
     client = client_of(bench, server, unused_port())
     first = server.accept()
     server.welcome(first)
@@ -633,7 +643,7 @@ def test_the_end_is_heard_out_before_a_link_is_given_up(
     bench: Bench, server: FakeServer, monkeypatch: pytest.MonkeyPatch, ends: bool
 ) -> None:
     """The service has closed, and two pieces are still on the way to it: the link goes on if END comes behind them."""
-    monkeypatch.setattr(tcprelay, "HEAR_OUT_TIME", PATIENCE if ends else 0.2)
+    replace(monkeypatch, "HEAR_OUT_TIME", PATIENCE if ends else 0.2)
     client_of(bench, server, bench.service(lambda sock: None))
     link = server.accept()
     server.welcome(link)
@@ -642,7 +652,7 @@ def test_the_end_is_heard_out_before_a_link_is_given_up(
     assert link.recv_into(memoryview(bytearray(1))) == 0
     for piece in (b"first", b"second", b"third"):
         link.send_buffer(memoryview(bytearray(4) + piece), len(piece))
-        wait_until(lambda: tcprelay.unsent_bytes(link.sock) == 0)
+        wait_until(lambda: unsent_bytes(link.sock) == 0)
     if not ends:
         with pytest.raises((EOFError, ConnectionError)):
             next_frame(link)
@@ -688,7 +698,7 @@ def test_a_link_that_has_done_its_work_is_replaced_at_once(bench: Bench, server:
 
 def test_a_link_that_leaves_counts_once(bench: Bench, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not idle while the server may still pass bytes on, nor twice away when a START crosses its BYE."""
-    monkeypatch.setattr(tcprelay, "is_held_back", lambda sock, sent: True)
+    replace(monkeypatch, "is_held_back", lambda sock, sent: True)
     gone = threading.Event()
     client = client_of(bench, server, bench.service(lambda sock: gone.wait(PATIENCE)))
     link = server.accept()
@@ -713,13 +723,13 @@ def test_a_start_that_is_read_late_dials_nobody(
     bench: Bench, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The link is gone by then: its service client has been refused, and its request must not be carried out."""
-    read_on, real = threading.Event(), tcprelay_client.RelayClient._set_busy
+    read_on, real = threading.Event(), RelayClient._set_busy
 
     def late(client: RelayClient, *words: Any, **more: Any) -> None:
         read_on.wait(PATIENCE)
         real(client, *words, **more)
 
-    monkeypatch.setattr(tcprelay_client.RelayClient, "_set_busy", late)
+    monkeypatch.setattr(RelayClient, "_set_busy", late)
     service = bench.service()
     client_of(bench, server, service)
     link = server.accept()
@@ -770,7 +780,7 @@ def test_a_link_that_losses_hold_back_is_replaced(
     bench: Bench, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """BYE follows its connection; what crosses that is still served, and another link takes its place."""
-    monkeypatch.setattr(tcprelay, "is_held_back", lambda sock, sent: True)
+    replace(monkeypatch, "is_held_back", lambda sock, sent: True)
     client_of(bench, server, bench.service())
     link = server.accept()
     server.welcome(link)
@@ -793,8 +803,8 @@ def test_a_relay_that_says_nothing(
     bench: Bench, server: FakeServer, monkeypatch: pytest.MonkeyPatch, tls: str, path: str
 ) -> None:
     """It is given up in time, from the TCP connection on, and told with what is known of the path."""
-    monkeypatch.setattr(tcprelay_client, "LINK_TIMEOUT", 0.2)
-    monkeypatch.setattr(tcprelay, "say_path", lambda sock: path)
+    replace(monkeypatch, "LINK_TIMEOUT", 0.2)
+    replace(monkeypatch, "say_path", lambda sock: path)
     client_of(bench, server, unused_port(), tls=tls)
     server.accept()
     [event] = bench.client_events.wait(Unpublished)
@@ -818,7 +828,7 @@ def test_a_slow_path_is_told_when_the_relay_is_back(
     bench: Bench, server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "tcprelay")
-    monkeypatch.setattr(tcprelay, "say_path", lambda sock: "; the path is slow")
+    replace(monkeypatch, "say_path", lambda sock: "; the path is slow")
     client_of(bench, server, unused_port())
     server.welcome(server.accept())
     bench.client_events.wait(LinkUp)
@@ -830,34 +840,34 @@ def test_a_lack_of_threads_is_an_attempt_that_failed(
     bench: Bench, server: FakeServer, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     """It ends nothing, and no count is lost."""
-    real, failed = tcprelay.Threads.start, threading.Event()
+    real, failed = Threads.start, threading.Event()
 
-    def start(threads: tcprelay.Threads, *words: Any) -> None:
+    def start(threads: Threads, *words: Any) -> None:
         if not failed.is_set():
             failed.set()
             raise error
         real(threads, *words)
 
-    monkeypatch.setattr(tcprelay.Threads, "start", start)
+    monkeypatch.setattr(Threads, "start", start)
     client = client_of(bench, server, unused_port(), max_conn=1)
     server.welcome(server.accept())
     wait_until(lambda: client.counters["links_idle"] == 1)
     [event] = bench.client_events.of(Unpublished)
-    assert event.reason == tcprelay.say_error(error)
+    assert event.reason == say_error(error)
 
 
 def test_an_unexpected_error_as_a_connection_opens(
     bench: Bench, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is no longer watched over, its service is let go, and it has its closing record."""
-    emit = tcprelay.Events.__call__
+    emit = Events.__call__
 
-    def fail(events: tcprelay.Events, event: tcprelay.Event) -> None:
+    def fail(events: Events, event: tcprelay.Event) -> None:
         if isinstance(event, ConnectionOpened):
             raise MemoryError
         emit(events, event)
 
-    monkeypatch.setattr(tcprelay.Events, "__call__", fail)
+    monkeypatch.setattr(Events, "__call__", fail)
     client = client_of(bench, server, bench.service())
     link = server.accept()
     server.welcome(link)

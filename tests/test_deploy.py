@@ -16,9 +16,11 @@ from typing import Literal
 
 import pytest
 
-from tcprelay import JOIN_TIMEOUT, Option, Options, options_of, parse_options
-from tcprelay_client import ClientOptions
-from tcprelay_server import ServerOptions
+from _tcprelay.command_line import parse_options
+from _tcprelay.options import Options, options_of
+from _tcprelay.threads import JOIN_TIMEOUT
+from _tcprelay.values import Option
+from tcprelay import ClientOptions, ServerOptions
 
 from .conftest import PATIENCE, wait_until
 from .peers import ROOT, Program, RelayProcess, find

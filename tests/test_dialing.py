@@ -11,10 +11,15 @@ from pathlib import Path
 
 import pytest
 
-import tcprelay
-from tcprelay import Addresses, Dialer, Endpoint, RelayClient, Stop, Stopping
+from _tcprelay.addresses import Endpoint
+from _tcprelay.names import Addresses
+from _tcprelay.sockets import EPHEMERAL_PORTS, Dialer, Race, connected_to_itself, in_turns
+from _tcprelay.tcp import NEAR_BUFFER, NEAR_SEGMENT, UNSENT
+from _tcprelay.text import say_error
+from _tcprelay.waiting import Stop, Stopping
+from tcprelay import RelayClient
 
-from .conftest import PATIENCE, Bench, wait_until
+from .conftest import PATIENCE, Bench, replace, wait_until
 
 
 class Names:
@@ -25,7 +30,7 @@ class Names:
         self.asked = 0
         self.answering = threading.Event()
         self.answering.set()
-        monkeypatch.setattr(tcprelay, "resolve", self._resolve)
+        replace(monkeypatch, "resolve", self._resolve)
 
     def _resolve(self, host: str, port: int) -> Addresses:
         answering = self.answering
@@ -206,7 +211,7 @@ def test_a_look_up_ends_whatever_happens(names: Names, monkeypatch: pytest.Monke
             dialer.dial()
     make_old(dialer)
     with monkeypatch.context() as patch:
-        patch.setattr(tcprelay, "resolve_here", fail)
+        replace(patch, "resolve_here", fail)
         with pytest.raises(OSError, match=r"cannot look up service.example: MemoryError"):
             dialer.dial()
     make_old(dialer)
@@ -263,7 +268,7 @@ def test_why_a_name_is_not_found(code: str, words: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     with pytest.raises(socket.gaierror) as raised:
         Dialer(Endpoint("db.example", 1)).dial()
-    assert tcprelay.say_error(raised.value) == words
+    assert say_error(raised.value) == words
 
 
 def test_all_addresses_are_tried(bench: Bench, names: Names) -> None:
@@ -277,8 +282,8 @@ def test_families_take_turns() -> None:
     """RFC 8305: a family that goes nowhere costs one head start, however many addresses it has."""
     six: Addresses = [(socket.AF_INET6, (f"2001:db8::{number}", 1, 0, 0)) for number in (1, 2, 3)]
     four = at(1, "192.0.2.1") + at(1, "192.0.2.2")
-    assert tcprelay.in_turns(six + four) == [six[0], four[0], six[1], four[1], six[2]]
-    assert tcprelay.in_turns(six + four, four[1]) == [four[1], six[0], four[0], six[1], six[2]]
+    assert in_turns(six + four) == [six[0], four[0], six[1], four[1], six[2]]
+    assert in_turns(six + four, four[1]) == [four[1], six[0], four[0], six[1], six[2]]
 
 
 def test_an_address_that_swallows_packets_costs_little(
@@ -287,8 +292,8 @@ def test_an_address_that_swallows_packets_costs_little(
     """The next one is begun beside it, and is the first from then on; a loser is closed."""
     dialer = Dialer(Endpoint("service.example", 1))
     names.addresses = [*at(busy.getsockname()[1]), *at(bench.service().port)]
-    for head_start in (tcprelay.Race.HEAD_START, 1000.0):
-        monkeypatch.setattr(tcprelay.Race, "HEAD_START", head_start)
+    for head_start in (Race.HEAD_START, 1000.0):
+        monkeypatch.setattr(Race, "HEAD_START", head_start)
         began = time.monotonic()
         with dialer.dial() as sock:
             assert time.monotonic() - began < 1.0
@@ -409,10 +414,10 @@ def test_a_connection_to_itself_is_known(bench: Bench) -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         sock.connect(sock.getsockname())
-        assert sock.getsockname()[1] in tcprelay.EPHEMERAL_PORTS
-        assert tcprelay.connected_to_itself(sock)
+        assert sock.getsockname()[1] in EPHEMERAL_PORTS
+        assert connected_to_itself(sock)
     with socket.create_connection(("127.0.0.1", bench.service().port)) as sock:
-        assert not tcprelay.connected_to_itself(sock)
+        assert not connected_to_itself(sock)
 
 
 @pytest.fixture
@@ -464,9 +469,9 @@ def test_a_near_peer_is_asked_to_hold_little(bench: Bench, little: bool) -> None
     """By small segments, and a small window that stays, where the dialler is told so."""
     service = bench.service()
     with Dialer(Endpoint("127.0.0.1", service.port)).dial(little=little) as sock:
-        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) == tcprelay.UNSENT
-        assert (sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG) <= tcprelay.NEAR_SEGMENT) == little
-        held = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == 2 * tcprelay.NEAR_BUFFER
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) == UNSENT
+        assert (sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG) <= NEAR_SEGMENT) == little
+        held = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == 2 * NEAR_BUFFER
         assert held == (little and has_buffer_lock(sock))
         sock.sendall(b"whole")
         assert sock.recv(5) == b"whole"
@@ -495,7 +500,7 @@ def test_a_service_holds_little_where_the_link_is_far(
         return real(dialer, stop, little)
 
     monkeypatch.setattr(Dialer, "dial", dial)
-    monkeypatch.setattr(tcprelay, "is_near", lambda sock: near)
+    replace(monkeypatch, "is_near", lambda sock: near)
     server, service = bench.server(), bench.service()
     bench.client(server, service.port)
     with bench.connect(server) as sock:

@@ -15,18 +15,21 @@ from pathlib import Path
 import pytest
 
 import tcprelay
+from _tcprelay.addresses import Endpoint
+from _tcprelay.sockets import Dialer
 
 from .conftest import PATIENCE, Bench, echo, read_exactly
 from .peers import ROOT, Program
 
 MAKE_DIST = ROOT / "deploy" / "make_dist.py"
 ROLES = {"tcprelays": "tcprelay_server", "tcprelayc": "tcprelay_client"}
+PROGRAMS = [*ROLES, "tcprelay"]
 BARE = [sys.executable, "-I", "-S"]
 """Python isolated from its environment, and without site-packages: what is not in the archive cannot be imported."""
 
 
 def make_dist(output: Path, **environment: str) -> Path:
-    """Make the two executable files; the wheel would need a package index."""
+    """Make the executable files; the wheel would need a package index."""
     subprocess.run(
         [sys.executable, str(MAKE_DIST), "--no-wheel", "--output", str(output)],
         check=True, timeout=6 * PATIENCE, stdout=subprocess.DEVNULL, env={**os.environ, **environment},
@@ -67,6 +70,17 @@ def test_version_and_help(dist: Path, empty: Path, prog: str) -> None:
 
 
 @pytest.mark.parametrize("prog", ROLES)
+def test_one_file_holds_both_roles(dist: Path, empty: Path, prog: str) -> None:
+    """tcprelay server is tcprelays, and tcprelay client is tcprelayc."""
+    role = ROLES[prog].removeprefix("tcprelay_")
+    version = run_bare([*BARE, str(dist / "tcprelay"), role, "--version"], empty)
+    assert (version.returncode, version.stdout, version.stderr) == (0, f"{prog} {tcprelay.__version__}\n", "")
+    neither = run_bare([*BARE, str(dist / "tcprelay")], empty)
+    assert (neither.returncode, neither.stdout, neither.stderr.count("\n")) == (2, "", 1)
+    assert "tcprelay server" in neither.stderr
+
+
+@pytest.mark.parametrize("prog", ROLES)
 def test_a_wrong_option_is_one_line_and_status_2(dist: Path, empty: Path, prog: str) -> None:
     """There is no traceback out of the archive."""
     result = run_bare([*BARE, str(dist / prog), "--no-such-option"], empty)
@@ -87,7 +101,7 @@ def test_the_file_is_executable_by_itself(dist: Path, empty: Path, tmp_path: Pat
 def test_everything_is_imported_from_the_archive(dist: Path, empty: Path, prog: str) -> None:
     """ConfigArgParse too, although this Python may have it installed."""
     archive = str(dist / prog)
-    names = "configargparse", "tcprelay", ROLES[prog]
+    names = "configargparse", "_tcprelay.role", ROLES[prog]
     code = f"import sys; sys.path.insert(0, sys.argv[1]); import {', '.join(names)}\n"
     code += f"for module in ({', '.join(names)}): print(module.__file__)"
     for command in ([sys.executable, "-I"], BARE):
@@ -97,14 +111,18 @@ def test_everything_is_imported_from_the_archive(dist: Path, empty: Path, prog: 
 
 
 def test_what_is_in_an_archive(dist: Path) -> None:
-    """The role, the core, ConfigArgParse, both licences, and nothing of the other role."""
-    for prog, module in ROLES.items():
+    """The role and its rooms, ConfigArgParse, both licences, and no room of the other role; or both."""
+    for prog in PROGRAMS:
         assert (dist / prog).stat().st_mode & 0o777 == 0o755
         with zipfile.ZipFile(dist / prog) as archive:
             assert archive.testzip() is None
             names = set(archive.namelist())
-            assert {"__main__.py", "LICENSE", "tcprelay.py", f"{module}.py"} <= names
-            assert not names & {f"{other}.py" for other in ROLES.values() if other != module}
+            assert {"__main__.py", "LICENSE", "_tcprelay/role.py"} <= names
+            assert ("tcprelay.py" in names) == (prog == "tcprelay")
+            for other, module in ROLES.items():
+                room = f"_tcprelay/{module.removeprefix('tcprelay_')}/__init__.py"
+                assert ({f"{module}.py", room} <= names) == (prog in ("tcprelay", other))
+                assert bool({f"{module}.py", room} & names) == (prog in ("tcprelay", other))
             assert archive.read("LICENSE") == (ROOT / "LICENSE").read_bytes()
             [licence] = [name for name in names if name.startswith("ConfigArgParse-")]
             assert b"Permission is hereby granted" in archive.read(licence)
@@ -113,12 +131,12 @@ def test_what_is_in_an_archive(dist: Path) -> None:
 def test_the_same_sources_give_the_same_bytes(dist: Path, tmp_path: Path) -> None:
     """Neither the time, the place nor the settings of the host that packs them shows."""
     again = make_dist(tmp_path / "again", TZ="Asia/Tokyo", PYTHONHASHSEED="7", LC_ALL="C")
-    for prog in ROLES:
+    for prog in PROGRAMS:
         assert (again / prog).read_bytes() == (dist / prog).read_bytes()
-    assert sorted(path.name for path in again.iterdir()) == sorted(ROLES)
+    assert sorted(path.name for path in again.iterdir()) == sorted(PROGRAMS)
 
 
-@pytest.mark.parametrize("prog", ROLES)
+@pytest.mark.parametrize("prog", PROGRAMS)
 def test_an_old_python_is_told_so(dist: Path, empty: Path, prog: str) -> None:
     """The check comes before everything else, in words that Python 2.7 can read."""
     with zipfile.ZipFile(dist / prog) as archive:
@@ -159,7 +177,7 @@ def test_bytes_pass_through_the_two_files(dist: Path, empty: Path, tmp_path: Pat
             "--relay-host", "127.0.0.1", "--relay-port", str(relay_port),
         )  # fmt: skip
         client.wait_for(lambda line: "is published at" in line)
-        with tcprelay.Dialer(tcprelay.Endpoint("127.0.0.1", service_port), PATIENCE).dial() as sock:
+        with Dialer(Endpoint("127.0.0.1", service_port), PATIENCE).dial() as sock:
             sock.settimeout(PATIENCE)
             sock.sendall(b"through the archives")
             assert read_exactly(sock, 20) == b"through the archives"
@@ -180,12 +198,13 @@ BLOCKED = """
 import sys
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] not in {*sys.stdlib_module_names, "tcprelay", "tcprelay_server", "tcprelay_client"}:
+        known = {*sys.stdlib_module_names, "_tcprelay", "tcprelay", "tcprelay_server", "tcprelay_client"}
+        if name.partition(".")[0] not in known:
             raise ModuleNotFoundError("blocked: " + name)
 sys.meta_path.insert(0, Blocker())
 sys.path.insert(0, sys.argv[1])
 import tcprelay
-assert not {"tcprelay_server", "tcprelay_client", "argparse"} & set(sys.modules), "a role is loaded"
+assert not {"argparse", "ssl", "hashlib", "hmac", "subprocess", "tempfile"} & set(sys.modules), "too much is loaded"
 with tcprelay.RelayServer(0, 0, hostname="127.0.0.1") as server:
     with tcprelay.RelayClient("127.0.0.1", 1, "127.0.0.1", server.relay_address[1]):
         print("both run")
@@ -193,6 +212,6 @@ with tcprelay.RelayServer(0, 0, hostname="127.0.0.1") as server:
 
 
 def test_a_program_that_embeds_the_relay_needs_the_standard_library_alone(empty: Path) -> None:
-    """Neither the import nor the running of both roles loads anything else."""
+    """Neither the import nor the running of both roles loads anything else; nor does the import what few need."""
     result = run_bare([*BARE, "-B", "-c", BLOCKED, str(ROOT)], empty)
     assert (result.returncode, result.stdout, result.stderr) == (0, "both run\n", "")

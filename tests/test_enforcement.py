@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-import tcprelay
-from tcprelay import RelayClient, RelayServer
-from tcprelay_client import ClientOptions, Published, Unpublished
-from tcprelay_server import LinkRefused, ServerOptions
+from _tcprelay.certificates import pin_of
+from _tcprelay.command_line import parse_options
+from _tcprelay.options import Options
+from tcprelay import ClientOptions, LinkRefused, Published, RelayClient, RelayServer, ServerOptions, Unpublished
 
 from .certificates import Certificates
-from .conftest import Bench, wait_until
+from .conftest import Bench, replace, wait_until
 
 Words = dict[str, str]
 """Options and their values; "" for a flag.  Of values "@NAME" stands for a certificate's file."""
@@ -87,10 +87,10 @@ class Sources:
         if text == "@token":
             return str(self._path / "token")
         if text == "@pin":
-            return tcprelay.pin_of(ssl.PEM_cert_to_DER_cert(Path(self._certificates.path("server.pem")).read_text()))
+            return pin_of(ssl.PEM_cert_to_DER_cert(Path(self._certificates.path("server.pem")).read_text()))
         return self._certificates.path(text[1:]) if text.startswith("@") else text
 
-    def parse(self, source: str, cls: type[tcprelay.Options], base: Words, words: Words) -> dict[str, Any]:
+    def parse(self, source: str, cls: type[Options], base: Words, words: Words) -> dict[str, Any]:
         """The options `words` from a source, `base` from the command line."""
         words = {name: self.value(text) for name, text in words.items()}
         line = [word for name, text in base.items() for word in (f"--{name}", text)]
@@ -103,7 +103,7 @@ class Sources:
             file = self._path / "tcprelay.conf"
             file.write_text("".join(f"{name} = {text or 'true'}\n" for name, text in words.items()))
             line += ["--config", str(file)]
-        options = vars(tcprelay.parse_options("test", "", cls, line)[0])
+        options = vars(parse_options("test", "", cls, line)[0])
         for name in words:
             self._monkeypatch.delenv(f"TCPRELAY_{name.upper().replace('-', '_')}", raising=False)
         return options
@@ -123,8 +123,8 @@ SOURCES = pytest.mark.parametrize("source", ["command line", "environment", "fil
 
 @pytest.fixture
 def quick_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tcprelay_client.FIRST_BACKOFF", 0.02)
-    monkeypatch.setattr("tcprelay_client.REFUSED_BACKOFF", 0.1)
+    replace(monkeypatch, "FIRST_BACKOFF", 0.02)
+    replace(monkeypatch, "REFUSED_BACKOFF", 0.1)
 
 
 def make_server(bench: Bench, sources: Sources, source: str, words: Words) -> RelayServer:

@@ -15,22 +15,27 @@ from typing import Any
 
 import pytest
 
-import tcprelay
+from _tcprelay.openssl import run_openssl
+from _tcprelay.sockets import listen
+from _tcprelay.tcp import RESET_ON_CLOSE, Probing
+from _tcprelay.threads import Threads
+from _tcprelay.waiting import Deadline
 from tcprelay import (
+    AcceptPaused,
     ConnectionClosed,
     ConnectionFailed,
     ConnectionOpened,
     Draining,
     Event,
+    Listening,
     RelayClient,
     RelayServer,
     create_relay_client,
     create_relay_server,
 )
-from tcprelay_server import AcceptPaused, Listening
 
 from .certificates import Certificates
-from .conftest import PATIENCE, Bench, connect, read_all, read_exactly, wait_until
+from .conftest import PATIENCE, Bench, connect, read_all, read_exactly, replace, wait_until
 
 
 def test_the_reference_s_functions(bench: Bench) -> None:
@@ -217,27 +222,27 @@ def test_listening_addresses(bench: Bench) -> None:
 
 def test_accepted_sockets_inherit_the_options(bench: Bench) -> None:
     """No delay, keepalive and RST on close are set on the listener, once, and hold for what it accepts."""
-    [listener] = map(bench.enter, tcprelay.listen("127.0.0.1", 0))
+    [listener] = map(bench.enter, listen("127.0.0.1", 0))
     bench.enter(connect(listener.getsockname()))
     listener.setblocking(True)
     sock, _ = listener.accept()
     with sock:
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
-        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8) == tcprelay.RESET_ON_CLOSE
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8) == RESET_ON_CLOSE
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_KEEPIDLE"), reason="this system has no TCP_KEEPIDLE")
 def test_keepalive_begins_at_different_moments(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Connections that are opened together must not all be probed together; accepted and dialled ones alike."""
     spread: list[int] = []
-    real = tcprelay.Probing.spread
+    real = Probing.spread
 
-    def note(probing: tcprelay.Probing, sock: socket.socket) -> None:
+    def note(probing: Probing, sock: socket.socket) -> None:
         real(probing, sock)
         spread.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE))
 
-    monkeypatch.setattr(tcprelay.Probing, "spread", note)
+    monkeypatch.setattr(Probing, "spread", note)
     server = bench.relay()
     spread.clear()
     for count in range(1, 11):
@@ -350,9 +355,9 @@ def test_a_reload_that_fails_in_a_way_nobody_expected(
     assert "ZeroDivisionError" in caplog.text
     caplog.clear()
     monkeypatch.setattr(
-        "tcprelay.subprocess.run", lambda *_, **__: raise_error(subprocess.TimeoutExpired("openssl", 60))
+        "_tcprelay.system.subprocess.run", lambda *_, **__: raise_error(subprocess.TimeoutExpired("openssl", 60))
     )
-    monkeypatch.setattr(server, "_load_credentials", lambda: tcprelay._run_openssl(["version"]))
+    monkeypatch.setattr(server, "_load_credentials", lambda: run_openssl(["version"]))
     assert not server.reload()
     assert caplog.messages == [
         "cannot reload, the old certificates and token stay in force: the openssl command does not come to an end"
@@ -376,14 +381,14 @@ def test_threads_that_finish_while_their_names_are_asked_for(monkeypatch: pytest
             self.looks += 1
             return (print, ()) if self.looks == 1 else None
 
-    threads = tcprelay.Threads()
+    threads = Threads()
     threads._workers.add(Fleeting())  # type: ignore[arg-type]
-    assert threads.end(tcprelay.Deadline(0)) == ["print"]
+    assert threads.end(Deadline(0)) == ["print"]
 
 
 def test_threads_are_parked_and_used_again() -> None:
     """A thread that has done its work runs the next function, and all end together."""
-    threads = tcprelay.Threads()
+    threads = Threads()
     seen = []
     for _ in range(20):
         done = threading.Event()
@@ -391,31 +396,31 @@ def test_threads_are_parked_and_used_again() -> None:
         assert done.wait(PATIENCE)
         wait_until(lambda: threads._parked)
     assert len(set(seen)) == 1
-    assert threads.end(tcprelay.Deadline(PATIENCE)) == []
+    assert threads.end(Deadline(PATIENCE)) == []
     with pytest.raises(RuntimeError, match="ending"):
         threads.start(print)
 
 
 def test_parked_threads_go_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a burst has left behind does not stay."""
-    monkeypatch.setattr(tcprelay.Threads, "PARKED", 0.05)
-    threads = tcprelay.Threads()
+    monkeypatch.setattr(Threads, "PARKED", 0.05)
+    threads = Threads()
     barrier = threading.Barrier(11)
     for _ in range(10):
         threads.start(barrier.wait)
     barrier.wait(PATIENCE)
     wait_until(lambda: len(threads) == 0)
-    threads.end(tcprelay.Deadline(0))
+    threads.end(Deadline(0))
 
 
 def test_an_error_in_a_thread_is_logged_and_the_thread_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     """A bug in one connection's thread does not take the thread away from the next."""
-    threads = tcprelay.Threads()
+    threads = Threads()
     threads.start(lambda: 1 // 0)
     wait_until(lambda: threads._parked)
     assert "ZeroDivisionError" in caplog.text
     assert len(threads) == 1
-    assert threads.end(tcprelay.Deadline(PATIENCE)) == []
+    assert threads.end(Deadline(PATIENCE)) == []
 
 
 @pytest.mark.parametrize("role", ["server", "client"])
@@ -447,12 +452,12 @@ def test_an_unexpected_error_does_not_end_the_intake(
     answers: list[tuple[bytes, list[int]]] = [(b"", [])]
 
     def receive_message(_: object) -> tuple[bytes, list[int]]:
-        monkeypatch.setattr(tcprelay, "receive_message", lambda _: answers.pop())
+        replace(monkeypatch, "receive_message", lambda _: answers.pop())
         raise MemoryError
 
     server._intake, peer = socket.socketpair()
     monkeypatch.setattr(server._stop, "wait", lambda _: None)
-    monkeypatch.setattr(tcprelay, "receive_message", receive_message)
+    replace(monkeypatch, "receive_message", receive_message)
     server._take_connections()
     assert answers == []
     assert "unexpected error in the intake" in caplog.text

@@ -22,8 +22,7 @@ from pathlib import Path
 
 import pytest
 
-import tcprelay
-from tcprelay import LogWriter
+from _tcprelay.logs import JsonFormatter, LogWriter, log_writer
 
 from .conftest import PATIENCE, Service, echo, read_all, read_exactly, wait_until
 from .peers import HOST, ROOT, free_port
@@ -324,7 +323,7 @@ def test_without_a_standard_error_lines_are_dropped(lines: Lines, monkeypatch: p
 
 
 def test_an_exception_is_in_a_json_line(lines: Lines) -> None:
-    lines.writer.setFormatter(tcprelay.JsonFormatter())
+    lines.writer.setFormatter(JsonFormatter())
     record = logging.LogRecord("tcprelay", logging.ERROR, "", 0, "it failed", (), None)
     try:
         raise ZeroDivisionError("canary")
@@ -396,5 +395,5 @@ def test_the_records_of_the_drain_are_in_the_log(workers: str) -> None:
 
 def test_the_log_of_the_module_is_the_commands_alone() -> None:
     """Who embeds a relay has no thread and no handler of ours."""
-    assert tcprelay.log_writer not in logging.getLogger("tcprelay").handlers
-    assert not tcprelay.log_writer._begun
+    assert log_writer not in logging.getLogger("tcprelay").handlers
+    assert not log_writer._begun

@@ -19,20 +19,22 @@ import pytest
 import tcprelay
 import tcprelay_client
 import tcprelay_server
-from tcprelay import ConnectionClosed, options_of
-from tcprelay_client import ClientOptions
-from tcprelay_server import ServerOptions
+from _tcprelay.command_line import parse_options
+from _tcprelay.events import Events
+from _tcprelay.logs import log_writer, set_up_logging
+from _tcprelay.options import Options, options_of
+from tcprelay import ClientOptions, ConnectionClosed, ServerOptions
 
 SERVER = ["--relay-port", "1080", "--service-port", "1081"]
 CLIENT = ["--port", "22", "--relay-host", "relay", "--relay-port", "1080"]
 
 
 def server(*words: str) -> ServerOptions:
-    return tcprelay.parse_options("tcprelays", "", ServerOptions, words)[0]
+    return parse_options("tcprelays", "", ServerOptions, words)[0]
 
 
 def client(*words: str) -> ClientOptions:
-    return tcprelay.parse_options("tcprelayc", "", ClientOptions, words)[0]
+    return parse_options("tcprelayc", "", ClientOptions, words)[0]
 
 
 def error(capsys: pytest.CaptureFixture[str], status: int = 2) -> str:
@@ -259,7 +261,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("main", "cls"), [(tcprelay_server.main, ServerOptions), (tcprelay_client.main, ClientOptions)]
 )
-def test_help(main: Any, cls: type[tcprelay.Options], capsys: pytest.CaptureFixture[str]) -> None:
+def test_help(main: Any, cls: type[Options], capsys: pytest.CaptureFixture[str]) -> None:
     """Each option stands in --help with its help and default, in groups, and no value of a secret does."""
     with pytest.raises(SystemExit) as caught:
         main(["--token", "hunter2", "--help"])
@@ -313,7 +315,7 @@ def test_an_unknown_host_is_one_line() -> None:
 @pytest.mark.parametrize("format", ["text", "json"])
 def test_log_lines_of_many_threads(format: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Each is whole, with its own time, although no lock is held around writing one."""
-    tcprelay.set_up_logging("info", format)
+    set_up_logging("info", format)
     logger = logging.getLogger("tcprelay")
     try:
 
@@ -327,7 +329,7 @@ def test_log_lines_of_many_threads(format: str, capfd: pytest.CaptureFixture[str
         for thread in threads:
             thread.join()
         logger.warning("a surrogate: \udc80")
-        tcprelay.log_writer.end()
+        log_writer.end()
         *lines, last = capfd.readouterr().err.splitlines()
     finally:
         logger.handlers.clear()
@@ -346,7 +348,8 @@ def test_log_lines_of_many_threads(format: str, capfd: pytest.CaptureFixture[str
 
 def test_connections_have_names_of_their_own() -> None:
     """In one process one after the other, in each process from another one on."""
-    script = "import os, tcprelay; os.fork() and os.wait(); print(*[tcprelay.connection_id() for _ in range(500)])"
+    script = "import os; from _tcprelay.text import connection_id as name; os.fork() and os.wait();"
+    script += "print(*[name() for _ in range(500)])"
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=True).stdout
     assert len(set(said.split())) == 1000
     assert all(re.fullmatch("[0-9a-f]{8}", name) for name in said.split())
@@ -354,16 +357,16 @@ def test_connections_have_names_of_their_own() -> None:
 
 def test_json_log_lines(capsys: pytest.CaptureFixture[str]) -> None:
     """Each record is a JSON object in one line; an event has its name and its fields."""
-    tcprelay.set_up_logging("info", "json")
+    set_up_logging("info", "json")
     logger = logging.getLogger("tcprelay")
     try:
-        events = tcprelay.Events(logging.getLogger("tcprelay.server"), None)
+        events = Events(logging.getLogger("tcprelay.server"), None)
         closed = ConnectionClosed(
             id="1", service="web", peer="192.0.2.1:5", bytes_in=1, bytes_out=2, seconds=3.0, reason=""
         )
         events(closed)
         logger.warning("a line\nwith a break")
-        tcprelay.log_writer.end()
+        log_writer.end()
         first, second = capsys.readouterr().err.splitlines()
     finally:
         logger.handlers.clear()

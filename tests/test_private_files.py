@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-import tcprelay
+from _tcprelay.state import _make_private, _who_else, private_file
+from _tcprelay.text import say_error
 from tcprelay import RelayServer
 
-from .conftest import PATIENCE, PEER_PATH
+from .conftest import PATIENCE, PEER_PATH, replace
 from .peers import ROOT, find, no_peer
 
 ELSEWHERE = "(--state-dir names another place)"
@@ -32,7 +33,7 @@ def refusal(directory: Path | str) -> str:
     with pytest.raises(OSError) as caught:
         start(directory)
     assert caught.value.filename
-    return f"{caught.value.filename}: {tcprelay.say_error(caught.value)}"
+    return f"{caught.value.filename}: {say_error(caught.value)}"
 
 
 @pytest.fixture
@@ -73,13 +74,13 @@ def test_those_that_start_together_have_the_same(state: Path, monkeypatch: pytes
     """Each has found nothing and made its own; one of them is kept, and all use that."""
     count = 8
     all_have_looked = threading.Barrier(count)
-    real = tcprelay._make_private
+    real = _make_private
 
     def make_private(path: str, content: bytes) -> None:
         all_have_looked.wait(PATIENCE)
         real(path, content)
 
-    monkeypatch.setattr(tcprelay, "_make_private", make_private)
+    replace(monkeypatch, "_make_private", make_private)
     found = []
 
     def run() -> None:
@@ -133,7 +134,7 @@ def test_what_another_user_has_put_there(state: Path, monkeypatch: pytest.Monkey
         identity.chmod(0o600)
         os.chown(identity, 4321, -1)
         with pytest.raises(PermissionError) as caught:
-            tcprelay.private_file(str(state / "token"), lambda: b"")
+            private_file(str(state / "token"), lambda: b"")
         assert "user 1001, its owner, may know or have changed it" in str(caught.value)
         os.chown(state, 1001, -1)
     advice = "can put files there: have it owned and written by this user alone"
@@ -147,7 +148,7 @@ def test_what_root_has_provided_for_a_group(state: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "geteuid", lambda: 4321)
 
     def who(mode: int, owner: int) -> str:
-        return tcprelay._who_else(os.stat_result([0o100000 | mode, *found[1:4], owner, *found[5:]]), 0o077)
+        return _who_else(os.stat_result([0o100000 | mode, *found[1:4], owner, *found[5:]]), 0o077)
 
     assert who(0o640, 0) == who(0o440, 0) == who(0o600, 4321) == ""
     assert who(0o644, 0) and who(0o660, 0) and who(0o640, 4321)

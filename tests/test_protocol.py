@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from tcprelay import (
+from _tcprelay.protocol import (
     ABORT,
     AUTH,
     BYE,
@@ -40,8 +40,8 @@ from tcprelay import (
     guess_protocol,
     is_proof,
     prove,
-    shown,
 )
+from _tcprelay.text import shown
 
 HANDSHAKE = [(CLIENT, HELLO), (SERVER, WELCOME)]
 TO_SPLICED = [*HANDSHAKE, (SERVER, START), (CLIENT, READY)]

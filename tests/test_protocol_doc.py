@@ -20,7 +20,29 @@ import pytest
 import tcprelay
 import tcprelay_client
 import tcprelay_server
-from tcprelay import CLIENT, FRAME_NAMES, REFUSED, SERVER, TRANSITIONS
+from _tcprelay import protocol
+from _tcprelay.client.pace import FIRST_BACKOFF, LAST_BACKOFF, REFILL_RATE, REFILL_TIME, REFUSED_BACKOFF
+from _tcprelay.protocol import (
+    CLIENT,
+    CLOSED,
+    FRAME_NAMES,
+    MAX_CONTROL,
+    MAX_DATA,
+    REFUSED,
+    SERVER,
+    SILENCE,
+    TRANSITIONS,
+    LinkMachine,
+    encode_frame,
+    encode_header,
+)
+from _tcprelay.server.clients import EARLY_BYTES
+from _tcprelay.server.limits import LEAST_HANDSHAKES, MOST_HANDSHAKES
+from _tcprelay.sockets import DIAL_TIMEOUT
+from _tcprelay.streams import FLUSH_TIMEOUT, PIPE_SIZE
+from _tcprelay.tcp import Probing
+from tcprelay import ServerOptions
+from tcprelay_server import HANDSHAKE_STEP, HANDSHAKE_TIMEOUT
 
 from .conftest import PATIENCE, Bench, connect, echo, read_all, read_exactly, wait_until
 from .peers import ROOT
@@ -96,10 +118,10 @@ def test_the_states() -> None:
     wanted = {(state, who, FRAME_NAMES[kind]): after for (state, who, kind), after in TRANSITIONS.items()}
     assert {key: after for key, after in table.items() if key[0] != "any"} == wanted
     for state in {state for state, _, _ in TRANSITIONS}:
-        machine = tcprelay.LinkMachine(CLIENT)
+        machine = LinkMachine(CLIENT)
         machine.state = state
         machine.receive(REFUSED)
-        assert machine.state == tcprelay.CLOSED
+        assert machine.state == CLOSED
 
 
 @pytest.mark.parametrize(("name", "body", "data"), hex_blocks())
@@ -108,9 +130,9 @@ def test_the_bytes_of_a_frame(name: str, body: bytes, data: bytes) -> None:
     kind = next(kind for kind, known in FRAME_NAMES.items() if known == name)
     if name == "DATA":
         payload = json.loads(body).encode()
-        assert data == tcprelay.encode_header(kind, len(payload)) + payload
+        assert data == encode_header(kind, len(payload)) + payload
     else:
-        assert data == tcprelay.encode_frame(kind, json.loads(body) if body else None)
+        assert data == encode_frame(kind, json.loads(body) if body else None)
 
 
 def test_most_frames_are_shown_as_bytes() -> None:
@@ -129,7 +151,7 @@ def test_the_worked_example_of_the_proofs() -> None:
     for role in ("client", "server"):
         parts = (role, *nonces, given["service"], given["client id"])
         assert given[f"{role} proof"] == prove(given["token"], *parts)
-        assert given[f"{role} proof"] == tcprelay.prove(given["token"].encode(), *parts)
+        assert given[f"{role} proof"] == protocol.prove(given["token"].encode(), *parts)
 
 
 def test_the_examples_are_one_connection() -> None:
@@ -148,30 +170,30 @@ def test_the_examples_are_one_connection() -> None:
 
 def test_the_numbers() -> None:
     """Each limit that the document tells is the code's."""
-    largest_splice = tcprelay.PIPE_SIZE
+    largest_splice = PIPE_SIZE
     for sentence in (
-        f"a body of at most {tcprelay.MAX_CONTROL:,} bytes",
-        f"up to {tcprelay.MAX_DATA:,} bytes",
+        f"a body of at most {MAX_CONTROL:,} bytes",
+        f"up to {MAX_DATA:,} bytes",
         f"are at most {largest_splice:,} bytes",
-        f"at {tcprelay_server.EARLY_BYTES:,} of them",
-        f"the server ends it after {tcprelay.HANDSHAKE_TIMEOUT:g} s",
-        f"takes longer than {tcprelay.HANDSHAKE_STEP:g} s",
+        f"at {EARLY_BYTES:,} of them",
+        f"the server ends it after {HANDSHAKE_TIMEOUT:g} s",
+        f"takes longer than {HANDSHAKE_STEP:g} s",
         f"gives up after {tcprelay_client.LINK_TIMEOUT:g} s from the TCP connection",
         f"for which it takes {tcprelay_client.RELAY_DIAL_TIMEOUT:g} s at most",
-        f"`--keepalive`, {tcprelay.Probing.keepalive:g} s",
-        f"`--dead-path`, {tcprelay.Probing.dead_path:g} s",
-        f"nothing has been heard for {tcprelay.SILENCE:g} intervals",
+        f"`--keepalive`, {Probing.keepalive:g} s",
+        f"`--dead-path`, {Probing.dead_path:g} s",
+        f"nothing has been heard for {SILENCE:g} intervals",
         f"not been used for {tcprelay_server.SURPLUS_TIME:g} s",
-        f"{tcprelay_server.LEAST_HANDSHAKES} to {tcprelay_server.MOST_HANDSHAKES:,}, a quarter of `--max-connections`",
+        f"{LEAST_HANDSHAKES} to {MOST_HANDSHAKES:,}, a quarter of `--max-connections`",
         f"{tcprelay_client.MOST_HANDSHAKES} at most",
         f"a time-out of its own (*tcprelay:* {tcprelay_client.BYE_TIMEOUT:g} s)",
-        f"(*tcprelay:* {tcprelay.DIAL_TIMEOUT:g} s)",
-        f"does not end within {tcprelay.FLUSH_TIMEOUT:g} s",
-        f"a random moment within {tcprelay_client.FIRST_BACKOFF:g} s",
-        f"up to {tcprelay_client.LAST_BACKOFF:g} s; up to {tcprelay_client.REFUSED_BACKOFF:g} s where it was refused",
-        f"at {tcprelay_client.REFILL_RATE:g} a second, or within {tcprelay_client.REFILL_TIME:g} s",
-        f"`--pair-timeout`, {tcprelay_server.ServerOptions.pair_timeout:g} s",
-        f"0.05 to 3600 s, {tcprelay_server.ServerOptions.heartbeat:g} by default",
+        f"(*tcprelay:* {DIAL_TIMEOUT:g} s)",
+        f"does not end within {FLUSH_TIMEOUT:g} s",
+        f"a random moment within {FIRST_BACKOFF:g} s",
+        f"up to {LAST_BACKOFF:g} s; up to {REFUSED_BACKOFF:g} s where it was refused",
+        f"at {REFILL_RATE:g} a second, or within {REFILL_TIME:g} s",
+        f"`--pair-timeout`, {ServerOptions.pair_timeout:g} s",
+        f"0.05 to 3600 s, {ServerOptions.heartbeat:g} by default",
     ):
         assert sentence in " ".join(TEXT.split()), sentence
 
@@ -181,7 +203,8 @@ def test_the_codes_of_refused() -> None:
     section = TEXT.partition("| code | when |")[2].partition("\n\n")[0]
     told = set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE))
     codes = set()
-    for node in ast.walk(ast.parse((ROOT / "tcprelay_server.py").read_text(encoding="utf-8"))):
+    rooms = [ROOT / "tcprelay_server.py", *ROOT.glob("_tcprelay/server/*.py")]
+    for node in [node for path in rooms for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Refusal":
             codes |= {code.value for code in node.args[1:2] if isinstance(code, ast.Constant)}
     assert told == codes - {"lost"}  # a link that is lost hears nothing

@@ -8,12 +8,11 @@ import threading
 
 import pytest
 
-import tcprelay
-from tcprelay import ConnectionClosed, ConnectionFailed, Deadline, LinkDown, RelayClient, RelayServer
-from tcprelay_client import Unpublished
-from tcprelay_server import LinkRefused, ServiceClient
+from _tcprelay.server.clients import ServiceClient
+from _tcprelay.waiting import Deadline, wait_for
+from tcprelay import ConnectionClosed, ConnectionFailed, LinkDown, LinkRefused, RelayClient, RelayServer, Unpublished
 
-from .conftest import PATIENCE, Bench, connect, read_all, read_exactly, wait_until
+from .conftest import PATIENCE, Bench, connect, read_all, read_exactly, replace, wait_until
 
 
 def raw_link(bench: Bench, server: RelayServer) -> socket.socket:
@@ -58,7 +57,7 @@ def test_who_leaves_without_a_byte_costs_no_raw_link(bench: Bench, monkeypatch: 
     real = ServiceClient.look
 
     def look(client: ServiceClient, waited: bool) -> None:
-        tcprelay.wait_for(client.stream.fd, select.POLLIN, Deadline(PATIENCE))  # its end has come
+        wait_for(client.stream.fd, select.POLLIN, Deadline(PATIENCE))  # its end has come
         real(client, waited)
 
     monkeypatch.setattr(ServiceClient, "look", look)
@@ -115,7 +114,7 @@ def test_a_wrong_secret_is_refused(bench: Bench, key: bytes) -> None:
 
 def test_protected_mode_holds_on_the_raw_wire(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A raw link from another host is closed, unless a secret or --allow-unauthenticated lifts it."""
-    monkeypatch.setattr("tcprelay.is_loopback", lambda address: False)
+    replace(monkeypatch, "is_loopback", lambda address: False)
     server = bench.server(wire="raw")
     with pytest.raises(ConnectionResetError), connect(server.relay_address) as link:
         link.recv(1)

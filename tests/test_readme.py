@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import tcprelay
-from tcprelay_client import ClientOptions
-from tcprelay_server import ServerOptions
+from _tcprelay.options import options_of
+from _tcprelay.values import OPTION_GROUPS
+from tcprelay import ClientOptions, ServerOptions
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -15,8 +15,8 @@ README = Path(__file__).parent.parent / "README.md"
 def options_table() -> str:
     """The table of all options, as the README has it."""
     both = {
-        "tcprelays": dict(tcprelay.options_of(ServerOptions)),
-        "tcprelayc": dict(tcprelay.options_of(ClientOptions)),
+        "tcprelays": dict(options_of(ServerOptions)),
+        "tcprelayc": dict(options_of(ClientOptions)),
     }
     rows = ["| option | command | default | what it says |", "| --- | --- | --- | --- |"]
     entries = []
@@ -25,7 +25,7 @@ def options_table() -> str:
             commands = [other for other in both if name in both[other] and both[other][name].help == info.help]
             if command == commands[0]:
                 entries.append((name, info, "both" if len(commands) == 2 else command))
-    for name, info, command in sorted(entries, key=lambda entry: tcprelay.OPTION_GROUPS.index(entry[1].group)):
+    for name, info, command in sorted(entries, key=lambda entry: OPTION_GROUPS.index(entry[1].group)):
         value = f" {info.metavar}".replace("|", "\\|") if info.metavar else ""
         rows.append(f"| `--{name.replace('_', '-')}{value}` | {command} | {info.default} | {info.help} |")
     return "\n".join(rows)

@@ -10,7 +10,8 @@ import threading
 
 import pytest
 
-from tcprelay import ConnectionClosed, ConnectionFailed, ConnectionOpened, LinkDown, RelayClient, unsent_bytes
+from _tcprelay.tcp import unsent_bytes
+from tcprelay import ConnectionClosed, ConnectionFailed, ConnectionOpened, LinkDown, RelayClient
 
 from .conftest import PATIENCE, Bench, read_all, read_exactly, wait_until
 

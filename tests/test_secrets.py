@@ -23,10 +23,12 @@ from typing import Any
 
 import pytest
 
-import tcprelay
 import tcprelay_client
 import tcprelay_server
-from tcprelay import (
+from _tcprelay.link import Link
+from _tcprelay.logs import log_writer, set_up_logging
+from _tcprelay.options import Options, options_of
+from _tcprelay.protocol import (
     ABORT,
     AUTH,
     BYE,
@@ -40,13 +42,10 @@ from tcprelay import (
     REFUSED,
     START,
     WELCOME,
-    Deadline,
-    Link,
-    RelayClient,
-    RelayServer,
     encode_frame,
-    options_of,
 )
+from _tcprelay.waiting import Deadline
+from tcprelay import ClientOptions, RelayClient, RelayServer, ServerOptions
 
 from .certificates import EC, Certificates, openssl, tls_context
 from .conftest import PATIENCE, Bench, connect, echo, read_exactly, wait_until
@@ -54,15 +53,15 @@ from .peers import HOST, Program
 from .peers_v1 import FakeClient, FakeServer
 
 CANARY = "c4nary7Secret"
-ROLES: dict[str, tuple[Callable[[list[str]], int], type[tcprelay.Options], list[str]]] = {
+ROLES: dict[str, tuple[Callable[[list[str]], int], type[Options], list[str]]] = {
     "server": (
         tcprelay_server.main,
-        tcprelay_server.ServerOptions,
+        ServerOptions,
         ["--relay-port", "1080", "--service-port", "1081"],
     ),
     "client": (
         tcprelay_client.main,
-        tcprelay_client.ClientOptions,
+        ClientOptions,
         ["--port", "22", "--relay-host", "relay", "--relay-port", "1080"],
     ),
 }
@@ -121,8 +120,8 @@ def test_the_check_of_the_log_finds_what_is_no_line_of_its_own(line: str) -> Non
 def own_logging() -> Iterator[None]:
     """Takes away what the commands set up for the whole process."""
     yield
-    tcprelay.log_writer.end()
-    tcprelay.log_writer.stream = None
+    log_writer.end()
+    log_writer.stream = None
     logger = logging.getLogger("tcprelay")
     logger.handlers.clear()
     logger.propagate = True
@@ -135,9 +134,9 @@ class Log:
 
     def __init__(self, format: str) -> None:
         self._format, self._text, self._seen = format, io.StringIO(), 0
-        tcprelay.set_up_logging("debug", format)
-        tcprelay.log_writer.stream = self._text
-        tcprelay.log_writer.begin()
+        set_up_logging("debug", format)
+        log_writer.stream = self._text
+        log_writer.begin()
 
     def wait(self, words: str) -> None:
         """Wait until one of these is said, again where it was waited for before."""

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import tcprelay
-import tcprelay_server
-from tcprelay import (
+from _tcprelay.events import Events
+from _tcprelay.protocol import (
     ABORT,
     AUTH,
     BYE,
@@ -29,21 +29,29 @@ from tcprelay import (
     SERVER,
     START,
     WELCOME,
+    encode_frame,
+    encode_header,
+    prove,
+)
+from _tcprelay.server.limits import Handshakes
+from _tcprelay.server.pool import Pool, PooledLink
+from _tcprelay.streams import Stream
+from _tcprelay.waiting import Deadline, wait_for
+from _tcprelay.watch import in_batches
+from tcprelay import (
     ConnectionClosed,
     ConnectionFailed,
     ConnectionOpened,
     Event,
     LinkDown,
+    LinkNotMade,
+    LinkRefused,
     LinkUp,
     RelayServer,
-    encode_frame,
-    encode_header,
-    prove,
 )
-from tcprelay_server import Handshakes, LinkNotMade, LinkRefused, PooledLink
 
 from .certificates import Certificates
-from .conftest import PATIENCE, Bench, connect, read_all, read_exactly, wait_until
+from .conftest import PATIENCE, Bench, connect, read_all, read_exactly, replace, wait_until
 from .peers_v1 import FakeClient
 
 RESET = struct.pack("ii", 1, 0)
@@ -175,7 +183,7 @@ def test_noise_on_the_relay_port_is_refused_at_once(bench: Bench, noise: bytes, 
 def test_silence_and_half_a_frame_are_closed_at_the_deadline(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer that says nothing, or drips, gets no longer than the handshake's deadline in all; who has said
     nothing is told nothing, since it may be a raw client."""
-    monkeypatch.setattr("tcprelay.HANDSHAKE_STEP", 0.3)
+    replace(monkeypatch, "HANDSHAKE_STEP", 0.3)
     server = bench.server()
     silent, half = connect(server.relay_address), connect(server.relay_address)
     half.sendall(b"\x01\x00")
@@ -227,7 +235,7 @@ def test_an_error_on_the_way_into_the_pool_leaves_nothing(bench: Bench, monkeypa
 
 def test_protected_mode(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a token, a link from another host is refused with what to set; with one, or if allowed, it is not."""
-    monkeypatch.setattr("tcprelay.is_loopback", lambda address: False)
+    replace(monkeypatch, "is_loopback", lambda address: False)
     refused = bench.enter(FakeClient(bench.server())).hello()
     assert (refused.kind, refused.fields["code"]) == (REFUSED, "protected")
     assert "--token-file" in refused.fields["reason"]
@@ -332,7 +340,7 @@ def test_a_bye_right_behind_the_end_is_heard(bench: Bench) -> None:
 
 def test_surplus_links_are_retired_with_bye(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that wants one idle link keeps one of three."""
-    monkeypatch.setattr(tcprelay_server, "SURPLUS_TIME", 0.1)
+    replace(monkeypatch, "SURPLUS_TIME", 0.1)
     server = bench.server(heartbeat=0.5)
     links = [bench.enter(FakeClient(server)) for _ in range(3)]
     assert {link.hello(idle=1).kind for link in links} == {WELCOME}
@@ -603,9 +611,9 @@ def test_a_start_that_nobody_acknowledges_makes_its_client_suspect(
 ) -> None:
     """The other links of that relay client are not used before they have answered; who has sent nothing is offered to
     another one, and who has sent something, which may have arrived, goes on waiting."""
-    monkeypatch.setattr(tcprelay_server, "SUSPICION", 0.5)
-    monkeypatch.setattr(tcprelay, "path_is_dead", lambda sock, seconds: seconds == 0.5)
-    monkeypatch.setattr(tcprelay, "is_resent", lambda sock: True)
+    replace(monkeypatch, "SUSPICION", 0.5)
+    replace(monkeypatch, "path_is_dead", lambda sock, seconds: seconds == 0.5)
+    replace(monkeypatch, "is_resent", lambda sock: True)
     server = bench.server()
     idle, chosen = pooled(bench, server, "lost"), pooled(bench, server, "lost")
     sock = bench.connect(server)
@@ -704,7 +712,7 @@ def test_who_waits_in_vain_keeps_nobody_in_the_kernel(bench: Bench, monkeypatch:
     third.settimeout(0.3)
     with pytest.raises(TimeoutError):
         third.recv(1)  # the kernel holds it
-    monkeypatch.setattr(tcprelay_server, "STANDSTILL", 0.1)
+    replace(monkeypatch, "STANDSTILL", 0.1)
     third.settimeout(PATIENCE)
     with pytest.raises(ConnectionResetError):
         third.recv(1)
@@ -852,9 +860,9 @@ def test_a_link_that_settles_is_closed_in_peace(bench: Bench) -> None:
 def test_a_ping_that_does_not_fit_stays_due(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A settling link whose socket is full is not dropped, which would lose what is under way; the PING follows."""
     full, asked = threading.Event(), threading.Event()
-    plain = tcprelay.Stream.send_now
+    plain = Stream.send_now
 
-    def send_now(stream: tcprelay.Stream, data: bytearray, end_follows: bool = False) -> bool:
+    def send_now(stream: Stream, data: bytearray, end_follows: bool = False) -> bool:
         if full.is_set() and bytes(data) == encode_frame(PING):
             plain(stream, data[:2])
             del data[:2]
@@ -863,7 +871,7 @@ def test_a_ping_that_does_not_fit_stays_due(bench: Bench, monkeypatch: pytest.Mo
             return False
         return plain(stream, data, end_follows)
 
-    monkeypatch.setattr(tcprelay.Stream, "send_now", send_now)
+    monkeypatch.setattr(Stream, "send_now", send_now)
     link = fake(bench)
     sock = bench.connect(link.server)
     full.set()
@@ -913,7 +921,7 @@ def test_a_link_that_takes_nothing_costs_no_service_client(bench: Bench, monkeyp
 
     def wait_for_bytes(service: str, sock: socket.socket, address: Any) -> None:
         if service:
-            tcprelay.wait_for(sock.fileno(), select.POLLIN, tcprelay.Deadline(PATIENCE))
+            wait_for(sock.fileno(), select.POLLIN, Deadline(PATIENCE))
         hand_on(service, sock, address)
 
     server.hand_on = wait_for_bytes
@@ -927,24 +935,24 @@ def test_a_link_that_takes_nothing_costs_no_service_client(bench: Bench, monkeyp
 def test_an_unexpected_error_loses_no_count(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever fails as a link goes back to the pool, or a connection opens, the link counts no longer."""
     link = fake(bench)
-    server, put, emit = link.server, tcprelay_server.Pool.put, tcprelay.Events.__call__
+    server, put, emit = link.server, Pool.put, Events.__call__
 
-    def fail_to_put(pool: tcprelay_server.Pool, pooled: tcprelay_server.PooledLink) -> bool:
+    def fail_to_put(pool: Pool, pooled: PooledLink) -> bool:
         raise MemoryError
 
-    monkeypatch.setattr(tcprelay_server.Pool, "put", fail_to_put)
+    monkeypatch.setattr(Pool, "put", fail_to_put)
     link.send_connection(bench.connect(server))
     [down] = bench.server_events.wait(LinkDown)
     assert down.reason == "unexpected error"
-    monkeypatch.setattr(tcprelay_server.Pool, "put", put)
+    monkeypatch.setattr(Pool, "put", put)
     again = pooled(bench, server, "again")
 
-    def fail_to_tell(events: tcprelay.Events, event: tcprelay.Event) -> None:
+    def fail_to_tell(events: Events, event: tcprelay.Event) -> None:
         if isinstance(event, ConnectionOpened):
             raise MemoryError
         emit(events, event)
 
-    monkeypatch.setattr(tcprelay.Events, "__call__", fail_to_tell)
+    monkeypatch.setattr(Events, "__call__", fail_to_tell)
     sock = bench.connect(server)
     assert again.next().kind == START
     again.send(READY)
@@ -959,7 +967,7 @@ def test_looking_after_idle_links_makes_pauses(monkeypatch: pytest.MonkeyPatch) 
     """Tens of thousands of them do not keep pumps from the interpreter lock."""
     pauses: list[float] = []
     monkeypatch.setattr("time.sleep", pauses.append)
-    pieces = list(tcprelay.in_batches(list(range(1000))))
+    pieces = list(in_batches(list(range(1000))))
     assert [len(piece) for piece in pieces] == [256, 256, 256, 232]
     assert [item for piece in pieces for item in piece] == list(range(1000))
     assert len(pauses) == 3
@@ -967,8 +975,8 @@ def test_looking_after_idle_links_makes_pauses(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_slow_path_is_not_suspect(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its acknowledgements take longer than that; what tells is that the kernel has sent START again."""
-    monkeypatch.setattr(tcprelay_server, "SUSPICION", 0.2)
-    monkeypatch.setattr(tcprelay, "path_is_dead", lambda sock, seconds: seconds == 0.2)
+    replace(monkeypatch, "SUSPICION", 0.2)
+    replace(monkeypatch, "path_is_dead", lambda sock, seconds: seconds == 0.2)
     link = fake(bench)
     sock = bench.connect(link.server)
     assert link.next().kind == START
@@ -1021,12 +1029,12 @@ def test_a_silent_idle_link_is_reset(bench: Bench) -> None:
 def test_a_link_that_settles_on_a_dead_path_is_reset(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Silence is no reason, but that nothing is acknowledged for --dead-path is."""
     dead = threading.Event()
-    monkeypatch.setattr(tcprelay, "path_is_dead", lambda sock, seconds: seconds == 77.0 and dead.is_set())
+    replace(monkeypatch, "path_is_dead", lambda sock, seconds: seconds == 77.0 and dead.is_set())
     link = fake(bench, heartbeat=0.1, dead_path=77.0)
     carry_one_way(link, bench.connect(link.server), 10)
     assert link.next().kind == PING
     with pytest.raises(TimeoutError):
-        link.receive(tcprelay.Deadline(0.5))
+        link.receive(Deadline(0.5))
     dead.set()
     with pytest.raises(ConnectionResetError):
         link.next()
@@ -1036,9 +1044,9 @@ def test_a_link_that_settles_on_a_dead_path_is_reset(bench: Bench, monkeypatch: 
 def test_a_link_with_half_a_ping_in_it_is_not_given_out(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """START would be read as the rest of it; who comes waits until that has gone."""
     full, half_sent, release = threading.Event(), threading.Event(), threading.Event()
-    plain, ping = tcprelay.Stream.send_now, encode_frame(PING)
+    plain, ping = Stream.send_now, encode_frame(PING)
 
-    def send_now(stream: tcprelay.Stream, data: bytearray, end_follows: bool = False) -> bool:
+    def send_now(stream: Stream, data: bytearray, end_follows: bool = False) -> bool:
         if full.is_set() and not release.is_set() and bytes(data) in (ping, ping[2:]):
             if bytes(data) == ping:
                 plain(stream, data[:2])
@@ -1049,7 +1057,7 @@ def test_a_link_with_half_a_ping_in_it_is_not_given_out(bench: Bench, monkeypatc
             return False
         return plain(stream, data, end_follows)
 
-    monkeypatch.setattr(tcprelay.Stream, "send_now", send_now)
+    monkeypatch.setattr(Stream, "send_now", send_now)
     link = fake(bench, heartbeat=1.5)
     full.set()
     assert half_sent.wait(PATIENCE)
@@ -1064,7 +1072,7 @@ def test_a_link_with_half_a_ping_in_it_is_not_given_out(bench: Bench, monkeypatc
 @pytest.mark.parametrize("settles", [False, True])
 def test_a_link_that_losses_hold_back_is_retired(bench: Bench, monkeypatch: pytest.MonkeyPatch, settles: bool) -> None:
     """When its connection is over for its client, too; in peace."""
-    monkeypatch.setattr(tcprelay, "is_held_back", lambda sock, sent: True)
+    replace(monkeypatch, "is_held_back", lambda sock, sent: True)
     link = fake(bench)
     if settles:
         carry_one_way(link, bench.connect(link.server), 10)
@@ -1092,8 +1100,8 @@ def test_each_answer_of_a_handshake_has_its_time(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, certificates: Certificates, step: str
 ) -> None:
     """Who has said HELLO and then nothing, or nothing where TLS is spoken, does not get the whole time."""
-    monkeypatch.setattr(tcprelay, "HANDSHAKE_TIMEOUT", 1000.0)
-    monkeypatch.setattr(tcprelay, "HANDSHAKE_STEP", 0.3)
+    replace(monkeypatch, "HANDSHAKE_TIMEOUT", 1000.0)
+    replace(monkeypatch, "HANDSHAKE_STEP", 0.3)
     files = {"cert": certificates.path("server.pem"), "key": certificates.path("server.key")}
     server = bench.server(token="t", **(files if step == "TLS" else {}), tls="relay" if step == "TLS" else "")
     link = bench.enter(FakeClient(server))
@@ -1105,8 +1113,8 @@ def test_each_answer_of_a_handshake_has_its_time(
 
 def test_a_handshake_has_its_time_in_all(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long each answer may take."""
-    monkeypatch.setattr(tcprelay, "HANDSHAKE_TIMEOUT", 0.3)
-    monkeypatch.setattr(tcprelay, "HANDSHAKE_STEP", 1000.0)
+    replace(monkeypatch, "HANDSHAKE_TIMEOUT", 0.3)
+    replace(monkeypatch, "HANDSHAKE_STEP", 1000.0)
     bench.enter(FakeClient(bench.server()))
     assert [event.code for event in bench.server_events.wait(LinkRefused)] == ["timeout"]
 
@@ -1114,10 +1122,10 @@ def test_a_handshake_has_its_time_in_all(bench: Bench, monkeypatch: pytest.Monke
 def test_who_had_a_link_in_vain_is_the_first_to_get_another(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before those who came later and wait already, and however many these are."""
     lost = threading.Event()
-    monkeypatch.setattr(tcprelay_server, "SUSPICION", 0.05)
-    monkeypatch.setattr(tcprelay_server, "STANDSTILL", 0.0)
-    monkeypatch.setattr(tcprelay, "path_is_dead", lambda sock, seconds: seconds == 0.05 and lost.wait(PATIENCE))
-    monkeypatch.setattr(tcprelay, "is_resent", lambda sock: True)
+    replace(monkeypatch, "SUSPICION", 0.05)
+    replace(monkeypatch, "STANDSTILL", 0.0)
+    replace(monkeypatch, "path_is_dead", lambda sock, seconds: seconds == 0.05 and lost.wait(PATIENCE))
+    replace(monkeypatch, "is_resent", lambda sock: True)
     link = fake(bench, max_pending=1)
     first = bench.connect(link.server)
     assert link.next().kind == START
@@ -1135,7 +1143,7 @@ def test_who_had_a_link_in_vain_is_the_first_to_get_another(bench: Bench, monkey
 
 def test_where_nobody_is_served_nobody_is_kept_in_the_kernel(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a relay client one more than --max-pending is refused at once."""
-    monkeypatch.setattr(tcprelay_server, "STANDSTILL", 1000.0)
+    replace(monkeypatch, "STANDSTILL", 1000.0)
     server = bench.server(max_pending=1)
     bench.connect(server)
     wait_until(lambda: server.counters["waiting"] == 1)

@@ -13,12 +13,15 @@ from unittest.mock import Mock
 
 import pytest
 
-from tcprelay import ConnectionFailed, Link, LinkUp, RelayClient, RelayServer, Stream, address_group
-from tcprelay_client import Unpublished
-from tcprelay_server import Handshakes, LinkRefused, Shares
+from _tcprelay.addresses import address_group
+from _tcprelay.link import Link
+from _tcprelay.server.limits import Handshakes, Shares
+from _tcprelay.streams import Stream
+from _tcprelay.tcp import Probing
+from tcprelay import ConnectionFailed, LinkRefused, LinkUp, RelayClient, RelayServer, Unpublished
 
 from .certificates import Certificates, tls_context
-from .conftest import PATIENCE, Bench, read_all, read_exactly, wait_until
+from .conftest import PATIENCE, Bench, read_all, read_exactly, replace, wait_until
 
 
 def connect_from(bench: Bench, host: str, port: int) -> socket.socket:
@@ -143,7 +146,7 @@ def is_closed(sock: socket.socket) -> bool:
 
 
 @pytest.mark.parametrize("error", [OSError("no"), RuntimeError("no"), MemoryError("no")])
-@pytest.mark.parametrize("where", ["tcprelay.Probing.spread", "tcprelay_server.make_stream"])
+@pytest.mark.parametrize("where", ["spread", "make_stream"])
 @pytest.mark.parametrize("kind", ["client", "link"])
 def test_a_connection_that_cannot_be_taken_is_counted_out(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, kind: str, where: str, error: Exception
@@ -151,7 +154,11 @@ def test_a_connection_that_cannot_be_taken_is_counted_out(
     """Whatever is wrong between accept and its thread's first step: it is closed, and the next one is served."""
     server = bench.server(max_per_address=1, max_links_per_address=1)
     port = server.relay_address[1] if kind == "link" else server.service_addresses["default"][1]
-    monkeypatch.setattr(where, Mock(side_effect=error))
+    fail = Mock(side_effect=error)
+    if where == "spread":
+        monkeypatch.setattr(Probing, where, fail)
+    else:
+        replace(monkeypatch, where, fail)
     with pytest.raises(ConnectionResetError):
         read_all(connect_from(bench, "127.0.0.2", port))
     wait_until(lambda: not server.shares[kind]._counts)

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import pytest
 
-import tcprelay
-from tcprelay import Deadline, Threads
+from _tcprelay.signals import Signals
+from _tcprelay.threads import Threads
+from _tcprelay.waiting import Deadline, wait_for
 
-from .conftest import PATIENCE, wait_until
+from .conftest import PATIENCE, replace, wait_until
 from .peers import HOST, ROOT, Peers, find, free_port, is_listening
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="makes terminals and reads /proc as on Linux")
@@ -116,10 +117,10 @@ def test_what_was_told_to_outlive_its_terminal_does(workers: str, tmp_path: Path
 def test_a_terminal_that_closes_is_one_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel and a shell may both tell of it: the second time does not cut the drain short."""
     gone = threading.Event()
-    monkeypatch.setattr(tcprelay, "is_terminal_gone", gone.is_set)
+    replace(monkeypatch, "is_terminal_gone", gone.is_set)
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
-        with tcprelay._Signals() as signals:
+        with Signals() as signals:
             signals.begin()
             assert signals.wait() == signal.SIGCHLD
             said = []
@@ -258,10 +259,10 @@ def test_a_thread_that_cannot_be_woken_does_not_hold_up_the_end() -> None:
 
 def test_sighup_before_serving_is_no_end() -> None:
     """There is nothing to reload yet, and whoever waits for a name server goes on; SIGTERM ends it."""
-    with tcprelay._Signals() as signals:
+    with Signals() as signals:
         os.kill(os.getpid(), signal.SIGHUP)
         with pytest.raises(TimeoutError):
-            tcprelay.wait_for(signals.fileno(), select.POLLIN, Deadline(0.05))
+            wait_for(signals.fileno(), select.POLLIN, Deadline(0.05))
         signals.begin()
         assert signals.wait() == signal.SIGCHLD
         os.kill(os.getpid(), signal.SIGHUP)

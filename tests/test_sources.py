@@ -13,17 +13,16 @@ from typing import Any
 
 import pytest
 
-import tcprelay
 import tcprelay_client
 import tcprelay_server
-from tcprelay import options_of
-from tcprelay_client import ClientOptions
-from tcprelay_server import ServerOptions
+from _tcprelay.command_line import parse_options
+from _tcprelay.options import Options, options_of
+from tcprelay import ClientOptions, ServerOptions
 
 from .conftest import Bench, echo, read_exactly
 
 MAINS = {"server": tcprelay_server.main, "client": tcprelay_client.main}
-CLASSES: dict[str, type[tcprelay.Options]] = {"server": ServerOptions, "client": ClientOptions}
+CLASSES: dict[str, type[Options]] = {"server": ServerOptions, "client": ClientOptions}
 WORDS = {
     "server": ["--relay-port", "1080", "--service", "web=1081"],
     "client": ["--relay-host", "relay", "--relay-port", "1080", "--publish", "web=nas:80"],
@@ -56,7 +55,7 @@ class Give:
     def parse(self, role: str, source: str, name: str, value: str) -> Any:
         """The option's value."""
         words = self.words(role, source, name, value)
-        return getattr(tcprelay.parse_options("test", "", CLASSES[role], words)[0], name)
+        return getattr(parse_options("test", "", CLASSES[role], words)[0], name)
 
     def check(self, role: str, words: list[str]) -> tuple[int, str]:
         """The status of ``--check``, and what it says on standard error."""
@@ -127,7 +126,7 @@ def test_another_empty_variable_counts_as_not_given(give: Give, role: str, name:
         assert "required" in said
     else:
         default = CLASSES[role].__dataclass_fields__[name].default
-        assert getattr(tcprelay.parse_options("test", "", CLASSES[role], words)[0], name) == default
+        assert getattr(parse_options("test", "", CLASSES[role], words)[0], name) == default
 
 
 @pytest.mark.parametrize("source", ["command line", "file"])
@@ -136,7 +135,7 @@ def test_another_empty_value_elsewhere_is_an_error(give: Give, role: str, name: 
     """Somebody has written it there; but of a name, to have none is sensible."""
     words = give.words(role, source, name, "")
     if name == "name":
-        assert tcprelay.parse_options("test", "", CLASSES[role], words)[0].name == ""  # type: ignore[attr-defined]
+        assert parse_options("test", "", CLASSES[role], words)[0].name == ""  # type: ignore[attr-defined]
     else:
         status, said = give.check(role, words)
         assert (status, said.count("\n")) == (2, 1)
@@ -155,7 +154,7 @@ def test_an_empty_name_of_the_configuration_file_is_an_error(give: Give, role: s
 def test_the_command_line_goes_before_an_empty_variable(give: Give) -> None:
     """As before any other."""
     words = [*give.words("client", "environment", "tls", ""), "--tls"]
-    assert tcprelay.parse_options("test", "", ClientOptions, words)[0].tls == "relay"
+    assert parse_options("test", "", ClientOptions, words)[0].tls == "relay"
 
 
 @pytest.mark.parametrize("value", [None, ""])
@@ -202,7 +201,7 @@ def test_bytes_that_are_no_text_are_a_token_too(give: Give, monkeypatch: pytest.
     """The same ones from a file and from the environment."""
     (give.path / "token").write_bytes(b"\xff\x01a\r\n")
     monkeypatch.setitem(os.environb, b"TCPRELAY_TOKEN", b"\xff\x01a\r\n")
-    from_environment, _, _ = tcprelay.parse_options("test", "", ClientOptions, WORDS["client"])
+    from_environment, _, _ = parse_options("test", "", ClientOptions, WORDS["client"])
     from_file = ClientOptions(relay_host="r", relay_port=1, port=1, token_file=str(give.path / "token"))
     assert from_environment.read_token() == from_file.read_token() == b"\xff\x01a"
 
@@ -292,7 +291,7 @@ def test_a_whole_file_with_the_line_ends_of_another_system(give: Give) -> None:
     """And a byte order mark."""
     config = give.path / "c.conf"
     config.write_bytes(b"\xef\xbb\xbfrelay-host = relay\r\nrelay-port = 1\r\n\r\npublish = a=nas:80\r\ntls\r\n")
-    options = tcprelay.parse_options("test", "", ClientOptions, ["--config", str(config)])[0]
+    options = parse_options("test", "", ClientOptions, ["--config", str(config)])[0]
     assert (options.relay_host, options.services[0].target.port, options.tls) == ("relay", 80, "relay")
 
 
@@ -318,7 +317,7 @@ def test_a_value_is_taken_whole_or_not_at_all(give: Give, line: str, expected: s
     config.write_text(f"# the token\n{line}\n")
     words = [*WORDS["client"], "--config", str(config)]
     if expected is not None:
-        assert tcprelay.parse_options("test", "", ClientOptions, words)[0].token == expected
+        assert parse_options("test", "", ClientOptions, words)[0].token == expected
         return
     status, said = give.check("client", words)
     assert (status, said.count("\n")) == (2, 1)
@@ -337,7 +336,7 @@ def test_lists(give: Give, line: str, expected: list[str]) -> None:
     """With commas, in brackets, in quotes."""
     config = give.path / "c.conf"
     config.write_text(f"relay-host = [::1]\nrelay-port = 1\n{line}\n")
-    options = tcprelay.parse_options("test", "", ClientOptions, ["--config", str(config)])[0]
+    options = parse_options("test", "", ClientOptions, ["--config", str(config)])[0]
     assert ([item.name for item in options.publish], options.relay_host) == (expected, "::1")
 
 
@@ -422,7 +421,7 @@ def test_the_variables_that_kubernetes_makes_are_no_options(
         words = ["--relay-host", "relay", "--publish", "web=nas:80"]
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    options = tcprelay.parse_options("test", "", CLASSES[role], words)[0]
+    options = parse_options("test", "", CLASSES[role], words)[0]
     assert {name: getattr(options, name) for name in expected} == expected
     status, said = give.check(role, words)
     assert status == 0
@@ -459,7 +458,7 @@ def test_a_mistyped_variable_beside_a_service_s(give: Give, monkeypatch: pytest.
 def test_quotes_in_the_environment(give: Give, quoted: str) -> None:
     """docker's --env-file leaves them in the value, a shell and Compose do not: they count, and are warned of."""
     words = give.words("client", "environment", "token", quoted)
-    options, _, warnings = tcprelay.parse_options("test", "", ClientOptions, words)
+    options, _, warnings = parse_options("test", "", ClientOptions, words)
     assert options.token == quoted
     assert len(warnings) == 1
     assert "the quotes around the value of TCPRELAY_TOKEN" in warnings[0]
@@ -499,8 +498,8 @@ def place(monkeypatch: pytest.MonkeyPatch, give: Give) -> Iterator[Path]:
         os.chmod(path.parent, 0o755)
 
 
-def parse_client(*words: str) -> tuple[tcprelay.Options, list[str]]:
-    options, _, warnings = tcprelay.parse_options("tcprelayc", "", ClientOptions, words)
+def parse_client(*words: str) -> tuple[Options, list[str]]:
+    options, _, warnings = parse_options("tcprelayc", "", ClientOptions, words)
     return options, warnings
 
 

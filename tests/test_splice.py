@@ -21,35 +21,51 @@ from unittest.mock import Mock
 
 import pytest
 
-import tcprelay
-from tcprelay import (
+from _tcprelay.link import Link
+from _tcprelay.protocol import (
     CLIENT,
     DATA,
     END,
     HELLO,
+    IDLE,
     MAX_DATA,
+    PING,
     READY,
     SERVER,
     START,
     WELCOME,
-    Deadline,
-    Link,
-    Splice,
-    Splices,
-    Stream,
-    Threads,
     encode_frame,
     encode_header,
 )
-from tcprelay_server import ServiceClient
+from _tcprelay.server.clients import ServiceClient
+from _tcprelay.sockets import listen
+from _tcprelay.splice import LARGE_BUFFER, SMALL_BUFFER, SPARSE_READS, Queue, Splice
+from _tcprelay.streams import PIPE_SIZE, Stream
+from _tcprelay.tcp import (
+    NEAR,
+    RESET_ON_CLOSE,
+    UNSENT,
+    hold_little,
+    is_held_back,
+    is_near,
+    limit_unsent,
+    path_is_dead,
+    round_trip,
+    say_path,
+    unsent_bytes,
+)
+from _tcprelay.threads import Threads
+from _tcprelay.tls import LARGE_TLS_BUFFER
+from _tcprelay.waiting import Deadline
+from _tcprelay.watch import Splices
 
-from .conftest import PATIENCE, read_all, read_exactly, wait_until
+from .conftest import PATIENCE, read_all, read_exactly, replace, wait_until
 from .wire import Way, Wire
 
 
 def tcp_pair() -> tuple[socket.socket, socket.socket]:
     """Two ends of a TCP connection; a deadline on the second one, which the test uses."""
-    [listener] = tcprelay.listen("127.0.0.1", 0)
+    [listener] = listen("127.0.0.1", 0)
     with listener:
         listener.setblocking(True)
         far = socket.create_connection(listener.getsockname(), PATIENCE)
@@ -84,7 +100,7 @@ class Rig:
     def _run(self) -> None:
         self.splice.run(self.threads)
         self.stream.close()
-        if self.link.machine.state != tcprelay.IDLE:
+        if self.link.machine.state != IDLE:
             self.link.close()
         self.done.set()
 
@@ -114,7 +130,7 @@ def later_rig() -> Iterator[Rig]:
 @pytest.fixture
 def long_opening(monkeypatch: pytest.MonkeyPatch) -> None:
     """The opening exchange does not end because of the time."""
-    monkeypatch.setattr(tcprelay, "OPENING_TIME", 6 * PATIENCE)
+    replace(monkeypatch, "OPENING_TIME", 6 * PATIENCE)
 
 
 def receive(link: Link) -> bytes:
@@ -131,7 +147,7 @@ def send(link: Link, data: bytes) -> None:
 
 
 def reset(sock: socket.socket) -> None:
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, tcprelay.RESET_ON_CLOSE)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
     sock.close()
 
 
@@ -159,7 +175,7 @@ def test_a_short_connection_needs_one_thread(rig: Rig, first: str, long_opening:
     assert len(rig.threads) == 1
     assert sorted([rig.splice.to_link, rig.splice.from_link]) == [6, 8]
     assert rig.splice.reason == ""
-    assert rig.link.machine.state == rig.far.machine.state == tcprelay.IDLE
+    assert rig.link.machine.state == rig.far.machine.state == IDLE
 
 
 def test_bytes_and_end_leave_together(later_rig: Rig, long_opening: None) -> None:
@@ -290,7 +306,7 @@ def test_bytes_and_end_that_did_not_fit_are_sent_later(later_rig: Rig, end: bool
     rig.far.end()
     assert rig.done.wait(PATIENCE)
     assert (rig.splice.to_link, rig.splice.said_end, rig.splice.reason) == (len(data), True, "")
-    assert rig.link.machine.state == tcprelay.IDLE
+    assert rig.link.machine.state == IDLE
 
 
 def test_breaking_off_ends_the_opening_exchange(rig: Rig, long_opening: None) -> None:
@@ -306,7 +322,7 @@ def test_breaking_off_ends_the_opening_exchange(rig: Rig, long_opening: None) ->
     assert rig.done.wait(PATIENCE)
     with pytest.raises(ConnectionResetError):
         rig.far_stream.recv(1)
-    assert rig.link.machine.state == tcprelay.IDLE
+    assert rig.link.machine.state == IDLE
 
 
 def test_a_link_that_is_to_be_closed_ends_the_opening_exchange(rig: Rig, long_opening: None) -> None:
@@ -323,7 +339,7 @@ def test_bytes_before_a_reset_in_the_opening_exchange(later_rig: Rig, long_openi
     """They arrive, and then ABORT; the link is used again."""
     rig = later_rig
     rig.far_stream.sendall(b"last words")
-    wait_until(lambda: tcprelay.unsent_bytes(rig.far_stream) == 0)
+    wait_until(lambda: unsent_bytes(rig.far_stream) == 0)
     reset(rig.far_stream)
     rig.start()
     view = memoryview(bytearray(100))
@@ -333,7 +349,7 @@ def test_bytes_before_a_reset_in_the_opening_exchange(later_rig: Rig, long_openi
     rig.far.end()
     assert rig.done.wait(PATIENCE)
     assert (rig.splice.to_link, rig.splice.said_end) == (10, False)
-    assert rig.link.machine.state == tcprelay.IDLE
+    assert rig.link.machine.state == IDLE
 
 
 def test_an_abort_after_our_end_leaves_the_link_whole(rig: Rig) -> None:
@@ -345,8 +361,8 @@ def test_an_abort_after_our_end_leaves_the_link_whole(rig: Rig) -> None:
         rig.far_stream.recv(1)
     assert rig.done.wait(PATIENCE)
     assert rig.splice.reason == "link: broken off"
-    rig.far.send(tcprelay.PING)
-    assert rig.link.receive(Deadline(PATIENCE)).kind == tcprelay.PING
+    rig.far.send(PING)
+    assert rig.link.receive(Deadline(PATIENCE)).kind == PING
 
 
 def test_a_link_lost_in_the_opening_exchange(later_rig: Rig, long_opening: None) -> None:
@@ -430,7 +446,7 @@ def test_bulk_and_small_mixed_arrive_in_order(rig: Rig) -> None:
     assert hashlib.sha256(results["link"]).digest() == hashlib.sha256(whole).digest()
     assert rig.done.wait(PATIENCE)
     assert (rig.splice.to_link, rig.splice.from_link, rig.splice.reason) == (len(whole), len(whole), "")
-    assert rig.link.machine.state == tcprelay.IDLE
+    assert rig.link.machine.state == IDLE
 
 
 def test_large_frames_cut_anywhere(rig: Rig) -> None:
@@ -493,7 +509,7 @@ def test_without_a_pipe_bytes_are_copied(rig: Rig, monkeypatch: pytest.MonkeyPat
 
 def test_a_flood_after_abort_costs_the_link(rig: Rig) -> None:
     """A side that does not stop sending although the other broke off loses the link instead of being drained."""
-    rig.far_stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, tcprelay.RESET_ON_CLOSE)
+    rig.far_stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
     rig.far_stream.close()
     data = memoryview(bytearray(4) + bytes(65536))
     with pytest.raises(OSError):
@@ -536,7 +552,7 @@ def test_waking_a_sender_lets_no_end_be_seen() -> None:
 
         threads.start(fill)
         last = -1
-        while last != (last := tcprelay.unsent_bytes(near)) or not last:
+        while last != (last := unsent_bytes(near)) or not last:
             time.sleep(0.3)  # until nothing moves any more, although blocked sends look again
         assert not result
         stream.wake(force=True)
@@ -609,8 +625,8 @@ def test_a_finished_splice_no_longer_touches_its_link(rig: Rig) -> None:
     rig.splice.break_off("too late", force=True, close_link=True)
     assert rig.splice.reason == ""
     rig.far.receive(Deadline(PATIENCE))
-    rig.far.send(tcprelay.PING)
-    assert rig.link.receive(Deadline(PATIENCE)).kind == tcprelay.PING
+    rig.far.send(PING)
+    assert rig.link.receive(Deadline(PATIENCE)).kind == PING
 
 
 def test_a_reset_is_seen_although_the_pump_is_blocked(rig: Rig) -> None:
@@ -621,7 +637,7 @@ def test_a_reset_is_seen_although_the_pump_is_blocked(rig: Rig) -> None:
             rig.far_stream.sendall(bytes(65536))  # nobody reads the link
     except TimeoutError:
         pass
-    rig.far_stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, tcprelay.RESET_ON_CLOSE)
+    rig.far_stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
     rig.far_stream.close()
     splices = Splices(10, 0, 0)
     splices.add(rig.splice)
@@ -654,7 +670,7 @@ def test_an_end_after_an_rst_is_not_believed() -> None:
     """Another thread's send has taken the error of the RST: a receive then gives 0, and that is no end."""
     near, far = tcp_pair()
     stream = Stream(near, "near")
-    far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, tcprelay.RESET_ON_CLOSE)
+    far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
     far.close()
     wait_until(lambda: near.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))  # takes it
     assert near.recv(1) == b""
@@ -836,9 +852,7 @@ def test_nothing_follows_a_frame_that_was_cut_short(rig: Rig, monkeypatch: pytes
     assert rig.splice.reason == f"link: {os.strerror(errno.ENOMEM).lower()}"
 
 
-@pytest.mark.parametrize(
-    ("count", "largest"), [(5_000, 2048), (30_000, 131_072), (3_000_000, tcprelay.LARGE_TLS_BUFFER)]
-)
+@pytest.mark.parametrize(("count", "largest"), [(5_000, 2048), (30_000, 131_072), (3_000_000, LARGE_TLS_BUFFER)])
 def test_a_pump_gives_its_large_buffer_back(
     later_rig: Rig, monkeypatch: pytest.MonkeyPatch, count: int, largest: int
 ) -> None:
@@ -853,9 +867,9 @@ def test_a_pump_gives_its_large_buffer_back(
         return real(view)
 
     monkeypatch.setattr(rig.stream, "recv_into", recv_into)
-    monkeypatch.setattr(tcprelay, "roam", lambda: moves.append("roam"))
-    monkeypatch.setattr(tcprelay, "go_home", lambda: moves.append("home"))
-    monkeypatch.setattr(tcprelay, "OPENING_BYTES", 2048)
+    replace(monkeypatch, "roam", lambda: moves.append("roam"))
+    replace(monkeypatch, "go_home", lambda: moves.append("home"))
+    replace(monkeypatch, "OPENING_BYTES", 2048)
     bulk = random.Random(9).randbytes(count)
     writer = threading.Thread(target=rig.far_stream.sendall, args=(bulk,))
     writer.start()
@@ -866,12 +880,12 @@ def test_a_pump_gives_its_large_buffer_back(
         got += rig.far.recv_into(view[got:])
     assert view == bulk
     wait_until(lambda: largest in sizes)
-    assert ("roam" in moves) == (largest == tcprelay.LARGE_TLS_BUFFER)
+    assert ("roam" in moves) == (largest == LARGE_TLS_BUFFER)
     writer.join(PATIENCE)
-    for _ in range(tcprelay.SPARSE_READS):
+    for _ in range(SPARSE_READS):
         rig.far_stream.sendall(b"!")
         assert rig.far.recv_into(view) == 1
-    wait_until(lambda: sizes[-1] == tcprelay.SMALL_BUFFER)
+    wait_until(lambda: sizes[-1] == SMALL_BUFFER)
     assert moves in ([], ["roam", "home"])
 
 
@@ -895,16 +909,16 @@ def test_little_waits_for_a_sink_that_does_not_read(
 
     monkeypatch.setattr(os, "splice", splice)
     monkeypatch.setattr(rig.stream, "recv_into", recv_into)
-    tcprelay.limit_unsent(rig.link.sock)
+    limit_unsent(rig.link.sock)
     rig.far_stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
     rig.far_stream.settimeout(0.5)
     taken = 0
     with pytest.raises(TimeoutError):
         while True:
             taken += rig.far_stream.send(bytes(1 << 16))
-    assert taken > tcprelay.UNSENT
+    assert taken > UNSENT
     assert taken < 3_000_000  # without bounds 8 to 13
-    assert sizes[sizes.index(tcprelay.LARGE_BUFFER) :].index(tcprelay.UNSENT) <= 2, "bulk traffic begins with little"
+    assert sizes[sizes.index(LARGE_BUFFER) :].index(UNSENT) <= 2, "bulk traffic begins with little"
     rig.far_stream.settimeout(PATIENCE)
     rig.far_stream.shutdown(socket.SHUT_WR)
     view, got = memoryview(bytearray(1 << 16)), 0
@@ -925,7 +939,7 @@ def is_held(sock: socket.socket) -> bool:
 @pytest.fixture
 def held_queue(
     monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[tuple[tcprelay.Queue, socket.socket, socket.socket, list[float]]]:
+) -> Iterator[tuple[Queue, socket.socket, socket.socket, list[float]]]:
     """A queue whose source is near and is to hold little; its source and its sink, and the time, which stands still."""
     sink, far_sink = tcp_pair()
     source, far_source = tcp_pair()
@@ -934,15 +948,15 @@ def held_queue(
             source.getsockopt(socket.SOL_SOCKET, 72)
         except OSError:
             pytest.skip("before Linux 5.14 receive buffers cannot be given back to the system")
-        tcprelay.hold_little(source)
+        hold_little(source)
         assert is_held(source)
-        tcprelay.limit_unsent(sink)
+        limit_unsent(sink)
         now = [100.0]
         monkeypatch.setattr(time, "monotonic", lambda: now[0])
-        yield tcprelay.Queue(source, sink), source, sink, now
+        yield Queue(source, sink), source, sink, now
 
 
-HeldQueue = tuple[tcprelay.Queue, socket.socket, socket.socket, list[float]]
+HeldQueue = tuple[Queue, socket.socket, socket.socket, list[float]]
 
 
 def test_a_queue_is_bounded_by_what_its_sink_takes(held_queue: HeldQueue) -> None:
@@ -952,13 +966,13 @@ def test_a_queue_is_bounded_by_what_its_sink_takes(held_queue: HeldQueue) -> Non
     with pytest.raises(BlockingIOError):
         while True:
             sink.send(bytes(1 << 16))
-    assert queue.bound == tcprelay.UNSENT == unsent_limit(sink)
+    assert queue.bound == UNSENT == unsent_limit(sink)
     for seconds, count, bound in (
-        (0.05, 200_000, tcprelay.UNSENT),  # too early to say
+        (0.05, 200_000, UNSENT),  # too early to say
         (0.15, 600_000, 400_000),
         (0.2, 600_000, 400_000),  # near enough
         (0.2, 200_000, 100_000),
-        (10.0, 100_000, tcprelay.UNSENT),
+        (10.0, 100_000, UNSENT),
     ):
         now[0] += seconds
         queue.sent(count)
@@ -966,11 +980,11 @@ def test_a_queue_is_bounded_by_what_its_sink_takes(held_queue: HeldQueue) -> Non
         assert is_held(source)
     now[0] += 0.001
     queue.sent(1 << 20)
-    assert queue.bound == tcprelay.PIPE_SIZE
+    assert queue.bound == PIPE_SIZE
     assert unsent_limit(sink) == 0
     assert not is_held(source)
     queue.release()
-    assert unsent_limit(sink) == tcprelay.UNSENT
+    assert unsent_limit(sink) == UNSENT
 
 
 def test_a_near_source_that_is_slower_than_its_sink_gets_its_window(held_queue: HeldQueue) -> None:
@@ -986,7 +1000,7 @@ def test_bulk_traffic_may_take_what_its_sink_takes(rig: Rig, monkeypatch: pytest
     """And in the end the sink is as it was."""
     rig.stream.spliceable = rig.link.spliceable = spliceable
     limits: list[tuple[socket.socket, int]] = []
-    monkeypatch.setattr(tcprelay, "limit_unsent", lambda sock, most=tcprelay.UNSENT: limits.append((sock, most)))
+    replace(monkeypatch, "limit_unsent", lambda sock, most=UNSENT: limits.append((sock, most)))
     with ThreadPoolExecutor(1) as pool:
         writing = pool.submit(send_and_end, rig.far_stream, bytes(20_000_000))
         got, view = 0, memoryview(bytearray(1 << 20))
@@ -994,7 +1008,7 @@ def test_bulk_traffic_may_take_what_its_sink_takes(rig: Rig, monkeypatch: pytest
             got += count
         writing.result()
     assert got == 20_000_000
-    wait_until(lambda: limits and limits[-1] == (rig.link.sock, tcprelay.UNSENT))
+    wait_until(lambda: limits and limits[-1] == (rig.link.sock, UNSENT))
     assert (rig.link.sock, 0) in limits
 
 
@@ -1015,7 +1029,7 @@ def test_copying_looks_for_a_pipe_again(rig: Rig, monkeypatch: pytest.MonkeyPatc
         return real()
 
     monkeypatch.setattr(os, "pipe", pipe)
-    monkeypatch.setattr(tcprelay, "PIPE_AGAIN", 4)
+    replace(monkeypatch, "PIPE_AGAIN", 4)
     data = random.Random(3).randbytes(10_000_000)
     with ThreadPoolExecutor(1) as pool:
         writing = pool.submit(send_and_end, rig.far_stream, data)
@@ -1034,15 +1048,15 @@ def test_what_is_near(lay_wire: Callable[..., Wire]) -> None:
         for one, other in ((near, far), (far, near)):  # an exchange, after which acknowledgements wait for an answer
             one.sendall(b"?")
             assert other.recv(1) == b"?"
-        while tcprelay.round_trip(near) < 2 * tcprelay.NEAR:  # the mean, of acknowledgements that are delayed
+        while round_trip(near) < 2 * NEAR:  # the mean, of acknowledgements that are delayed
             near.sendall(b"not answered")
-            wait_until(lambda: not tcprelay.unsent_bytes(near))
-        assert tcprelay.is_near(near)
+            wait_until(lambda: not unsent_bytes(near))
+        assert is_near(near)
     wire = lay_wire(Way(delay=0.005), offload=True)
     with wire.server.inside():
         listener = socket.create_server((wire.server.address, 0))
     with listener, wire.client.inside(), socket.create_connection(listener.getsockname(), PATIENCE) as distant:
-        assert not tcprelay.is_near(distant)
+        assert not is_near(distant)
 
 
 def bytes_waiting(sock: socket.socket) -> int:
@@ -1051,7 +1065,7 @@ def bytes_waiting(sock: socket.socket) -> int:
 
 def test_a_sweep_looks_at_all_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also at those beyond what it looks at without a pause."""
-    monkeypatch.setattr(tcprelay, "BATCH", 2)
+    replace(monkeypatch, "BATCH", 2)
     splices = Splices(10, idle_timeout=0.001, half_close_timeout=0)
     with ExitStack() as stack:
         add_silent(stack, splices, 5)
@@ -1115,7 +1129,7 @@ def test_an_end_that_cannot_be_passed_on_leaves_the_link_whole(rig: Rig) -> None
     the connection is complete, and the far side may START the next one on the link."""
     rig.far_stream.shutdown(socket.SHUT_WR)
     assert rig.far.receive(Deadline(PATIENCE)).kind == END
-    rig.far_stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, tcprelay.RESET_ON_CLOSE)
+    rig.far_stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
     rig.far_stream.close()
     poller = select.poll()
     poller.register(rig.stream.sock, 0)
@@ -1123,7 +1137,7 @@ def test_an_end_that_cannot_be_passed_on_leaves_the_link_whole(rig: Rig) -> None
     rig.far.send(END)
     assert rig.done.wait(PATIENCE)
     assert not rig.splice.reason
-    assert rig.link.machine.state == rig.far.machine.state == tcprelay.IDLE
+    assert rig.link.machine.state == rig.far.machine.state == IDLE
     with pytest.raises(BlockingIOError):
         rig.far.sock.recv(1, socket.MSG_DONTWAIT)
 
@@ -1142,20 +1156,20 @@ def close_early(rig: Rig, more: bytes = b"second") -> None:
 def test_the_end_is_heard_out_when_the_stream_has_closed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is on the way to somebody who has closed cannot be delivered; END comes behind it, the link stays whole,
     and both relays count the same and call the connection complete."""
-    monkeypatch.setattr(tcprelay, "HEAR_OUT_TIME", PATIENCE)
+    replace(monkeypatch, "HEAR_OUT_TIME", PATIENCE)
     close_early(rig)
     send(rig.far, b"third")
     rig.far.send(END)
     assert rig.done.wait(PATIENCE)
     assert (rig.splice.reason, rig.splice.from_link) == ("", 16)
-    assert rig.link.machine.state == rig.far.machine.state == tcprelay.IDLE
+    assert rig.link.machine.state == rig.far.machine.state == IDLE
     with pytest.raises(BlockingIOError):
         rig.far.sock.recv(1, socket.MSG_DONTWAIT)
 
 
 def test_an_end_that_does_not_come_is_not_waited_for(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who goes on sending to somebody who has closed is told by the end of the link."""
-    monkeypatch.setattr(tcprelay, "HEAR_OUT_TIME", 0.1)
+    replace(monkeypatch, "HEAR_OUT_TIME", 0.1)
     close_early(rig)
     with pytest.raises((EOFError, ConnectionError)):
         rig.far.receive(Deadline(PATIENCE))
@@ -1165,7 +1179,7 @@ def test_an_end_that_does_not_come_is_not_waited_for(rig: Rig, monkeypatch: pyte
 
 def test_who_sends_much_to_somebody_who_has_closed_is_told_soon(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is gained by dropping more than a mebibyte."""
-    monkeypatch.setattr(tcprelay, "HEAR_OUT_TIME", 1000.0)
+    replace(monkeypatch, "HEAR_OUT_TIME", 1000.0)
     close_early(rig)
     with pytest.raises(OSError):
         while True:
@@ -1176,14 +1190,14 @@ def test_who_sends_much_to_somebody_who_has_closed_is_told_soon(rig: Rig, monkey
 
 def test_a_sweep_hears_the_end_out_too(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """It sees the RST of a peer that has closed, while END is on its way: that comes in time, or it does not."""
-    monkeypatch.setattr(tcprelay, "HEAR_OUT_TIME", PATIENCE)
+    replace(monkeypatch, "HEAR_OUT_TIME", PATIENCE)
     close_early(rig, b"")
     splices = Splices(10, 0, 0)
     splices.add(rig.splice)
     for _ in range(2):
         splices.sweep()
         assert not splices.snapshot()[0].reason
-    monkeypatch.setattr(tcprelay, "HEAR_OUT_TIME", 0.01)
+    replace(monkeypatch, "HEAR_OUT_TIME", 0.01)
     sweep_until_broken(splices)
     assert rig.splice.reason == "stream: connection lost"
 
@@ -1226,18 +1240,18 @@ def tcp_info(**values: int) -> socket.socket:
 )  # fmt: skip
 def test_what_losses_hold_back(lost: int, threshold: int, sent: int, held_back: bool) -> None:
     """A threshold that is low, or less than a quarter of what was sent; without a loss it says nothing."""
-    assert tcprelay.is_held_back(tcp_info(mss=1000, lost=lost, threshold=threshold), sent) is held_back
+    assert is_held_back(tcp_info(mss=1000, lost=lost, threshold=threshold), sent) is held_back
 
 
 def test_where_the_path_is_slow_that_is_said() -> None:
     """From a second on; of what is no TCP connection nothing is."""
-    assert tcprelay.say_path(tcp_info(round_trip=2_340_000)) == "; the path is slow: a round trip takes 2.3 s"
-    assert tcprelay.say_path(tcp_info(round_trip=999_999)) == ""
+    assert say_path(tcp_info(round_trip=2_340_000)) == "; the path is slow: a round trip takes 2.3 s"
+    assert say_path(tcp_info(round_trip=999_999)) == ""
     one, other = socket.socketpair()
     with one, other:
-        assert tcprelay.say_path(one) == ""
-        assert not tcprelay.is_held_back(one, 10**9)
-        assert not tcprelay.path_is_dead(one, 1)
+        assert say_path(one) == ""
+        assert not is_held_back(one, 10**9)
+        assert not path_is_dead(one, 1)
 
 
 @pytest.mark.parametrize(
@@ -1246,7 +1260,7 @@ def test_where_the_path_is_slow_that_is_said() -> None:
 )
 def test_when_a_path_is_dead(unacked: int, last_ack: int, seconds: float, dead: bool) -> None:
     """Something is under way, and nothing was acknowledged for longer than that; 0 is never."""
-    assert tcprelay.path_is_dead(tcp_info(unacked=unacked, last_ack=last_ack), seconds) is dead
+    assert path_is_dead(tcp_info(unacked=unacked, last_ack=last_ack), seconds) is dead
 
 
 def test_a_link_that_losses_hold_back_is_spent(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1257,7 +1271,7 @@ def test_a_link_that_losses_hold_back_is_spent(rig: Rig, monkeypatch: pytest.Mon
         asked.append((sock, sent))
         return True
 
-    monkeypatch.setattr(tcprelay, "is_held_back", is_held_back)
+    replace(monkeypatch, "is_held_back", is_held_back)
     rig.far_stream.sendall(b"hello")
     rig.far_stream.shutdown(socket.SHUT_WR)
     assert receive(rig.far) == b"hello"
@@ -1271,7 +1285,7 @@ def test_a_link_that_losses_hold_back_is_spent(rig: Rig, monkeypatch: pytest.Mon
 def test_a_dead_path_ends_a_connection(rig: Rig, monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
     """Of either leg, and by RST on the link; not where --dead-path is 0, and not before that time."""
     dead = getattr(rig, lost).sock
-    monkeypatch.setattr(tcprelay, "path_is_dead", lambda sock, seconds: sock is dead)
+    replace(monkeypatch, "path_is_dead", lambda sock, seconds: sock is dead)
     for dead_path in (0.0, 1000.0):
         patient = Splices(10, 0, 0, dead_path)
         patient.add(rig.splice)
@@ -1287,7 +1301,7 @@ def test_a_dead_path_ends_a_connection(rig: Rig, monkeypatch: pytest.MonkeyPatch
 
 def test_a_pump_s_end_says_what_was_passed_on(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the opening exchange's does; without it each larger connection's link would have to settle."""
-    monkeypatch.setattr(tcprelay, "OPENING_TIME", 0.0)
+    replace(monkeypatch, "OPENING_TIME", 0.0)
     data = random.Random(5).randbytes(300_000)
     for start in range(0, len(data), 50_000):
         send(rig.far, data[start : start + 50_000])

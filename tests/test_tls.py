@@ -17,17 +17,34 @@ from typing import Any
 
 import pytest
 
-import tcprelay
-from tcprelay import ConnectionClosed, ConnectionFailed, RelayClient, RelayServer, TLSStream, pin_of
-from tcprelay_client import Published, Unpublished
-from tcprelay_server import ACCESS_DENIED, ClientUp, LinkRefused
+from _tcprelay.certificates import load_pfx, make_context, pin_of
+from _tcprelay.command_line import parse_options
+from _tcprelay.openssl import new_context
+from _tcprelay.options import Options
+from _tcprelay.splice import Splice
+from _tcprelay.tcp import RESET_ON_CLOSE
+from _tcprelay.threads import Threads
+from _tcprelay.tls import LARGE_TLS_BUFFER, SMALL_READS, SMALL_TLS_BUFFER, TLSStream
+from _tcprelay.waiting import Deadline, wait_for
+from tcprelay import (
+    ClientOptions,
+    ClientUp,
+    ConnectionClosed,
+    ConnectionFailed,
+    LinkRefused,
+    Published,
+    RelayClient,
+    RelayServer,
+    Unpublished,
+)
+from tcprelay_server import ACCESS_DENIED
 
 from .certificates import Certificates, tls_context
-from .conftest import PATIENCE, Bench, Service, connect, read_all, read_exactly, wait_until
+from .conftest import PATIENCE, Bench, Service, connect, read_all, read_exactly, replace, wait_until
 from .ends import TLSEnd
 from .peers import ROOT
 
-RESET = tcprelay.RESET_ON_CLOSE
+RESET = RESET_ON_CLOSE
 
 
 @dataclass(frozen=True)
@@ -304,7 +321,7 @@ def test_protected_mode_before_the_handshake(
     bench: Bench, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A link from another host costs no TLS handshake; its client, TLS or plain, still learns what to do."""
-    monkeypatch.setattr("tcprelay.is_loopback", lambda address: False)
+    replace(monkeypatch, "is_loopback", lambda address: False)
     server = bench.server(**{**tls_server(certificates), "token": ""})
     with connect(server.relay_address) as silent:
         assert read_all(silent) == ACCESS_DENIED
@@ -415,9 +432,9 @@ def test_a_key_never_lies_on_the_disk(
         seen.append((command, done.stdout))
         return done
 
-    monkeypatch.setattr("tcprelay.subprocess.run", run)
+    monkeypatch.setattr("_tcprelay.system.subprocess.run", run)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    tcprelay.load_pfx(tls_context(True), pfx, "hunter2")
+    load_pfx(tls_context(True), pfx, "hunter2")
     assert seen
     for command, output in seen:
         assert "hunter2" not in " ".join(command)
@@ -431,7 +448,7 @@ def test_without_the_openssl_command(certificates: Certificates, monkeypatch: py
     pfx = certificates.make_pfx("noopenssl", "server", "x")
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(OSError, match="make PEM files where it is"):
-        tcprelay.load_pfx(tls_context(True), pfx, "x")
+        load_pfx(tls_context(True), pfx, "x")
 
 
 # One paste, and reloading
@@ -459,11 +476,9 @@ def test_a_start_with_tls_alone(bench: Bench, tmp_path: Path) -> None:
 
 def test_the_pasted_line_is_accepted_by_the_parser(bench: Bench, tmp_path: Path) -> None:
     """As it stands, with a port put in."""
-    from tcprelay_client import ClientOptions
-
     server = bench.server(tls="relay", state_dir=str(tmp_path / "state"))
     line = server.invitation(with_secrets=True).splitlines()[1].replace("PORT", "22")
-    options = tcprelay.parse_options("tcprelayc", "", ClientOptions, line.split()[1:])[0]
+    options = parse_options("tcprelayc", "", ClientOptions, line.split()[1:])[0]
     assert options.pin
     assert options.tls == "relay"
 
@@ -515,9 +530,9 @@ def tls_pair(stack: ExitStack, certificates: Certificates, version: str) -> tupl
         contexts[0].maximum_version = ssl.TLSVersion.TLSv1_2
     one = TLSStream(near, "server", contexts[0], server_side=True)
     two = TLSStream(far, "client", contexts[1], server_hostname="localhost")
-    thread = threading.Thread(target=one.handshake, args=(tcprelay.Deadline(PATIENCE),))
+    thread = threading.Thread(target=one.handshake, args=(Deadline(PATIENCE),))
     thread.start()
-    two.handshake(tcprelay.Deadline(PATIENCE))
+    two.handshake(Deadline(PATIENCE))
     thread.join(PATIENCE)
     return one, two
 
@@ -554,11 +569,11 @@ def test_the_opening_exchange_over_tls(
     certificates: Certificates, version: str, cut: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Records that are here before it begins, both ends, and a cut that is none; TLS on both legs, one thread."""
-    monkeypatch.setattr(tcprelay, "OPENING_TIME", 6 * PATIENCE)
+    replace(monkeypatch, "OPENING_TIME", 6 * PATIENCE)
     with ExitStack() as stack:
         stream, far = tls_pair(stack, certificates, version)
         link, far_link = tls_pair(stack, certificates, version)
-        splice, threads = tcprelay.Splice("1", "test", stream, link), tcprelay.Threads()
+        splice, threads = Splice("1", "test", stream, link), Threads()
         view = memoryview(bytearray(100))
         for piece in (b"go", b"question"):
             far.send(piece)
@@ -586,7 +601,7 @@ def test_the_opening_exchange_over_tls(
             far_link.end()
             assert drain(far) == b"answer"
             assert len(threads) == 1
-        threads.end(tcprelay.Deadline(PATIENCE))
+        threads.end(Deadline(PATIENCE))
         assert splice.reason == ("server: cut off without TLS close_notify" if cut else "")
 
 
@@ -607,9 +622,10 @@ def test_a_cut_at_a_record_boundary_is_no_end(certificates: Certificates, versio
 def test_contexts_are_made_in_one_place() -> None:
     """One in the product and one in the tests: what must hold in every Python is set there."""
     makers = re.compile(r"ssl\.(SSLContext|(_?create_\w+_context))\(")
-    sources = [*ROOT.glob("tcprelay*.py"), *ROOT.glob("deploy/*.py"), *ROOT.glob("tests/**/*.py")]
+    patterns = "tcprelay*.py", "_tcprelay/**/*.py", "deploy/*.py", "tests/**/*.py"
+    sources = [path for pattern in patterns for path in ROOT.glob(pattern)]
     places = [path.name for path in sources for _ in makers.findall(path.read_text())]
-    assert sorted(places) == ["certificates.py", "tcprelay.py"]
+    assert sorted(places) == ["certificates.py", "openssl.py"]
 
 
 def test_a_damaged_record_stays_an_error(certificates: Certificates) -> None:
@@ -668,7 +684,7 @@ def test_tls_of_the_server_alone_is_no_guard(
     bench: Bench, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Protected mode holds with TLS, too: a certificate of the server's says nothing about who connects."""
-    monkeypatch.setattr("tcprelay.is_loopback", lambda address: False)
+    replace(monkeypatch, "is_loopback", lambda address: False)
     server = bench.server(**tls_server(certificates))
     reason = refused(bench, server, bench.service(), tls="relay", ca_file=certificates.path("ca.pem"))
     assert "accepts links from its own machine alone" in reason
@@ -676,7 +692,7 @@ def test_tls_of_the_server_alone_is_no_guard(
 
 def test_the_system_s_policy_is_not_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where OpenSSL's configuration asks for TLS 1.3, --tls-min 1.2, which is the default, does not undo it."""
-    real = tcprelay.new_context
+    real = new_context
 
     def strict(server_side: bool) -> ssl.SSLContext:
         context = real(server_side)
@@ -684,10 +700,10 @@ def test_the_system_s_policy_is_not_lowered(monkeypatch: pytest.MonkeyPatch) -> 
         return context
 
     def oldest(version: str) -> int:
-        return tcprelay.make_context(tcprelay.Options(tls_min=version), True).minimum_version
+        return make_context(Options(tls_min=version), True).minimum_version
 
     assert [oldest("1.2"), oldest("1.3")] == [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
-    monkeypatch.setattr(tcprelay, "new_context", strict)
+    replace(monkeypatch, "new_context", strict)
     assert [oldest("1.2"), oldest("1.3")] == [ssl.TLSVersion.TLSv1_3, ssl.TLSVersion.TLSv1_3]
 
 
@@ -742,7 +758,7 @@ def test_a_fault_that_is_found_while_ending_stays_one(certificates: Certificates
         two.send(b"good")
         two.sock.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))
         view = memoryview(bytearray(2))
-        tcprelay.wait_for(one.fd, select.POLLIN, tcprelay.Deadline(PATIENCE))
+        wait_for(one.fd, select.POLLIN, Deadline(PATIENCE))
         assert one.recv_into(view) == 2
         one.end()
         assert one.recv_into(view) == 2
@@ -762,11 +778,11 @@ def test_buffers_shrink_after_bulk_traffic(certificates: Certificates) -> None:
         while have < 2_000_000:
             have += one.recv_into(view)
         sender.join(PATIENCE)
-        assert len(one._raw) == tcprelay.LARGE_TLS_BUFFER
-        for _ in range(tcprelay.SMALL_READS + 1):
+        assert len(one._raw) == LARGE_TLS_BUFFER
+        for _ in range(SMALL_READS + 1):
             two.send(b"small")
             one.recv_into(view)
-        assert len(one._raw) == tcprelay.SMALL_TLS_BUFFER
+        assert len(one._raw) == SMALL_TLS_BUFFER
 
 
 @pytest.mark.parametrize(
@@ -794,13 +810,13 @@ def test_ending_while_bulk_data_comes_in(certificates: Certificates) -> None:
         receiver = TLSStream(far, "receiver", contexts[1], server_side=True)
 
         def send() -> None:
-            sender.handshake(tcprelay.Deadline(PATIENCE))
+            sender.handshake(Deadline(PATIENCE))
             sender.send(data)
             sender.end()
 
         thread = threading.Thread(target=send)
         thread.start()
-        receiver.handshake(tcprelay.Deadline(PATIENCE))
+        receiver.handshake(Deadline(PATIENCE))
         got, view = bytearray(), memoryview(bytearray(1 << 18))
         while len(receiver._raw) < 1 << 18:  # bulk traffic: it takes more at once
             got += view[: receiver.recv_into(view)]

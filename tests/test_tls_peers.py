@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tcprelay import ignore_oserror
+from _tcprelay.system import ignore_oserror
 
 from .certificates import Certificates
 from .conftest import PATIENCE, read_all, read_exactly, wait_until

@@ -23,23 +23,13 @@ from typing import Any
 
 import pytest
 
-from tcprelay import (
-    CLIENT,
-    FAIL,
-    HELLO,
-    MESSAGE_SIZE,
-    START,
-    WELCOME,
-    ConnectionFailed,
-    Deadline,
-    Link,
-    RelayServer,
-    Stream,
-    WorkerProcess,
-    encode_message,
-    receive_message,
-    send_message,
-)
+from _tcprelay.link import Link
+from _tcprelay.messages import MESSAGE_SIZE, encode_message, receive_message, send_message
+from _tcprelay.processes import WorkerProcess
+from _tcprelay.protocol import CLIENT, FAIL, HELLO, START, WELCOME
+from _tcprelay.streams import Stream
+from _tcprelay.waiting import Deadline
+from tcprelay import ConnectionFailed, RelayServer
 from tcprelay_server import ServerWorkers
 
 from .certificates import Certificates, tls_context
@@ -509,7 +499,8 @@ def test_a_second_signal_ends_all_workers_at_once(peers: Peers) -> None:
 
 def test_a_worker_that_is_stopped_does_not_keep_a_relay_from_ending(peers: Peers) -> None:
     """A second signal does not wait for it longer than for what else does not end."""
-    patch = "import sys, tcprelay; tcprelay.JOIN_TIMEOUT = 0.3; sys.exit(tcprelay.main(sys.argv[4:]))"
+    patch = "import sys, tcprelay; from _tcprelay import processes; processes.JOIN_TIMEOUT = 0.3;"
+    patch += "sys.exit(tcprelay.main(sys.argv[4:]))"
     command = "--relay-port", "0", "--service-port", "0", "--hostname", HOST, *TWO, "--drain-timeout", "60"
     server = peers.relay_process("server", *command, wrapper=[sys.executable, "-c", patch])
     server.expected_error = "worker "
@@ -1060,10 +1051,10 @@ def server_that_raises_once(peers: Peers, place: str, *options: str) -> RelayPro
 @pytest.mark.parametrize(
     "place",
     [
-        "tcprelay.Workers._look_at_time",
-        "tcprelay.Workers._fork",
-        "tcprelay.receive_message",
-        "tcprelay.adopt_socket",
+        "_tcprelay.processes.Workers._look_at_time",
+        "_tcprelay.processes.Workers._fork",
+        "_tcprelay.processes.receive_message",
+        "tcprelay_server.adopt_socket",
         "tcprelay_server.RelayServer.accept_from",
         "tcprelay_server.ServerWorkers.look_at_time",
         "tcprelay_server.ServerWorkers._accept",
@@ -1073,7 +1064,7 @@ def server_that_raises_once(peers: Peers, place: str, *options: str) -> RelayPro
         "tcprelay_server.ServerWorkers.tell",
         "tcprelay_server.ServerWorkers._absent",
         "tcprelay_server.ServerWorkers.stop_intake",
-        "tcprelay_server.ServiceClient.resume",
+        "_tcprelay.server.clients.ServiceClient.resume",
     ],
 )
 def test_an_unexpected_error_ends_no_role_and_skews_no_count(peers: Peers, place: str) -> None:
@@ -1114,7 +1105,7 @@ def test_an_unexpected_error_ends_no_role_and_skews_no_count(peers: Peers, place
 
 def test_an_unexpected_error_in_a_reload(peers: Peers) -> None:
     """The old credentials stay in force, and the next reload is one."""
-    server = server_that_raises_once(peers, "tcprelay.Relay.reload")
+    server = server_that_raises_once(peers, "_tcprelay.role.Relay.reload")
     wait_up(server)
     server.signal(signal.SIGHUP)
     server.wait_message("unexpected error")

@@ -27,7 +27,7 @@ from functools import partial
 from itertools import cycle, islice
 from typing import TypeVar
 
-from tcprelay import (
+from _tcprelay.protocol import (
     ABORT,
     AUTH,
     BYE,
@@ -36,8 +36,6 @@ from tcprelay import (
     DATA,
     END,
     FAIL,
-    HANDSHAKE_STEP,
-    HANDSHAKE_TIMEOUT,
     HELLO,
     MAX_CONTROL,
     PING,
@@ -48,13 +46,14 @@ from tcprelay import (
     WELCOME,
     encode_frame,
     encode_header,
-    from_descriptor_limit,
     new_nonce,
     prove,
-    tls_fault,
-)  # fmt: skip
+)
+from _tcprelay.server.limits import most_handshakes
+from _tcprelay.tls import tls_fault
+from _tcprelay.tuning import from_descriptor_limit
 from tcprelay_client import LINK_TIMEOUT
-from tcprelay_server import most_handshakes
+from tcprelay_server import HANDSHAKE_STEP, HANDSHAKE_TIMEOUT
 
 from ..certificates import Certificates, tls_context
 from ..conftest import echo, wait_until

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Literal
 
-from tcprelay import RESET_ON_CLOSE
+from _tcprelay.tcp import RESET_ON_CLOSE
 from tcprelay_server import SPARE_TAKERS
 
 from ..bench.processes import find_family

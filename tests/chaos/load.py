@@ -17,7 +17,8 @@ from itertools import pairwise
 from operator import le, sub
 from typing import Any, TypeVar
 
-from tcprelay import RESET_ON_CLOSE, Threads
+from _tcprelay.tcp import RESET_ON_CLOSE
+from _tcprelay.threads import Threads
 from tcprelay_server import SURPLUS_TIME
 
 from ..bench.processes import free_port

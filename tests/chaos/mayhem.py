@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tcprelay import Threads
+from _tcprelay.threads import Threads
 
 from ..bench.processes import find_family
 from ..peers import HOST, Program, RelayProcess, find

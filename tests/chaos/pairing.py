@@ -22,27 +22,12 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from tcprelay import (
-    BYE,
-    CLIENT,
-    END,
-    HEADER,
-    PING,
-    PONG,
-    READY,
-    RESET_ON_CLOSE,
-    START,
-    WELCOME,
-    ConnectionFailed,
-    Deadline,
-    Link,
-    RelayClient,
-    Stop,
-    Stopping,
-    Stream,
-    encode_frame,
-    wait_for,
-)
+from _tcprelay.link import Link
+from _tcprelay.protocol import BYE, CLIENT, END, HEADER, PING, PONG, READY, START, WELCOME, encode_frame
+from _tcprelay.streams import Stream
+from _tcprelay.tcp import RESET_ON_CLOSE
+from _tcprelay.waiting import Deadline, Stop, Stopping, wait_for
+from tcprelay import ConnectionFailed, RelayClient
 
 from ..bench.processes import free_port
 from ..conftest import PATIENCE, Recorder, echo, wait_until

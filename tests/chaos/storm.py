@@ -19,8 +19,9 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-import tcprelay
-from tcprelay import (
+from _tcprelay.addresses import Endpoint
+from _tcprelay.client.pace import RefusedByServer, Service, Unreachable, longest_backoff
+from _tcprelay.protocol import (
     AUTH,
     CHALLENGE,
     CLIENT,
@@ -30,20 +31,13 @@ from tcprelay import (
     REFUSED,
     SERVER,
     WELCOME,
-    Endpoint,
-    RelayClient,
     encode_frame,
+    new_nonce,
+    prove,
 )
-from tcprelay_client import (
-    LINK_TIMEOUT,
-    RELAY_DIAL_TIMEOUT,
-    STABLE_TIME,
-    Publication,
-    RefusedByServer,
-    Service,
-    Unreachable,
-    longest_backoff,
-)
+from _tcprelay.tcp import Probing
+from tcprelay import Publication, RelayClient
+from tcprelay_client import LINK_TIMEOUT, RELAY_DIAL_TIMEOUT, STABLE_TIME
 
 from ..peers import HOST, RelayProcess
 from .relays import TOKEN, Legs
@@ -168,7 +162,7 @@ class DistantClient:
         self._crowd = crowd
         self._source = f"127.{1 + (number >> 16)}.{number >> 8 & 255}.{number & 255}"
         self._id = f"distant-{number}"
-        self._service = Service(Publication("default", Endpoint(HOST, 1)), 1, tcprelay.Probing())
+        self._service = Service(Publication("default", Endpoint(HOST, 1)), 1, Probing())
         self._sock: socket.socket | None = None
         self._tls: ssl.SSLObject | None = None
         self._attempt = 0
@@ -225,7 +219,7 @@ class DistantClient:
         self._connected = True
         self._crowd.note_begun()
         self._crowd.selector.modify(self._sock, selectors.EVENT_READ, self._receive)
-        self._nonce, self._heard = tcprelay.new_nonce(), bytearray()
+        self._nonce, self._heard = new_nonce(), bytearray()
         self._said_hello = False
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = None
@@ -276,8 +270,8 @@ class DistantClient:
     def _take(self, kind: int, fields: dict[str, str]) -> None:
         if kind == CHALLENGE:
             parts = self._nonce, fields["nonce"], "default", self._id
-            self._expected = tcprelay.prove(TOKEN.encode(), SERVER, *parts)
-            self._say(AUTH, proof=tcprelay.prove(TOKEN.encode(), CLIENT, *parts))
+            self._expected = prove(TOKEN.encode(), SERVER, *parts)
+            self._say(AUTH, proof=prove(TOKEN.encode(), CLIENT, *parts))
         elif kind == WELCOME:
             assert fields["proof"] == self._expected
             self._up, self.since = True, time.monotonic()

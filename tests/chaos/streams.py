@@ -36,7 +36,10 @@ from socket import (
 )
 from typing import Any, ClassVar
 
-from tcprelay import CLIENT, DATA, READY, START, WELCOME, Link, Stream, encode_header, ignore_oserror
+from _tcprelay.link import Link
+from _tcprelay.protocol import CLIENT, DATA, READY, START, WELCOME, encode_header
+from _tcprelay.streams import Stream
+from _tcprelay.system import ignore_oserror
 
 from ..bench.processes import find_family, free_port
 from ..conftest import PATIENCE, echo, read_all, read_exactly, wait_until

@@ -1,0 +1,102 @@
+"""Endpoints and socket addresses: parsing them, showing them, and which count as one."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+from .text import has_controls
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where to listen or what to dial: a host and a port, or the path of a Unix socket."""
+
+    host: str
+    port: int = 0
+    path: str = ""
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix:{self.path}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def parse_port(text: str) -> int:
+    """A TCP port, 0 to 65535.  Raises `ValueError` that says what is accepted."""
+    if not (text.isascii() and text.isdigit() and int(text) <= 65535):
+        raise ValueError("a port number from 0 to 65535")
+    return int(text)
+
+
+def parse_endpoint(text: str, default_host: str | None = None) -> Endpoint:
+    """``HOST:PORT``, ``[IPV6]:PORT``, ``unix:PATH`` or, where there is a default host, ``PORT``.
+
+    Raises `ValueError` that says what is accepted.
+    """
+    if text.startswith("unix:"):
+        if not text[5:] or has_controls(text):
+            raise ValueError("unix:PATH")
+        return Endpoint("", 0, text[5:])
+    host, colon, port = text.rpartition(":")
+    if not colon and default_host is not None:
+        return Endpoint(default_host, parse_port(port))
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not host or (":" in host and not bracketed):
+        raise ValueError("HOST:PORT, of an IPv6 address [HOST]:PORT")
+    return Endpoint(parse_host(host), parse_port(port))
+
+
+def parse_host(text: str) -> str:
+    """A host name or address; brackets around an IPv6 one are taken off.  Or ``unix:PATH``."""
+    if text.startswith("unix:"):
+        return str(parse_endpoint(text))
+    if not text or not text.isprintable() or set(text) & set(" \"'/"):
+        raise ValueError("a host name or an address")
+    return text[1:-1] if text.startswith("[") and text.endswith("]") else text
+
+
+def show_address(address: Any) -> str:
+    """A socket address as users write it; an IPv4 address mapped into IPv6 as the IPv4 one."""
+    if not isinstance(address, tuple):
+        return f"unix:{address}" if address else "a Unix socket"
+    return str(Endpoint(host_of(address), address[1]))
+
+
+def host_of(address: Any) -> str:
+    """The host of an Internet socket address, with the zone that a link-local one needs to be connected to."""
+    host = str(address[0].removeprefix("::ffff:"))
+    if len(address) < 4 or not address[3] or "%" in host:
+        return host
+    try:
+        return f"{host}%{socket.if_indextoname(address[3])}"
+    except OSError:  # that interface is gone
+        return f"{host}%{address[3]}"
+
+
+def is_loopback(address: Any) -> bool:
+    """Whether a peer's socket address is on this machine's loopback (or a Unix socket)."""
+    if not isinstance(address, tuple):
+        return True
+    try:
+        return ipaddress.ip_address(address[0].removeprefix("::ffff:").partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+def address_group(address: Any) -> str:
+    """What counts as one address where each may have only so much: of IPv6 the first 64 bits, since one
+    customer gets at least that many (RFC 6177)."""
+    if not isinstance(address, tuple):
+        return "unix"
+    host = address[0].removeprefix("::ffff:").partition("%")[0]
+    if ":" not in host:
+        return str(host)
+    return str(ipaddress.ip_network(f"{host}/64", strict=False))
+
+
+def name_in_certificate(host: str) -> str:
+    """A host as its certificate names it: without a trailing dot, or the zone of an IPv6 address."""
+    return host.partition("%")[0].removesuffix(".")

@@ -1,0 +1,139 @@
+"""TLS contexts with certificates, PFX files, self-signed certificates, pins."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from .openssl import hidden_file, new_context, run_openssl
+from .options import Options
+from .pem import CA, CERT, PFX, explain_pair, look_into, say_wrong
+from .state import private_file
+from .streams import Stream
+from .system import hashlib, ssl
+from .text import random_id, say_error, shown
+from .tls import TLSStream
+
+
+def make_context(
+    options: Options, server_side: bool, cert: str = "", key: str = "", pfx: str = "", prefix: str = "--"
+) -> ssl.SSLContext:
+    """A TLS context with the certificate from PEM files or a PFX file, if there is one; `options` say the rest.
+
+    `prefix` is what the options that name the files begin with.  Raises `OSError` for files that cannot be read,
+    `ValueError` for ones that do not hold what they should.
+    """
+    context = new_context(server_side)
+    wanted = ssl.TLSVersion.TLSv1_3 if options.tls_min == "1.3" else ssl.TLSVersion.TLSv1_2
+    context.minimum_version = max(context.minimum_version, wanted)  # the system's policy may ask for more
+    passphrase = options.read_passphrase()
+    if pfx:
+        load_pfx(context, pfx, passphrase)
+    elif cert:
+        load_pair(context, cert, key, passphrase, prefix)
+    return context
+
+
+def load_pair(context: ssl.SSLContext, cert: str, key: str, passphrase: str, prefix: str = "--") -> None:
+    """Load a certificate, its chain and its key from PEM files.  Raises `OSError` and `ValueError`."""
+    for path in (cert, key):
+        if path:
+            with open(path, "rb"):
+                pass  # OpenSSL's own error does not name the file
+    # Always a password: without one OpenSSL would ask on the terminal.
+    password = passphrase.encode("utf-8", "surrogateescape")
+    try:
+        context.load_cert_chain(cert, key or None, password=password)
+    except ssl.SSLError as error:
+        raise ValueError(explain_pair(cert, key, password, prefix, error)) from error
+
+
+def trust(context: ssl.SSLContext, ca_file: str) -> None:
+    """Have the peer's certificate verified against a file of CA certificates, or those of the system.
+
+    Raises `OSError` and `ValueError`.
+    """
+    if not ca_file:
+        context.load_default_certs()
+        return
+    with open(ca_file, "rb"):
+        pass
+    try:
+        context.load_verify_locations(ca_file)
+    except ssl.SSLError as error:
+        found = look_into(ca_file)
+        raise ValueError(f"{ca_file} is damaged" if CERT in found else say_wrong(ca_file, found, CA)) from error
+
+
+def load_pfx(context: ssl.SSLContext, path: str, passphrase: str) -> None:
+    """Load certificate, key and chain from a PFX (PKCS #12) file, through the ``openssl`` command.
+
+    The key leaves that command encrypted under a random password, and passphrases go through a pipe: neither
+    is on the disk or in an argument list.  Raises `OSError` and `ValueError` that say what to do.
+    """
+    with open(path, "rb"):
+        pass
+    if len(passphrase) > 1024 or "\n" in passphrase:
+        raise ValueError("a passphrase has one line of at most 1024 characters")
+    password = random_id(32)
+    pem = b""
+    for what in (["-clcerts"], ["-cacerts", "-nokeys"]):
+        pem += _openssl_pkcs12(path, what, passphrase, password)
+    if b"PRIVATE KEY-----" not in pem:
+        raise ValueError(f"{path} holds no private key: export it together with its key")
+    if b"BEGIN CERTIFICATE" not in pem:
+        raise ValueError(f"{path} holds no certificate")
+    with hidden_file(pem) as pem_path:
+        try:
+            context.load_cert_chain(pem_path, password=password)
+        except ssl.SSLError as error:
+            raise ValueError(f"cannot use the certificate in {path}: {say_error(error)}") from error
+
+
+def _openssl_pkcs12(path: str, what: list[str], passphrase: str, password: str) -> bytes:
+    command = ["pkcs12", "-in", path, *what]
+    answer = run_openssl(command, passphrase, password)
+    if answer.returncode and b"unsupported" in answer.stderr.lower():
+        # RC2 and 3DES, as older OpenSSL and Windows write them, are in a provider of their own since OpenSSL 3.
+        answer = run_openssl([*command, "-legacy"], passphrase, password)
+    said = answer.stderr.lower()
+    if answer.returncode and (b"mac verify" in said or b"invalid password" in said or b"bad decrypt" in said):
+        raise ValueError(f"the passphrase of {path} is wrong: give it with --passphrase-file or --passphrase")
+    if answer.returncode:
+        found = look_into(path)
+        raise ValueError(f"{path} cannot be read by openssl" if found == [PFX] else say_wrong(path, found, PFX))
+    return answer.stdout
+
+
+def make_self_signed(directory: str) -> str:
+    """The path of a self-signed certificate with its key in `directory`, made there if it is not yet.
+
+    Raises `OSError` and `ValueError`, as `private_file` does.
+    """
+
+    def make() -> bytes:
+        made = run_openssl([
+            "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "36500",
+            "-subj", "/CN=tcprelay", "-addext", "subjectAltName=DNS:tcprelay", "-keyout", "-", "-out", "-",
+        ])  # fmt: skip
+        if made.returncode:
+            raise ValueError(f"openssl cannot make a certificate: {shown(made.stderr.decode(errors='replace'))}")
+        return made.stdout
+
+    return private_file(os.path.join(directory, "identity.pem"), make)
+
+
+def pin_of(certificate: bytes) -> str:
+    """The pin of a certificate in DER form: sha256: and the hexadecimal digest of all of it."""
+    return "sha256:" + hashlib.sha256(certificate).hexdigest()
+
+
+def certificate_name(stream: Stream) -> str:
+    """The common name, or the first other name, in the verified certificate of a TLS peer; "" without one."""
+    certificate = stream.tls.getpeercert() if isinstance(stream, TLSStream) else None
+    if not certificate:
+        return ""
+    subject: Any = certificate.get("subject", ())
+    names = [value for part in subject for key, value in part if key == "commonName"]
+    others: Any = certificate.get("subjectAltName", ())
+    return shown((names + [value for _, value in others] or ["unnamed"])[0], 64)

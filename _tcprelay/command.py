@@ -1,0 +1,78 @@
+"""How a command begins and ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from .command_line import fail, parse_options
+from .logs import log_writer, set_up_logging
+from .options import OptionsT
+from .processes import can_fork_workers, default_workers, invite, serve
+from .role import Relay
+from .signals import Signals
+from .text import say_error
+from .tuning import SWITCH_INTERVAL, raise_descriptor_limit
+from .waiting import Stopping
+
+
+def run_command(
+    prog: str,
+    description: str,
+    cls: type[OptionsT],
+    make: Callable[[OptionsT], Relay],
+    argv: Sequence[str] | None,
+) -> int:
+    """The life of a command: options, log, start, signals, end.  Returns its exit status."""
+    open_standard_files()
+    options, check, remarks = parse_options(prog, description, cls, argv)
+    set_up_logging(options.log_level, options.log_format)
+    for remark in remarks:
+        logging.getLogger("tcprelay").warning("%s", remark)
+    try:
+        return _run_role(prog, options, make, check)
+    except Stopping:
+        return 0  # a signal came before anything was served
+    except OSError as error:
+        name = f"{error.filename}: " if isinstance(error.filename, str) else ""
+        fail(prog, 1, f"{name}{say_error(error)}")
+    except ValueError as error:
+        fail(prog, 2, str(error))
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        log_writer.end()
+
+
+def _run_role(prog: str, options: OptionsT, make: Callable[[OptionsT], Relay], check: bool) -> int:
+    """The same with options and log; raises `OSError`, `ValueError`, and `Stopping` where it is ended as it starts."""
+    raise_descriptor_limit()
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    role = make(options)
+    if check:
+        print(f"{prog}: the configuration is valid")
+        return 0
+    count = default_workers() if options.workers is None else options.workers
+    with Signals() as role.signals:
+        signals = role.signals
+        if count and can_fork_workers() and (workers := role.make_workers(count)) is not None:
+            log_writer.begin()
+            return workers.run(signals)
+        role.choose_processor(0)
+        log_writer.begin()  # behind that line, for it stays where it is started
+        role.start()
+        invite(role)
+        signals.begin()
+        return serve(role, signals)
+
+
+def open_standard_files() -> None:
+    """Open what whoever started us has left closed of descriptors 0 to 2: else connections would get these numbers,
+    and what is said on standard error would go to one of them."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the first free number

@@ -1,0 +1,203 @@
+"""The log of the commands: a handler that never waits for whoever reads it."""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import dataclasses
+import errno
+import json
+import logging
+import os
+import queue
+import select
+import sys
+import threading
+import time
+from typing import IO, Any
+
+from .events import Event
+from .waiting import Deadline, wait_for
+
+
+class LogWriter(logging.Handler):
+    """Writes the log to standard error in a thread of its own, the only one that ever waits for whoever reads it.
+
+    Everybody else leaves a record here, in about a microsecond, and goes on.  Where `MOST` of them wait, further ones
+    are dropped and counted, and the count is told when lines can be written again.
+    """
+
+    MOST = 8192
+    """Records that wait: some 8 MiB (measured: 0.5 to 1 KiB each), the lines of a busy relay for two seconds."""
+    PIECE = 4096
+    """Bytes that are written at once: so many a pipe takes whole, whoever else writes to it."""
+    LAST_LINES = 1.0
+    """Seconds that the last lines have to be written when a process ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stream: IO[str] | None = None
+        """Where to write; ``None`` is standard error, whatever that is at the moment."""
+        self._torn = False
+        """A line could be written in part only."""
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, with no thread and nothing to write; also in a process that has just been forked."""
+        self._queue: queue.SimpleQueue[logging.LogRecord | str | threading.Event] = queue.SimpleQueue()
+        self._begun = False
+        self._lock = threading.Lock()  # over the next
+        self._dropped = 0
+
+    def begin(self) -> None:
+        """Start to write; what came before has waited.  Raises `OSError` where no thread can be had."""
+        if self._begun:
+            return
+        try:
+            _thread.start_new_thread(self._write_all, ())
+        except RuntimeError as error:
+            raise OSError(errno.EAGAIN, "cannot start a thread for the log") from error
+        self._begun = True
+
+    def end(self) -> None:
+        """Have everything written and the thread leave, or do without both after `LAST_LINES` seconds."""
+        written = threading.Event()
+        self._queue.put(written)
+        with contextlib.suppress(OSError):
+            self.begin()
+            written.wait(self.LAST_LINES)
+        self.forget()
+
+    def handle(self, record: logging.LogRecord) -> Any:
+        if record.exc_info:  # as text: it keeps alive whatever its functions had in hand, sockets too
+            record.exc_text = (self.formatter or TextFormatter()).formatException(record.exc_info)
+            record.exc_info = None
+        self.put(record)
+        return True
+
+    def put(self, line: logging.LogRecord | str) -> None:
+        """Have a record, or lines that are none, written some time."""
+        if self._queue.qsize() < self.MOST:
+            self._queue.put(line)
+        else:
+            with self._lock:
+                self._dropped += 1
+
+    def _write_all(self) -> None:
+        """The thread's life: what has gathered meanwhile is written in one call, as far as a piece goes."""
+        lines, piece, count, written = self._queue, b"", 0, None
+        while written is None:
+            item = lines.get()
+            if isinstance(item, threading.Event):
+                written = item
+            else:
+                line = self._encode(item)
+                if len(piece) + len(line) > self.PIECE:
+                    self._write(piece, count)
+                    piece, count = b"", 0
+                piece, count = piece + line, count + 1
+            if written or lines.empty():
+                self._write(piece, count)
+                piece, count = b"", 0
+                self._tell_dropped()
+        written.set()
+
+    def _encode(self, item: logging.LogRecord | str) -> bytes:
+        try:
+            return (item if isinstance(item, str) else self.format(item) + "\n").encode(errors="backslashreplace")
+        except Exception:
+            if isinstance(item, logging.LogRecord):
+                self.handleError(item)
+            return b""
+
+    def _tell_dropped(self) -> None:
+        if count := self._dropped:
+            text = "%d log lines were dropped: standard error did not take them"
+            record = logging.LogRecord("tcprelay", logging.WARNING, "", 0, text, (count,), None)
+            if self._write(self._encode(record), 0):
+                with self._lock:
+                    self._dropped -= count
+
+    def _write(self, piece: bytes, count: int) -> bool:
+        """Write so many lines, however long that takes; False where they are dropped because it cannot be done."""
+        left = memoryview(b"\n" + piece if self._torn and piece else piece)
+        whole = len(left)
+        try:
+            while left:
+                left = left[self._write_some(left) :]
+        except (OSError, ValueError, AttributeError):  # full or broken; or there is no standard error
+            with self._lock:
+                self._dropped += count
+        self._torn = (self._torn and len(left) == whole) or 0 < len(left) < whole
+        return not left
+
+    def _write_some(self, piece: memoryview) -> int:
+        stream = self.stream or sys.stderr
+        try:
+            fd = stream.fileno()
+        except (OSError, ValueError):  # it is no file
+            stream.write(piece.tobytes().decode())
+            return len(piece)
+        try:
+            return os.write(fd, piece)
+        except BlockingIOError:  # a program that shares it has asked for that
+            wait_for(fd, select.POLLOUT, Deadline(None))
+            return 0
+
+
+log_writer = LogWriter()
+"""Of the commands, for the log and for whatever else they say on standard error."""
+
+
+class TextFormatter(logging.Formatter):
+    """A log record as a line of text."""
+
+    milliseconds = ",%03d"
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        self._second = 0, ""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        """Makes the text of a second once: that takes longer than all the rest of the line."""
+        second, text = self._second
+        if second != int(record.created):
+            second = int(record.created)
+            text = time.strftime(self.default_time_format, self.converter(second))
+            self._second = second, text
+        return text + self.milliseconds % record.msecs
+
+
+class JsonFormatter(TextFormatter):
+    """A log record as a JSON object in one line; of an event, with its fields."""
+
+    converter = staticmethod(time.gmtime)
+    default_time_format = "%Y-%m-%dT%H:%M:%S"
+    milliseconds = ".%03dZ"
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, Any] = {
+            "time": self.formatTime(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        event = getattr(record, "event", None)
+        if isinstance(event, Event):
+            entry["event"] = type(event).__name__
+            entry |= {f.name: getattr(event, f.name) for f in dataclasses.fields(event)}
+        if record.exc_text:
+            entry["exception"] = record.exc_text
+        return json.dumps(entry)
+
+
+def set_up_logging(level: str, format: str) -> None:
+    """Log to standard error; only the commands do this, a program that embeds the relay has its own way."""
+    log_writer.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
+    # Nothing that the formats do not show: a record costs half as much without (logging HOWTO, "Optimization").
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
+    logger = logging.getLogger("tcprelay")
+    logger.handlers[:] = [log_writer]
+    logger.propagate = False
+    logger.setLevel(level.upper())

@@ -1,0 +1,345 @@
+"""The options of both roles: one table for the command line, the environment and the file."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TypeVar
+
+from .addresses import Endpoint, parse_endpoint, parse_host, parse_port
+from .text import say_error, shown, trim
+from .values import (
+    LONGEST_SECRET,
+    Option,
+    Publication,
+    ServicePort,
+    one_of,
+    option,
+    parse_count,
+    parse_flag,
+    parse_heartbeat,
+    parse_keepalive,
+    parse_path,
+    parse_pin,
+    parse_positive,
+    parse_publication,
+    parse_seconds,
+    parse_secret,
+    parse_service,
+    parse_tls,
+    parse_workers,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of both roles."""
+
+    idle_timeout: float = option(
+        0.0, parse_seconds, "seconds without a byte either way that end a connection; 0 is never",
+        group="Connections", metavar="SECONDS")  # fmt: skip
+    half_close_timeout: float = option(
+        3600.0, parse_seconds,
+        "seconds without a byte that end a connection of which one direction has ended; 0 is never",
+        group="Connections", metavar="SECONDS")  # fmt: skip
+    dead_path: float = option(
+        900.0, parse_seconds,
+        "seconds for which nothing that was sent is acknowledged, and keepalive goes unanswered, that end a "
+        "connection; 0 is never", group="Connections", metavar="SECONDS")  # fmt: skip
+    keepalive: float = option(
+        20.0, parse_keepalive, "seconds of silence after which TCP asks whether the other side is there, and up to "
+        "half as many more: less than what a NAT on the way remembers", group="Links", metavar="SECONDS")  # fmt: skip
+    wire: str = option(
+        "v1", one_of("v1", "raw"),
+        "what is spoken on the links: v1, or raw to work with node-tcp-relay; the same on both sides",
+        group="Links", metavar="v1|raw")  # fmt: skip
+    token: str = option(
+        "", parse_secret, "secret that server and client prove to each other; better given by file or environment",
+        group="Trust", metavar="SECRET", secret=True)  # fmt: skip
+    secret: str = option(
+        "", parse_secret, "node-tcp-relay 0.0.13's shared key; --wire raw only, crosses the wire readable",
+        group="Trust", metavar="KEY", secret=True)  # fmt: skip
+    token_file: str = option(
+        "", parse_path, "file whose first line is the token", group="Trust", metavar="FILE")  # fmt: skip
+    tls: str = option(
+        "", parse_tls, "TLS on the links; both: on the service ports (server), or to the service (client), as well; "
+        "service: there alone", group="TLS", metavar="both|service")  # fmt: skip
+    cert: str = option(
+        "", parse_path, "this side's certificate and its chain, PEM", group="TLS", metavar="FILE")  # fmt: skip
+    key: str = option(
+        "", parse_path, "its private key, PEM; without it, the one in --cert", group="TLS", metavar="FILE")  # fmt: skip
+    pfx: str = option(
+        "", parse_path, "certificate, chain and key in one PFX (PKCS #12) file, instead of --cert and --key",
+        group="TLS", metavar="FILE", spelling="pfx")  # fmt: skip
+    passphrase: str = option(
+        "", parse_secret, "passphrase of --pfx or --key; better given by file or environment",
+        group="TLS", metavar="SECRET", spelling="passphrase", secret=True)  # fmt: skip
+    passphrase_file: str = option(
+        "", parse_path, "file whose first line is the passphrase", group="TLS", metavar="FILE")  # fmt: skip
+    ca_file: str = option(
+        "", parse_path, "CA certificates, PEM, that the other side's certificate is verified against",
+        group="TLS", metavar="FILE", spelling="caFile")  # fmt: skip
+    tls_min: str = option(
+        "1.2", one_of("1.2", "1.3"), "oldest version of TLS that is spoken",
+        group="TLS", metavar="1.2|1.3")  # fmt: skip
+    drain_timeout: float = option(
+        10.0, parse_seconds, "seconds that open connections have to finish at SIGTERM or SIGINT",
+        group="Running", metavar="SECONDS")  # fmt: skip
+    workers: int | None = option(
+        None, parse_workers, "processes to spread over; 0 is this one alone, as always in programs that embed it",
+        group="Running", metavar="N", shown_default="half as many as processors, at most 4; 0 for 1")  # fmt: skip
+    log_level: str = option(
+        "info", one_of("debug", "info", "warning", "error"), "least weight of what is logged to standard error",
+        group="Running", metavar="debug|info|warning|error")  # fmt: skip
+    log_format: str = option(
+        "text", one_of("text", "json"), "a line of text or a JSON object for each log record",
+        group="Running", metavar="text|json")  # fmt: skip
+
+    def __post_init__(self) -> None:
+        self._check_values()
+        if self.token and self.token_file:
+            raise ValueError("give --token or --token-file, not both")
+        if self.passphrase and self.passphrase_file:
+            raise ValueError("give --passphrase or --passphrase-file, not both")
+        if self.cert and self.pfx:
+            raise ValueError("give --cert or --pfx, not both")
+        if self.key and not self.cert:
+            raise ValueError("--key is of no use without --cert")
+        if self.wire == "raw" and (self.token or self.token_file):
+            raise ValueError("--wire raw cannot check a token: leave it out, or use --wire v1 on both sides")
+        if self.secret and self.wire != "raw":
+            raise ValueError("--secret is for --wire raw; otherwise use --token")
+
+    def _check_values(self) -> None:
+        """Have values that come from a program judged like those of the command line; ``None`` is the default."""
+        for item in dataclasses.fields(self):
+            info, value = item.metadata["option"], getattr(self, item.name)
+            if value is None:
+                value = item.default
+            elif not info.many and value != item.default:
+                try:
+                    value = info.parse(trim(str(value)))
+                except ValueError as error:
+                    said = "" if info.secret else f" {shown(value)!r}"
+                    raise ValueError(f"{item.name}{said}: expected {error}") from None
+            object.__setattr__(self, item.name, value)
+
+    def read_token(self) -> bytes:
+        """The token, from wherever it is; empty where there is none.  Raises `OSError` and `ValueError`."""
+        if self.token_file:
+            return read_secret("--token-file", self.token_file)
+        return self.token.encode("utf-8", "surrogateescape")
+
+    def read_passphrase(self) -> str:
+        """The passphrase, likewise."""
+        if self.passphrase_file:
+            return read_secret("--passphrase-file", self.passphrase_file).decode("utf-8", "surrogateescape")
+        return self.passphrase
+
+
+def read_secret(name: str, path: str) -> bytes:
+    """The first line of a file, trimmed.  Raises `OSError`, and `ValueError` where it is not a line of text."""
+    try:
+        with open(path, "rb") as file:
+            line = file.readline(LONGEST_SECRET + 1)
+    except OSError as error:
+        raise OSError(error.errno, f"{name} {path}: {say_error(error)}") from error
+    # PowerShell writes UTF-16 with a mark, others without: then every other byte of ASCII is 0.
+    halves_are_zero = b"\0" in line and not (any(line[::2]) and any(line[1::2]))
+    if line.startswith((b"\xff\xfe", b"\xfe\xff")) or halves_are_zero:
+        raise ValueError(f"{name} {path}: it is UTF-16; save it as UTF-8 or ASCII")
+    secret = trim(line.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+    if not secret:
+        raise ValueError(f"{name} {path}: its first line is empty")
+    if len(line) > LONGEST_SECRET:
+        raise ValueError(f"{name} {path}: its first line is longer than {LONGEST_SECRET:,} bytes")
+    return secret
+
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+def options_of(cls: type[Options]) -> list[tuple[str, Option]]:
+    """The options of an options class as pairs of field name and `Option`."""
+    return [(f.name, f.metadata["option"]) for f in dataclasses.fields(cls)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions(Options):
+    """The options of `RelayServer` and of ``tcprelays``."""
+
+    relay_port: int | None = option(
+        None, parse_port, "port for relay clients; 0 takes a free one",
+        group="Addresses", metavar="PORT", spelling="relayPort")  # fmt: skip
+    service_port: int | None = option(
+        None, parse_port, "port for the clients of the service named default; 0 takes a free one",
+        group="Addresses", metavar="PORT", spelling="servicePort")  # fmt: skip
+    service: tuple[ServicePort, ...] = option(
+        (), parse_service, "a further service and its port; may be repeated",
+        group="Addresses", metavar="NAME=[ADDRESS:]PORT", many=True)  # fmt: skip
+    hostname: str = option(
+        "", parse_host, "address to listen on; a name is all its addresses, :: is IPv4 too",
+        group="Addresses", metavar="ADDRESS", secures=True,
+        shown_default="all, IPv6 and IPv4")  # fmt: skip
+    pair_timeout: float = option(
+        20.0, parse_seconds, "seconds that a service client waits for a link and its service",
+        group="Connections", metavar="SECONDS")  # fmt: skip
+    max_pending: int = option(
+        512, parse_count, "service clients of one service that may wait for a link at once; who comes next waits in "
+        "the system's queue, or is refused where no link comes free",
+        group="Connections", metavar="N")  # fmt: skip
+    max_connections: int = option(
+        0, parse_count, "connections at once", group="Connections", metavar="N",
+        shown_default="a quarter of the limit on open files")  # fmt: skip
+    max_per_address: int = option(
+        0, parse_count, "connections at once from one address (IPv6: one /64 network); 0 is no limit",
+        group="Connections", metavar="N", secures=True)  # fmt: skip
+    heartbeat: float = option(
+        15.0, parse_heartbeat, "seconds between two PINGs on an idle link; it is dead after 2.5 silent ones",
+        group="Links", metavar="SECONDS")  # fmt: skip
+    max_links_per_address: int = option(
+        0, parse_count, "connections to the relay port at once from one address (as above); 0 is no limit",
+        group="Links", metavar="N", secures=True)  # fmt: skip
+    auth: bool = option(
+        False, parse_flag, "ask relay clients for a certificate, verified against --ca-file; implies --tls",
+        group="Trust", spelling="auth")  # fmt: skip
+    service_cert: str = option(
+        "", parse_path, "certificate for the service ports, PEM, if it is not to be --cert or --pfx",
+        group="TLS", metavar="FILE")  # fmt: skip
+    service_key: str = option(
+        "", parse_path, "its private key, PEM", group="TLS", metavar="FILE")  # fmt: skip
+    service_pfx: str = option(
+        "", parse_path, "both in one PFX file, with the same passphrase", group="TLS", metavar="FILE")  # fmt: skip
+    state_dir: str = option(
+        "", parse_path, "where the self-signed certificate and the token of a start with --tls alone are kept",
+        group="TLS", metavar="DIRECTORY",
+        shown_default="systemd's state directory, or ~/.local/state/tcprelay")  # fmt: skip
+    allow_unauthenticated: bool = option(
+        False, parse_flag, "accept links from other hosts although neither token nor certificates are asked for",
+        group="Trust")  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.relay_port is None:
+            raise ValueError("--relay-port is required")
+        if not self.pair_timeout:
+            raise ValueError("--pair-timeout must be more than 0")
+        services = self.services
+        if not services:
+            raise ValueError("--service-port or --service is required")
+        names = [service.name for service in services]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two services are named {twice[0]}")
+        ports = [(self.hostname, self.relay_port)] + [(s.host or self.hostname, s.port) for s in services]
+        if taken := [port for host, port in ports if port and ports.count((host, port)) > 1]:
+            raise ValueError(f"two ports are {taken[0]}")
+        if self.wire == "raw" and len(services) > 1:
+            raise ValueError("--wire raw carries one service: links have no name there")
+        if self.auth and not self.ca_file:
+            raise ValueError("--auth needs --ca-file: the CA certificates that relay clients' certificates come from")
+        if self.service_cert and self.service_pfx:
+            raise ValueError("give --service-cert or --service-pfx, not both")
+        # What secures nothing as it stands must not look as if it did.
+        for name in ("cert", "pfx"):
+            if getattr(self, name) and not (self.tls or self.auth):
+                raise ValueError(f"--{name} is of no use without --tls")
+        for name in ("service_cert", "service_key", "service_pfx"):
+            if getattr(self, name) and self.tls not in ("both", "service"):
+                raise ValueError(f"--{name.replace('_', '-')} is of no use without --tls both or --tls service")
+        if self.ca_file and not self.auth:
+            raise ValueError("--ca-file is of no use without --auth")
+
+    @property
+    def is_improvised(self) -> bool:
+        """TLS without a certificate: one is made, and a token too."""
+        given = self.cert or self.pfx or (self.tls == "service" and (self.service_cert or self.service_pfx))
+        return bool(self.tls or self.auth) and not given
+
+    @property
+    def services(self) -> list[ServicePort]:
+        """All services, ``--service-port`` first."""
+        first = [] if self.service_port is None else [ServicePort("default", "", self.service_port)]
+        return first + list(self.service)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientOptions(Options):
+    """The options of `RelayClient` and of ``tcprelayc``."""
+
+    host: str = option(
+        "localhost", parse_host, "host of the service named default, or unix:PATH",
+        group="Addresses", metavar="HOST", spelling="host")  # fmt: skip
+    port: int | None = option(
+        None, parse_port, "port of the service named default",
+        group="Addresses", metavar="PORT", spelling="port")  # fmt: skip
+    publish: tuple[Publication, ...] = option(
+        (), parse_publication, "a further service, by its name at the relay server; may be repeated",
+        group="Addresses", metavar="NAME=HOST:PORT", many=True)  # fmt: skip
+    relay_host: str = option(
+        "", parse_host, "host of the relay server",
+        group="Addresses", metavar="HOST", spelling="relayHost")  # fmt: skip
+    relay_port: int | None = option(
+        None, parse_port, "port of the relay server for relay clients",
+        group="Addresses", metavar="PORT", spelling="relayPort")  # fmt: skip
+    num_conn: int = option(
+        8, parse_positive, "idle links kept for each service",
+        group="Links", metavar="N", spelling="numConn")  # fmt: skip
+    max_conn: int = option(
+        0, parse_count, "links at once, idle ones and all", group="Links", metavar="N",
+        shown_default="a quarter of the limit on open files")  # fmt: skip
+    name: str = option(
+        "", str, "what the relay server calls this client in its log", group="Links", metavar="NAME",
+        shown_default="this host's name")  # fmt: skip
+
+    reject_unauthorized: bool = option(
+        True, parse_flag, "refuse a relay server whose certificate cannot be verified",
+        group="TLS", metavar="true|false", spelling="rejectUnauthorized")  # fmt: skip
+    tls_server_name: str = option(
+        "", parse_host, "name that must stand in the relay server's certificate",
+        group="TLS", metavar="NAME", shown_default="--relay-host")  # fmt: skip
+    pin: str = option(
+        "", parse_pin, "accept exactly the relay server's certificate with this SHA-256 digest, self-signed or not",
+        group="TLS", metavar="sha256:HEX")  # fmt: skip
+    service_ca_file: str = option(
+        "", parse_path, "CA certificates, PEM, for the service's certificate (--tls both)",
+        group="TLS", metavar="FILE")  # fmt: skip
+    service_insecure: bool = option(
+        False, parse_flag, "accept any certificate of the service (--tls both)", group="TLS")  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.relay_host:
+            raise ValueError("--relay-host is required")
+        if self.relay_port is None:
+            raise ValueError("--relay-port is required")
+        services = self.services
+        if not services:
+            raise ValueError("--port (with --host) or --publish is required")
+        names = [service.name for service in services]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two services are named {twice[0]}")
+        if unreachable := [
+            str(service.target) for service in services if not (service.target.port or service.target.path)
+        ]:
+            raise ValueError(f"nothing can be reached at port 0: {unreachable[0]}")
+        if self.host.startswith("unix:") and self.port is not None:
+            raise ValueError("--port is of no use where --host is a Unix socket")
+        if 0 < self.max_conn < self.num_conn * len(services):
+            raise ValueError("--max-conn is less than the idle links that --num-conn asks for, over all services")
+        if self.wire == "raw" and len(services) > 1:
+            raise ValueError("--wire raw carries one service: links have no name there")
+        for name in ("pin", "tls_server_name", "cert", "pfx", "ca_file"):
+            if getattr(self, name) and self.tls not in ("relay", "both"):
+                raise ValueError(f"--{name.replace('_', '-')} is of no use without --tls")
+        for name in ("service_ca_file", "service_insecure"):
+            if getattr(self, name) and self.tls not in ("both", "service"):
+                raise ValueError(f"--{name.replace('_', '-')} is of no use without --tls both or --tls service")
+
+    @property
+    def services(self) -> list[Publication]:
+        """All services, that of ``--host`` and ``--port`` first."""
+        if self.host.startswith("unix:"):
+            return [Publication("default", parse_endpoint(self.host)), *self.publish]
+        if self.port is None:
+            return list(self.publish)
+        return [Publication("default", Endpoint(self.host, self.port)), *self.publish]

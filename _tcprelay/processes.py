@@ -1,0 +1,420 @@
+"""Several processes for one role."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+from .logs import log_writer
+from .messages import MESSAGE_SIZE, decode_message, receive_message, send_message
+from .role import Relay
+from .signals import Signals, notify_systemd, reap
+from .text import say_error
+from .threads import JOIN_TIMEOUT
+from .tuning import has_interpreter_lock
+from .waiting import Deadline
+
+MOST_WORKERS = 4
+"""Workers by default, where there are twice as many processors: the others are for the kernel, and for services."""
+
+
+def default_workers() -> int:
+    """One for every two processors that this process may use, up to `MOST_WORKERS`; none where that is one, or where
+    Python has no interpreter lock.
+
+    Measured on two processors that both roles, the load and the service shared: two workers carried twice as many
+    requests over 512 connections, but a third fewer new connections, and as many requests over 64.
+    """
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(processors // 2, MOST_WORKERS)
+    return count if count > 1 and has_interpreter_lock() else 0
+
+
+def can_fork_workers() -> bool:
+    """Whether this system has processes that fork and can pass descriptors to each other in whole messages."""
+    return sys.platform != "darwin" and all(
+        hasattr(module, name) for module, name in ((os, "fork"), (socket, "SCM_RIGHTS"), (socket, "SOCK_SEQPACKET"))
+    )
+
+
+def fork() -> int:
+    """`os.fork`, without Python's warning of other threads (3.12 and later): there is the log's alone, and whenever the
+    parent's first thread runs Python, that one waits: for a line, or in a write."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
+def serve(role: Relay, signals: Signals | Orders) -> int:
+    """The life of a role in this process, from its start to the exit status."""
+    stragglers: list[str] = []
+    ending = threading.Event()
+
+    def end() -> None:
+        ending.wait()
+        try:
+            stragglers.extend(role.end())
+        finally:
+            signals.done()
+
+    ender = threading.Thread(target=end, name="end", daemon=True)
+    ender.start()  # while there are threads to be had
+    notify_systemd("READY=1")
+    while (number := signals.wait()) in (signal.SIGHUP, signal.SIGCHLD):
+        if number == signal.SIGHUP:
+            notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            role.reload()
+            notify_systemd("READY=1")
+        else:
+            reap()
+    notify_systemd("STOPPING=1")
+    ending.set()
+    while number := signals.wait():
+        if number == signal.SIGCHLD:
+            reap()
+        elif number != signal.SIGHUP:  # a further SIGTERM or SIGINT: at once
+            role.end(0.0)
+    ender.join()
+    if stragglers:
+        log_writer.end()
+        os._exit(0)  # their stacks may hold locks that the interpreter's own end would wait for
+    return 0
+
+
+def invite(role: Relay) -> None:
+    """Say what the other side is to do, with secrets on a terminal only."""
+    if invitation := role.invitation(with_secrets=os.isatty(2)):
+        log_writer.put(f"{invitation}\n")
+
+
+class WorkerProcess:
+    """A worker as its parent sees it."""
+
+    REST = 1.0
+    """Seconds from one start to the next, where it dies at once each time."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        """From 0; its successors have the same."""
+        self.pid = 0
+        """0 while there is none."""
+        self.channel: socket.socket
+        self.intake: socket.socket
+        """Where connections are sent to it."""
+        self.up = False
+        self.born = 0.0
+        self.orders = b""
+        """Signals that are still to be passed on."""
+
+    def order(self, message: bytes) -> bool:
+        """Send it a signal's number or a message, unless it has died or its channel is full: False."""
+        try:
+            self.channel.send(message, socket.MSG_DONTWAIT)
+            return True
+        except OSError:
+            return False
+
+    def hand(self, message: bytes, descriptor: int) -> bool:
+        """Send it a connection, unless it has died or does not take them fast enough: False."""
+        try:
+            send_message(self.intake, message, [descriptor], socket.MSG_DONTWAIT)
+            return True
+        except OSError:
+            return False
+
+
+class Workers:
+    """The parent of worker processes: starts them, replaces those that die, and passes on what signals ask for.
+
+    Roles derive from it what their parent does besides.  Everything here runs in one thread, in `run`.
+    """
+
+    FIRST_PAUSE = 0.005
+
+    def __init__(self, role: Relay, count: int) -> None:
+        self.role = role
+        self.log = role._log
+        self.emit = role._emit
+        self.workers = [WorkerProcess(number) for number in range(count)]
+        self.selector = selectors.DefaultSelector()
+        """Its keys' data are what to call when they turn readable."""
+        self._begun = False
+        self._status = 0
+        self._failed = 0
+        """How many unexpected errors there were."""
+        self._pause = self.FIRST_PAUSE
+        """Seconds to wait after the next one."""
+        self._kill: Deadline | None = None
+        """When `run` ends: for workers that have not ended by themselves."""
+        self._signals: Signals
+
+    def run(self, signals: Signals) -> int:
+        """The life of the parent; returns the exit status.  Raises `OSError` where the role cannot begin."""
+        self._signals = signals
+        self.role.prepare()
+        signals.begin()  # without that, whoever started us may have made it impossible to wait for one
+        self.selector.register(signals, selectors.EVENT_READ, lambda: self._obey(signals.wait()))
+        self.open()
+        gc.collect()
+        gc.freeze()  # what the collector does not touch stays shared memory
+        while self._kill is None or any(worker.pid for worker in self.workers):
+            failed = self._failed
+            self._guard(self._turn)
+            if self._failed == failed:
+                self._pause = self.FIRST_PAUSE
+            else:  # whatever it was, it may be so again
+                time.sleep(self._pause)
+                self._pause = min(2 * self._pause, 1.0)
+        self.selector.close()
+        return self._status
+
+    def _turn(self) -> None:
+        for key, _ in self.selector.select(self._look_at_time()):
+            self._guard(key.data)
+
+    def _guard(self, function: Callable[[], ResultT]) -> ResultT | None:
+        """Have an unexpected error in one matter be the end of none: nobody else looks after the workers."""
+        try:
+            return function()
+        except Exception:
+            self._failed += 1
+            self.log.exception("unexpected error in the workers' parent")
+            return None
+
+    def open(self) -> None:
+        """Begin, before the first worker is there."""
+
+    def stop_intake(self) -> None:
+        """Begin nothing new: the workers are about to be told to end."""
+
+    def lost(self, worker: WorkerProcess) -> None:
+        """A worker has died."""
+
+    def hear(self, worker: WorkerProcess, message: dict[str, Any], payload: bytes, descriptors: list[int]) -> None:
+        """A message from a worker.  Who takes a descriptor removes it from the list; the others are closed."""
+
+    def become(self, worker: WorkerProcess) -> None:
+        """In the new process: be this worker."""
+
+    def look_at_time(self) -> float:
+        """Do what is due; returns the seconds until something else will be."""
+        return 60.0
+
+    def tell(self, event: str, fields: dict[str, Any], worker: WorkerProcess) -> None:
+        """An event that is about the role as a whole has happened in a worker."""
+
+    def _look_at_time(self) -> float:
+        now, wait = time.monotonic(), self._guard(self.look_at_time)
+        wait = 1.0 if wait is None else wait
+        if not self._send_orders():
+            wait = min(wait, 0.05)
+        if self._kill is not None:
+            if self._kill.remaining() == 0:
+                for worker in self.workers:
+                    if worker.pid:
+                        self.log.error("worker %d does not end, and is killed", worker.number)
+                        os.kill(worker.pid, signal.SIGKILL)
+                self._kill = Deadline(60.0)
+            return min(wait, self._kill.remaining() or 0.0)
+        for worker in self.workers:
+            if not worker.pid:
+                rest = worker.born + WorkerProcess.REST - now
+                if rest > 0:
+                    wait = min(wait, rest)
+                else:
+                    self._guard(functools.partial(self._fork, worker))
+        return max(wait, 0.0)
+
+    def _obey(self, number: int) -> None:
+        if number == signal.SIGCHLD:
+            self._reap()
+            return
+        if number == signal.SIGHUP:
+            notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            if self.role.reload():
+                self._order(signal.SIGHUP)
+            notify_systemd("READY=1")
+            return
+        if self._kill is None:
+            notify_systemd("STOPPING=1")
+            self._end()
+        else:
+            self._kill.shorten(3 * JOIN_TIMEOUT)
+        self._order(signal.SIGTERM)
+
+    def _end(self) -> None:
+        self._kill = Deadline(self.role.options.drain_timeout + 3 * JOIN_TIMEOUT)
+        self._guard(self.stop_intake)
+
+    def _reap(self) -> None:
+        reap([worker.pid for worker in self.workers])
+
+    def _order(self, number: int) -> None:
+        for worker in self.workers:
+            if worker.pid:
+                worker.orders += bytes([number])
+        self._send_orders()
+
+    def _send_orders(self) -> bool:
+        """Pass signals on; False where one has to wait, because a worker's channel is full."""
+        for worker in self.workers:
+            while worker.orders and worker.order(worker.orders[:1]):
+                worker.orders = worker.orders[1:]
+        return not any(worker.orders for worker in self.workers)
+
+    def _fork(self, worker: WorkerProcess) -> None:
+        worker.born, worker.up = time.monotonic(), False
+        pairs: list[socket.socket] = []
+        try:
+            for _ in range(2):
+                pairs += socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            for sock in pairs:
+                sock.close()
+            self.log.error("cannot start worker %d: %s", worker.number, say_error(error))
+            return
+        ours, theirs, our_end, intake = pairs
+        signal.pthread_sigmask(signal.SIG_BLOCK, Signals.HANDLED)  # a signal is for one of the two processes
+        try:
+            pid = fork()
+            if not pid:
+                ours.close()
+                our_end.close()
+                self._live(worker, theirs, intake)
+        except OSError as error:  # too many processes, say
+            ours.close()
+            our_end.close()
+            self.log.error("cannot start worker %d: %s", worker.number, say_error(error))
+            return
+        finally:
+            theirs.close()
+            intake.close()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, Signals.HANDLED)
+        worker.pid, worker.channel, worker.intake = pid, ours, our_end
+        self.selector.register(ours, selectors.EVENT_READ, lambda: self._receive(worker))
+
+    def _live(self, worker: WorkerProcess, channel: socket.socket, intake: socket.socket) -> NoReturn:
+        """The life of the new process."""
+        status = 1
+        log_writer.forget()
+        try:
+            self._signals.leave_to_parent()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, Signals.HANDLED)
+            os.environ.pop("NOTIFY_SOCKET", None)
+            self.selector.close()
+            for other in self.workers:
+                if other.pid:
+                    other.channel.close()
+                    other.intake.close()
+            self.role.choose_processor(worker.number)
+            log_writer.begin()
+            self.role.become_worker(channel, intake)
+            self.become(worker)
+            self.role.start()
+            self.role.send_to_parent({"up": True})
+            status = serve(self.role, Orders(self.role, channel))
+        except (OSError, RuntimeError) as error:
+            self.log.error("worker %d: %s", worker.number, say_error(error))
+        except BaseException:
+            self.log.exception("worker %d: unexpected error", worker.number)
+        finally:
+            log_writer.end()
+            os._exit(status)
+
+    def _receive(self, worker: WorkerProcess) -> None:
+        try:
+            message, descriptors = receive_message(worker.channel, socket.MSG_DONTWAIT)
+        except (BlockingIOError, ConnectionResetError):
+            return  # the latter once, where it died before it had read all; what it has said is still to be heard
+        except OSError:
+            message, descriptors = b"", []
+        if not message:
+            self._bury(worker)
+            return
+        try:
+            self._hear(worker, message, descriptors)
+        finally:
+            for number in descriptors:  # nobody has taken it
+                os.close(number)
+
+    def _hear(self, worker: WorkerProcess, message: bytes, descriptors: list[int]) -> None:
+        fields, payload = decode_message(message)
+        if "up" in fields:
+            worker.up = True
+            if not self._begun and self._kill is None and all(other.up for other in self.workers):
+                self._begun = True
+                invite(self.role)
+                notify_systemd("READY=1")
+        elif "event" in fields:
+            self.tell(fields["event"], fields["fields"], worker)
+        else:
+            self.hear(worker, fields, payload, descriptors)
+
+    def _bury(self, worker: WorkerProcess) -> None:
+        self.selector.unregister(worker.channel)
+        worker.channel.close()
+        worker.intake.close()
+        try:
+            _, status = os.waitpid(worker.pid, 0)
+        except ChildProcessError:  # somebody else has collected it; its number may be another process's by now
+            status = 0
+        pid, worker.pid, was_up, worker.up, worker.orders = worker.pid, 0, worker.up, False, b""
+        self._reap()  # what it may have stood before
+        self._guard(functools.partial(self.lost, worker))
+        if self._kill is not None:
+            return
+        code = os.waitstatus_to_exitcode(status)
+        how = f"by signal {-code}" if code < 0 else f"with status {code}"
+        if not (was_up or self._begun):
+            self.log.error("worker %d (process %d) has ended %s before it could serve", worker.number, pid, how)
+            self._status = 1
+            self._obey(signal.SIGTERM)
+        else:
+            self.log.error("worker %d (process %d) has ended %s, with its connections; another takes its place",
+                           worker.number, pid, how)  # fmt: skip
+
+
+ResultT = TypeVar("ResultT")
+
+
+class Orders:
+    """What a worker hears from its parent: signals that are passed on, and orders for the role."""
+
+    def __init__(self, role: Relay, channel: socket.socket) -> None:
+        self._role = role
+        self._channel = channel
+        self._over = False
+
+    def wait(self) -> int:
+        """Wait for a signal; 0 when `done` was called first."""
+        while True:
+            try:
+                message = self._channel.recv(MESSAGE_SIZE)
+            except ConnectionResetError:  # the parent was killed before it had heard all
+                message = b""
+            if self._over:
+                return 0
+            if not message:
+                log_writer.end()
+                os._exit(1)  # the parent was killed: what is open is reset, as if it had been this process
+            if len(message) == 1:
+                return message[0]
+            try:
+                self._role.obey(decode_message(message)[0])
+            except Exception:
+                logging.getLogger("tcprelay").exception("unexpected error in what the parent asks for")
+
+    def done(self) -> None:
+        self._over = True
+        self._channel.shutdown(socket.SHUT_RD)

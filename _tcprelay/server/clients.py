@@ -1,0 +1,139 @@
+"""A service client until its service has answered."""
+
+from __future__ import annotations
+
+import socket
+import time
+from typing import Any
+
+from ..addresses import show_address
+from ..link import Link
+from ..protocol import ABORT, SERVER
+from ..streams import Stream
+from ..system import ssl
+from ..text import connection_id, say_error, shown
+from ..tls import TLSStream
+
+EARLY_BYTES = 65536
+"""How much a service client may send before READY; it is kept, to be offered to another link after a FAIL."""
+
+
+class Refusal(Exception):
+    """Why a service client or a link is turned away: for the log, and (with a code) in REFUSED for the client."""
+
+    def __init__(self, reason: str, code: str = "", told: str = "") -> None:
+        super().__init__(reason)
+        self.code = code
+        self.told = told or reason
+
+    def apart(self) -> Refusal:
+        """The same without a traceback: kept in a variable, that would hold the connection until the collector runs."""
+        return Refusal(str(self), self.code, self.told)
+
+
+class Unacknowledged(ConnectionError):
+    """Nothing that was sent on a link has been acknowledged for a while, and no byte of the service client's was."""
+
+
+class NoLinkHere(Exception):
+    """In a worker: it has no link for a service client now, but its parent may find one elsewhere."""
+
+
+NOBODY: frozenset[str] = frozenset()
+
+
+def make_stream(sock: socket.socket, name: str, address: Any, context: ssl.SSLContext | None) -> Stream:
+    """The stream over an accepted socket, with TLS where there is a context; before its handshake."""
+    if context is None:
+        return Stream(sock, name, address)
+    return TLSStream(sock, name, context, address, server_side=True)
+
+
+class ServiceClient:
+    """A service client until its service has answered: its stream, and the bytes that it sent early."""
+
+    def __init__(self, service: str, sock: socket.socket, address: Any, context: ssl.SSLContext | None = None) -> None:
+        self.id = connection_id()
+        self.service = service
+        self.address = address
+        self.peer = show_address(address)
+        self.stream = make_stream(sock, f"service client {self.peer}", address, context)
+        self.early = bytearray()
+        self.ended = False
+        """It has ended its direction: all that it sends is in `early`."""
+        self.exposed = False
+        """The link that it is offered to has taken bytes."""
+        self.gone = ""
+        """Why it is no longer there."""
+        self.failed = NOBODY
+        """Ids of relay clients that could not reach their service."""
+        self.reason = ""
+        """Why the last of them could not."""
+        self.waited, self.queued = 0.0, False
+        """Seconds that it has been in the parent and in other workers, and whether the parent had no link for it."""
+        self.visited: list[int] = []
+        """For the parent: the workers none of whose relay clients could reach the service."""
+        self.expected = False
+        """It counts among those that have no link yet; see `Pool.expect`."""
+        self.settled = self.passed_on = False
+        """The parent knows from the gauges what became of it; it has been sent back to the parent."""
+        self.may_hold_more = True
+        """To be asked again without poll: TLS may hold more, or there was more than fitted."""
+        self._since = time.monotonic()
+        self.record = {"id": self.id, "service": service, "peer": self.peer}
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._since
+
+    def state(self, failed: frozenset[str], reason: str) -> dict[str, Any]:
+        """What another worker has to know of it, beside its early bytes."""
+        return {"service": self.service, "address": self.address, "id": self.id, "since": self._since,
+                "ended": self.ended, "failed": list(failed), "reason": reason, "visited": self.visited}  # fmt: skip
+
+    def resume(self, fields: dict[str, Any], early: bytes) -> None:
+        """Go on from such a state."""
+        self._since, self.waited, self.queued = fields["since"], fields["waited"], fields["queued"]
+        if "id" in fields:
+            self.id = self.record["id"] = fields["id"]
+            self.ended, self.failed, self.reason = fields["ended"], frozenset(fields["failed"]), fields["reason"]
+            self.visited = fields["visited"]
+            self.early = bytearray(early)
+            self.stream.received = len(early)
+
+    @property
+    def may_send_more(self) -> bool:
+        return not self.ended and not self.gone and len(self.early) < EARLY_BYTES
+
+    def read_early(self) -> None:
+        """Take some of what it has sent, without waiting; a little, so that sending it on never blocks."""
+        piece = bytearray(min(4096, EARLY_BYTES - len(self.early)))
+        try:
+            count = self.stream.recv_now(memoryview(piece))
+        except OSError as error:
+            self.gone = f"{self.stream.name}: {say_error(error)}"
+            return
+        if count == 0:
+            self.ended = True
+        self.may_hold_more = count == len(piece) or (count is not None and self.stream.holds_bytes())
+        self.early += piece[: count or 0]
+
+    def look(self, waited: bool) -> None:
+        """Before a link is spent on it: is it still there?  Raises `Refusal`."""
+        if not self.early and not self.ended:
+            self.read_early()
+        if self.gone:
+            raise Refusal(self.gone)
+        if self.ended and not self.early and waited:
+            # It may be waiting for a greeting with its own direction ended (on the raw wire in vain: nothing would
+            # start the link); far more often it has left.
+            raise Refusal("the service client went away while it waited")
+
+    def pass_early(self, link: Link, out: bytearray, start: int) -> None:
+        """Append to `out` the frames for the early bytes from `start` on, and for its end."""
+        if len(self.early) > start:
+            out += link.pack(memoryview(self.early[start:]))
+        if self.gone and not link.machine.has_ended(SERVER):
+            out += link.pack_control(ABORT, {"reason": shown(self.gone)})
+        elif self.ended and not link.machine.has_ended(SERVER):
+            out += link.pack_end()

@@ -1,0 +1,340 @@
+"""Idle links and waiting service clients: the queue that pairs them."""
+
+from __future__ import annotations
+
+import math
+import selectors
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from typing import Any
+
+from ..addresses import show_address
+from ..link import Link, carrier
+from ..protocol import PONG, LinkFault
+from ..streams import Stream
+from ..waiting import Deadline
+from .clients import NoLinkHere, Refusal
+from .gauges import WorkerGauges
+
+STANDSTILL = 5.0
+"""Seconds without a link for anybody after which a service counts as not served, where service clients wait."""
+
+
+class PooledLink:
+    """A link (raw: a plain stream) and what the pool knows of it."""
+
+    def __init__(self, link: Link | Stream, service: str, client: str, name: str, address: Any) -> None:
+        self.link = link
+        self.address = address
+        self.service = service
+        self.client = client
+        """The relay client's id, random per process; of a raw link, its host."""
+        self.worker = 0
+        """Which of its relay client's processes it leads to."""
+        self.name = name
+        self.peer = show_address(address)
+        self.host = self.peer.rpartition(":")[0]
+        self.wanted = 1
+        """How many idle links its client wants."""
+        self.last_heard = self.last_used = self.last_pinged = time.monotonic()
+        self.pongs_due = 0
+        """PINGs without an answer so far."""
+        self.unproven = False
+        """Not to be used before the PONG that is due."""
+        self.settling = False
+        """Unproven since its connection is over here, but the relay client has not shown that it has passed all bytes
+        on: to a service that reads slowly, say, and hears nothing else meanwhile.  Silence says nothing then."""
+        self.blocked = False
+        """Its socket has not taken all of what `send` was given."""
+        self._unsent = bytearray()  # of that; TLS keeps it itself
+
+    @property
+    def origin(self) -> Origin:
+        return self.client, self.worker
+
+    def send(self, kind: int, fields: dict[str, Any] | None = None) -> None:
+        """Send a frame on an idle link, now or, where its socket is full, later by `flush`."""
+        assert isinstance(self.link, Link)
+        self._unsent += self.link.pack_control(kind, fields)
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what can go now of what was to be sent.  Raises `OSError`."""
+        self.blocked = not carrier(self.link).send_now(self._unsent)
+
+    def take_pong(self, kind: int) -> None:
+        """Note a frame between connections.  Raises `LinkFault` for a PONG that nobody asked for: a flood of
+        them would keep the keeper busy."""
+        self.last_heard = time.monotonic()
+        if kind == PONG:
+            self.pongs_due -= 1
+            if self.pongs_due < 0:
+                raise LinkFault("PONG without PING")
+            if not self.pongs_due:
+                self.unproven = self.settling = False
+
+
+Origin = tuple[str, int]
+"""A relay client, and which of its processes: links are handed out from each in turn."""
+
+
+class Pool:
+    """Idle links and waiting service clients of all services: the queue that pairs them.
+
+    Service clients are served in the order in which they came, each waiting on a condition of its own, so that
+    a link goes to the first and nobody can overtake.  Links are handed out from each relay client's processes in
+    turn, and of those of one the most recently proven alive.  Nothing here does I/O or calls back.
+    """
+
+    def __init__(
+        self, services: Sequence[str], max_pending: int, most: int, gauges: WorkerGauges | None = None
+    ) -> None:
+        self.selector = selectors.DefaultSelector()
+        """Watches the idle links, for the keeper; links are entered and removed under the lock."""
+        self._max_pending = max_pending
+        self._most = most
+        """Links at once, idle or not."""
+        self._lock = threading.Lock()  # over all that follows
+        self._waiting: dict[str, deque[_Waiter]] = {name: deque() for name in services}
+        self._idle: dict[str, OrderedDict[Origin, OrderedDict[PooledLink, None]]] = {n: OrderedDict() for n in services}
+        self._idle_counts = dict.fromkeys(services, 0)
+        self._expected = dict.fromkeys(services, 0)
+        """Service clients that have come and have no link yet, those included that wait for one."""
+        self._given_at = dict.fromkeys(services, 0.0)
+        """When a service client was last given a link."""
+        self._gauges = gauges
+        self._aside: set[PooledLink] = set()
+        """Idle links that are not to be given out now."""
+        self._members: dict[tuple[str, str], int] = {}  # links of (service, client), idle or not
+        self._closed = False
+
+    def join(self, pooled: PooledLink) -> bool:
+        """Count a link in; True for the first one of its relay client.  Raises `Refusal` at the limit."""
+        with self._lock:
+            if sum(self._members.values()) >= self._most:
+                raise Refusal("there are too many links", "limit")
+            key = pooled.service, pooled.client
+            self._members[key] = self._members.get(key, 0) + 1
+            return self._members[key] == 1
+
+    def leave(self, pooled: PooledLink) -> bool:
+        """Count a link out; True for the last one of its relay client."""
+        with self._lock:
+            key = pooled.service, pooled.client
+            self._members[key] -= 1
+            if self._members[key]:
+                return False
+            del self._members[key]
+            return True
+
+    def put(self, pooled: PooledLink) -> bool:
+        """Hand an idle link to the first who waits for one, or keep it; False where it is not wanted any more."""
+        with self._lock:
+            link = pooled.link
+            if self._closed or (isinstance(link, Link) and link.machine.leaving):
+                return False
+            if isinstance(link, Link) and link.spent and not pooled.unproven:
+                return False
+            if pooled.unproven or pooled.blocked:
+                events = selectors.EVENT_READ | (selectors.EVENT_WRITE if pooled.blocked else 0)
+                self.selector.register(pooled.link.fd, events, pooled)
+                self._aside.add(pooled)
+                return True
+            for waiter in self._waiting[pooled.service]:
+                if pooled.client not in waiter.failed:
+                    self._waiting[pooled.service].remove(waiter)
+                    self._given_at[pooled.service] = time.monotonic()
+                    waiter.pooled = pooled
+                    waiter.condition.notify()
+                    return True
+            self.selector.register(pooled.link.fd, selectors.EVENT_READ, pooled)
+            links = self._idle[pooled.service].setdefault(pooled.origin, OrderedDict())
+            links[pooled] = None
+            if pooled.pongs_due:  # the last one is taken first: let it be one that is known to be alive
+                links.move_to_end(pooled, last=False)
+            self._count(pooled.service, 1)
+            return True
+
+    def take(
+        self,
+        service: str,
+        failed: frozenset[str],
+        deadline: Deadline,
+        reason: str = "",
+        *,
+        wait: bool = True,
+        first: bool = False,
+    ) -> tuple[PooledLink, bool]:
+        """An idle link of a relay client that is not in `failed`, waited for until the deadline; and whether it was.
+
+        Where one has failed already nobody waits: `reason` says why the last one did.  Who had a link before, in
+        vain, is `first` in the queue.  Raises `Refusal`, and without `wait` `NoLinkHere`.
+        """
+        with self._lock:
+            if self._closed:
+                raise Refusal("the relay server is ending")
+            if (pooled := self._pick(service, failed)) is not None:
+                return pooled, False
+            if not wait:
+                raise NoLinkHere
+            if failed and not any(p.service == service and p.client not in failed for p in self._aside):
+                raise Refusal(f"the service cannot be reached: {reason}")
+            waiting = self._gauges.count_waiting(service) if self._gauges else len(self._waiting[service])
+            if waiting >= self._max_pending and not (first or self._is_served(service)):
+                raise Refusal("too many service clients wait for a link (--max-pending)")
+            waiter = _Waiter(threading.Condition(self._lock), failed)
+            if first:
+                waiter.since = 0.0  # it says nothing about how long others have waited
+            self._waiting[service].insert(0 if first else len(self._waiting[service]), waiter)
+            self._count(service, 0)
+            try:
+                waiter.condition.wait_for(lambda: waiter.pooled or self._closed, deadline.remaining())
+                if waiter.pooled is not None:
+                    return waiter.pooled, True
+                self._waiting[service].remove(waiter)
+            finally:
+                self._count(service, 0)
+            if self._closed:
+                raise Refusal("the relay server is ending")
+            raise Refusal("no link was idle in time (--pair-timeout); is a relay client connected?")
+
+    def expect(self, service: str, more: int) -> None:
+        """So many more service clients have no link yet, which has been found out before they ask for one."""
+        with self._lock:
+            self._expected[service] += more
+
+    def is_full(self, service: str) -> bool:
+        """Whether as many service clients have no link as may wait for one, while others still get theirs: then the
+        kernel holds who comes next.  Where nobody is served they are refused instead (see `take`)."""
+        if not service or self._expected[service] < self._max_pending:
+            return False
+        with self._lock:
+            return not self._closed and self._is_served(service)
+
+    def _is_served(self, service: str) -> bool:
+        """Whether there is a relay client, and links are given out; under the lock."""
+        has_client = any(name == service for name, _ in self._members)
+        waiting = self._waiting[service]
+        oldest = waiting[0].since if waiting else math.inf
+        return has_client and are_links_given(self._max_pending, self._given_at[service], oldest)
+
+    def hold(self, pooled: PooledLink) -> bool:
+        """Take one certain link out of the pool; False where it is not in it."""
+        with self._lock:
+            if pooled in self._aside:
+                self._aside.discard(pooled)
+                self.selector.unregister(pooled.link.fd)
+                return True
+            if pooled not in self._idle[pooled.service].get(pooled.origin, ()):
+                return False
+            self._remove(pooled)
+            return True
+
+    def hold_all(self, client: str) -> list[PooledLink]:
+        """Take all idle links of a relay client out of the pool, except those that are not given out anyway."""
+        with self._lock:
+            held = [
+                pooled
+                for origins in self._idle.values()
+                for origin, links in origins.items()
+                if origin[0] == client
+                for pooled in links
+            ]
+            for pooled in held:
+                self._remove(pooled)
+            return held
+
+    def idle_links(self) -> list[PooledLink]:
+        """All links that nobody uses, settling ones included."""
+        with self._lock:
+            return self._all_idle()
+
+    def has_surplus(self, pooled: PooledLink) -> bool:
+        """Whether the relay client of this link has more idle ones than it wants."""
+        with self._lock:
+            return len(self._idle[pooled.service].get(pooled.origin, ())) > pooled.wanted
+
+    def count_idle(self) -> int:
+        with self._lock:
+            return sum(self._idle_counts.values())
+
+    def has_waiting(self, service: str) -> bool:
+        """Whether a service client waits for a link of this service."""
+        return bool(self._waiting[service])
+
+    def count_waiting(self, service: str | None = None) -> int:
+        """How many service clients wait, for one service or for all."""
+        with self._lock:
+            return sum(len(queue) for name, queue in self._waiting.items() if service in (None, name))
+
+    def close(self) -> list[PooledLink]:
+        """Turn everybody away from now on; returns the links that were idle."""
+        with self._lock:
+            self._closed = True
+            for waiters in self._waiting.values():
+                for waiter in waiters:
+                    waiter.condition.notify()
+            idle = self._all_idle()
+            for pooled in idle:
+                if pooled not in self._aside:
+                    self._remove(pooled)
+            self._aside.clear()
+            return idle
+
+    def _all_idle(self) -> list[PooledLink]:
+        idle = [p for clients in self._idle.values() for links in clients.values() for p in links]
+        return idle + list(self._aside)
+
+    def _pick(self, service: str, failed: frozenset[str]) -> PooledLink | None:
+        """The best link of the next origin in turn; one that still owes a PONG only if there is no other."""
+        origins, last_resort = self._idle[service], None
+        for origin, links in origins.items():
+            if origin[0] not in failed:
+                pooled = next(reversed(links))
+                if not pooled.pongs_due:
+                    break
+                last_resort = last_resort or pooled
+        else:
+            if last_resort is None:
+                return None
+            pooled = last_resort
+        self._remove(pooled)
+        self._given_at[service] = time.monotonic()
+        if pooled.origin in origins:
+            origins.move_to_end(pooled.origin)
+        return pooled
+
+    def _remove(self, pooled: PooledLink) -> None:
+        origins = self._idle[pooled.service]
+        links = origins[pooled.origin]
+        del links[pooled]
+        if not links:
+            del origins[pooled.origin]
+        self._count(pooled.service, -1)
+        self.selector.unregister(pooled.link.fd)
+
+    def _count(self, service: str, more: int) -> None:
+        """So many more links of this service are idle; under the lock."""
+        self._idle_counts[service] += more
+        if self._gauges is not None:
+            self._gauges.show(service, self._idle_counts[service], len(self._waiting[service]))
+
+
+def are_links_given(max_pending: int, last: float, oldest: float) -> bool:
+    """Whether those who wait for a link of a service can hope for one: somebody was given one of late, or nobody has
+    waited for long.  Where nobody may wait, nobody can."""
+    return max_pending > 0 and time.monotonic() - max(last, oldest) < STANDSTILL
+
+
+class _Waiter:
+    """A service client that waits in the pool's queue."""
+
+    __slots__ = ("condition", "failed", "pooled", "since")
+
+    def __init__(self, condition: threading.Condition, failed: frozenset[str]) -> None:
+        self.since = time.monotonic()
+        self.condition = condition
+        self.failed = failed
+        self.pooled: PooledLink | None = None

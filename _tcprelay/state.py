@@ -1,0 +1,112 @@
+"""Files that this user alone can read, made at the first start."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+
+from .system import fcntl, ignore_oserror
+from .text import random_id, say_error
+
+
+def state_directory() -> str:
+    """Where things are kept by default: systemd's state directory, or the user's (XDG).  Raises `OSError`."""
+    systemd = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
+    home = os.environ.get("XDG_STATE_HOME", "")
+    if not os.path.isabs(home):
+        home = os.path.expanduser("~/.local/state")
+    if not (systemd or os.path.isabs(home)):
+        raise OSError(
+            errno.ENOENT, "this user has no home directory to keep a certificate in: name one with --state-dir"
+        )
+    return systemd or os.path.join(home, "tcprelay")
+
+
+def private_file(path: str, make: Callable[[], bytes]) -> str:
+    """The path of a file that this user alone can read, with what `make` returns if it is not there yet.
+
+    Several that start together end up with one file.  Raises `OSError`, with the path and what to do, for what
+    cannot be made, and for what others could have put there or read.
+    """
+    content = None if os.path.lexists(path) else make()
+    try:
+        if content is not None:
+            _make_private(path, content)
+        _check_directory(os.path.dirname(path))
+        _check_file(path)
+    except OSError as error:
+        place = error.filename if isinstance(error.filename, str) else path
+        raise OSError(error.errno, f"{say_error(error)} (--state-dir names another place)", place) from error
+    return path
+
+
+def _make_private(path: str, content: bytes) -> None:
+    """Write a new file, all of it at once; one that is there already stays.  Raises `OSError`."""
+    directory, new = os.path.dirname(path), f"{path}.{random_id(8)}"
+    with contextlib.suppress(FileExistsError):  # something else than a directory, which the check names
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+    _check_directory(directory)
+    with _locked(directory):
+        if os.path.lexists(path):
+            return
+        try:
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                if _who_else(os.fstat(file.fileno()), 0o077):
+                    raise PermissionError(errno.EPERM, "the file system here cannot keep a file from others")
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, path)
+        except OSError as error:
+            ignore_oserror(os.unlink, new)
+            raise OSError(error.errno, say_error(error), path) from error
+
+
+@contextlib.contextmanager
+def _locked(directory: str) -> Iterator[None]:
+    """Alone among the processes of this host.  Not by a hard link: some file systems have none, but all have this,
+    as the kernel keeps the locks of directories itself."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # nobody holds it for longer than it takes to write a small file
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _check_directory(path: str) -> None:
+    """Raises `OSError` where others could put files there."""
+    found = os.stat(path)  # follows links: systemd's state directory may be one
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, "this is not a directory", path)
+    if who := _who_else(found, 0o022):
+        raise PermissionError(
+            errno.EPERM, f"{who} can put files there: have it owned and written by this user alone", path
+        )
+
+
+def _check_file(path: str) -> None:
+    """Raises `OSError` where others could know or have changed what is in it."""
+    found = os.lstat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "this is not a regular file: remove it", path)
+    if who := _who_else(found, 0o077):
+        raise PermissionError(errno.EPERM, f"{who} may know or have changed it: remove it, a new one is made", path)
+
+
+def _who_else(found: os.stat_result, forbidden: int) -> str:
+    """Who beside this user and root may do to a file what the bits of its mode in `forbidden` allow; "" is nobody."""
+    if not hasattr(os, "geteuid"):
+        return ""
+    if found.st_uid not in (os.geteuid(), 0):
+        return f"user {found.st_uid}, its owner,"
+    if found.st_uid != os.geteuid():
+        forbidden &= ~0o040  # what root has put there for a service is read by its group
+    mode = stat.S_IMODE(found.st_mode)
+    return f"others (its mode is {mode:04o})" if mode & forbidden else ""

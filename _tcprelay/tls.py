@@ -1,0 +1,257 @@
+"""A byte stream over TLS."""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+import threading
+from typing import Any
+
+from .addresses import name_in_certificate
+from .protocol import HEADER
+from .streams import BULK, Stream
+from .system import ssl
+from .text import shown
+from .waiting import Deadline, Stop, wait_for
+
+SMALL_TLS_BUFFER = 4096
+"""What a TLS connection takes from its socket at once; filled, it grows by eight times and by eight times again."""
+
+
+LARGE_TLS_BUFFER = 1 << 18
+"""The same for bulk traffic where TLS is in between: it is twice as fast as 16 KiB."""
+
+
+MAX_ANSWERS = 65536
+"""Bytes of answers that a peer may make TLS prepare while there is nothing else to send."""
+
+
+MAX_FRUITLESS = 65536
+"""Bytes of TLS messages without data (KeyUpdate) in a row: more than a record, which may come in pieces."""
+
+
+SMALL_READS = 4
+"""So many small reads in a row end bulk traffic."""
+
+
+def tls_fault(error: ssl.SSLError) -> OSError:
+    """What the receiver of a TLS stream is to be told: `error`, or that the stream was cut off."""
+    # Only Pythons from 3.10.11 and 3.11.3 on have SSLEOFError for it with OpenSSL 3.
+    cut = isinstance(error, ssl.SSLEOFError) or error.reason == "UNEXPECTED_EOF_WHILE_READING"
+    return ConnectionResetError("cut off without TLS close_notify") if cut else error
+
+
+class TLSStream(Stream):
+    """A TLS connection over one TCP socket: `ssl.SSLObject` between two memory BIOs.
+
+    Two threads on one `ssl.SSLSocket` crash, and it cannot end one direction; so the TLS state is worked on
+    under `_tls_lock`, and bytes go to and from the socket outside of it:
+
+        receive   socket ─▶ _incoming ─▶ SSLObject.read ─▶ caller        one thread
+        send      caller ─▶ SSLObject.write ─▶ _outgoing ─▶ socket       one thread, which holds _send_lock
+
+    What reading makes the TLS state want to send (answers to KeyUpdate) stays in `_outgoing` for the next
+    send, so that a receiver never waits for a peer that does not read; its amount is bounded.
+    """
+
+    spliceable = False
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        name: str,
+        context: ssl.SSLContext,
+        peer: Any = None,
+        server_hostname: str | None = None,
+        server_side: bool = False,
+    ) -> None:
+        super().__init__(sock, name, peer)
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        try:
+            self.tls = context.wrap_bio(
+                self._incoming, self._outgoing, server_side=server_side,
+                server_hostname=server_hostname and name_in_certificate(server_hostname),
+            )  # fmt: skip
+        except ValueError as error:
+            raise OSError(f"{shown(server_hostname)} cannot be the name in a certificate") from error
+        self._tls_lock = threading.Lock()  # over tls, both BIOs, _stash, _error, _answers
+        self._send_lock = threading.Lock()  # keeps records in order on their way from _outgoing to the socket
+        self._unsent = b""  # taken from _outgoing, not yet by the socket; under _send_lock
+        self._stash = bytearray()  # decrypted when the sending direction was ended
+        self._error: OSError | None = None
+        self._answers = 0  # bytes in _outgoing that receiving has put there
+        self._fruitless = 0  # encrypted bytes since the last decrypted one
+        self._peer_ended = False  # it has sent close_notify
+        self._raw = bytearray(SMALL_TLS_BUFFER)
+        self._small_reads = 0
+
+    def handshake(self, deadline: Deadline, stop: Stop | None = None) -> None:
+        """Shake hands.  Raises `ssl.SSLError` (an `OSError`), `TimeoutError`, `EOFError` and `Stopping`."""
+        while True:
+            try:
+                with self._tls_lock:
+                    self.tls.do_handshake()
+                    self._fruitless = 0
+                return
+            except ssl.SSLWantReadError:
+                pass
+            finally:
+                self._flush_records()  # also the alert that says why it failed
+            wait_for(self.fd, select.POLLIN, deadline, stop)
+            if not self._receive(socket.MSG_DONTWAIT):
+                raise EOFError("the connection was closed during the TLS handshake")
+
+    def recv_into(self, view: memoryview) -> int:
+        while (count := self._decrypt(view)) is None:
+            self._receive()
+        return count
+
+    def recv_now(self, view: memoryview) -> int | None:
+        try:
+            while (count := self._decrypt(view)) is None:
+                self._receive(socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        return count
+
+    def holds_bytes(self) -> bool:
+        return True
+
+    def send(self, data: bytes | bytearray | memoryview) -> None:
+        if data:
+            with self._tls_lock:
+                self.tls.write(data)
+        self._flush_records()
+
+    def send_now(self, data: bytearray, end_follows: bool = False) -> bool:
+        if data:
+            with self._tls_lock:
+                self.tls.write(data)
+            data.clear()
+        return self._flush_records(socket.MSG_DONTWAIT)
+
+    def send_buffer(self, view: memoryview, count: int) -> None:
+        self.send(view[HEADER : HEADER + count])
+
+    def end(self, passed: int = 0) -> None:
+        self._end(0)
+
+    def end_now(self) -> bool:
+        return self._end(socket.MSG_DONTWAIT)
+
+    def _end(self, flags: int) -> bool:
+        """Send close_notify and FIN; False where it would have to wait, and is to be called again.
+
+        What the peer has sent before is kept: `unwrap` would drop it.
+        """
+        with self._tls_lock:
+            piece = memoryview(bytearray(BULK))
+            try:
+                while self._error is None and (count := self._read(piece)):
+                    self._stash += piece[:count]
+                self._peer_ended = self._error is None
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLZeroReturnError:
+                self._peer_ended = True
+            except ssl.SSLError as error:
+                self._error = tls_fault(error)  # for the receiver, behind the stash
+            try:
+                self.tls.unwrap()
+            except ssl.SSLError:
+                pass  # the peer's own close_notify comes when it comes
+            peer_ended = self._peer_ended
+        try:
+            if not self._flush_records(flags):
+                return False
+            super().end()
+        except OSError as error:
+            # Who has sent close_notify may close without waiting for ours, which its system answers with an RST.
+            if not peer_ended or error.errno not in (errno.ENOTCONN, errno.EPIPE, errno.ECONNRESET):
+                raise
+        return True
+
+    def _decrypt(self, view: memoryview) -> int | None:
+        """Decrypted bytes that are here already: as many records as fit; 0 at close_notify, ``None`` for none."""
+        with self._tls_lock:
+            if self._stash:
+                count = min(len(self._stash), len(view))
+                view[:count] = self._stash[:count]
+                del self._stash[:count]
+                return count
+            if self._error is not None:
+                raise self._error
+            have, before = 0, self._outgoing.pending
+            try:
+                while have < len(view) and (count := self._read(view[have:])):
+                    have += count
+                self._peer_ended = self._peer_ended or have < len(view)
+            except ssl.SSLWantReadError:
+                if not have and self._fruitless > MAX_FRUITLESS:
+                    self._error = ConnectionResetError("the peer sends TLS messages without data again and again")
+                    raise self._error from None
+                return have or None
+            except ssl.SSLZeroReturnError:
+                self._peer_ended = True
+                return have
+            except ssl.SSLError as error:
+                # Once only: after a fatal alert OpenSSL would call the next attempt a clean end.
+                self._error = tls_fault(error)
+                if not have:
+                    raise self._error from None  # (an error that is its own cause would be a ring of its own)
+            finally:
+                self._answers += self._outgoing.pending - before
+                if self._answers > MAX_ANSWERS:
+                    self._error = ConnectionResetError("the peer makes TLS answer again and again")
+            return have
+
+    def _read(self, view: memoryview) -> int:
+        """At close_notify this returns 0, or raises `ssl.SSLZeroReturnError` where ours has been sent."""
+        count: int = self.tls.read(len(view), view)  # type: ignore[assignment]
+        if count:
+            self._fruitless = 0
+        return count
+
+    def _receive(self, flags: int = 0) -> bool:
+        """Take encrypted bytes from the socket; False at its end.  Raises `BlockingIOError` where flags say so."""
+        count = self.sock.recv_into(self._raw, 0, flags)
+        with self._tls_lock:
+            if count:
+                self._fruitless += count
+                self._incoming.write(memoryview(self._raw)[:count])
+            else:
+                self._incoming.write_eof()
+        if count == len(self._raw) < LARGE_TLS_BUFFER:
+            self._raw, self._small_reads = bytearray(8 * count), 0
+        elif count < SMALL_TLS_BUFFER < len(self._raw):
+            self._small_reads += 1
+            if self._small_reads == SMALL_READS:
+                self.rest()
+        return count > 0
+
+    def rest(self) -> None:
+        """Give back the memory that bulk traffic took; by the receiving thread, when there is none any more."""
+        self._raw = bytearray(SMALL_TLS_BUFFER)
+
+    def close(self) -> None:
+        super().close()
+        # Its traceback leads back here: such a ring waits for the collector, with all that OpenSSL has allocated.
+        self._error = None
+
+    def _flush_records(self, flags: int = 0) -> bool:
+        """Send what TLS has ready; True when nothing is left of it."""
+        with self._send_lock:
+            while True:
+                if not self._unsent:
+                    with self._tls_lock:
+                        self._unsent, self._answers = self._outgoing.read(), 0
+                if not self._unsent:
+                    return True
+                try:
+                    while self._unsent:
+                        self._unsent = self._unsent[self.sock.send(self._unsent, flags) :]
+                except BlockingIOError:
+                    if flags:
+                        return False
+                    self.keep_trying()

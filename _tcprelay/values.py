@@ -1,0 +1,197 @@
+"""Options as such, and what the value of one may be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .addresses import Endpoint, parse_endpoint
+from .text import has_controls
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field of an options class says about its option."""
+
+    parse: Callable[[str], Any]
+    """From text; raises `ValueError` that says what is accepted."""
+    help: str
+    group: str
+    metavar: str
+    spelling: str
+    """node-tcp-relay's name for it, where it has one."""
+    many: bool
+    secret: bool
+    secures: bool
+    """It keeps somebody out.  A variable that is there and empty is then a mistake: whoever set it does not rely on the
+    default.  Other empty variables count as not given (Compose passes on what is not set as empty)."""
+    default: str
+    """The default in words."""
+
+
+LONGEST_SECRET = 65536
+"""Bytes of the line that holds a secret, at most."""
+
+
+OPTION_GROUPS = ("Addresses", "Trust", "TLS", "Links", "Connections", "Running")
+
+
+def option(
+    default: Any,
+    parse: Callable[[str], Any],
+    help: str,
+    *,
+    group: str,
+    metavar: str = "",
+    spelling: str = "",
+    many: bool = False,
+    secret: bool = False,
+    secures: bool = False,
+    shown_default: str | None = None,
+) -> Any:
+    """A field of an options class; those of the groups Trust and TLS all secure."""
+    if shown_default is None:
+        shown_default = "" if default in (None, (), "") else str(default).lower().removesuffix(".0")
+    secures = secures or group in ("Trust", "TLS")
+    info = Option(parse, help, group, metavar, spelling, many, secret, secures, shown_default)
+    return field(default=default, repr=not secret, metadata={"option": info})
+
+
+def parse_flag(text: str) -> bool:
+    if text.lower() not in ("true", "yes", "on", "1", "false", "no", "off", "0"):
+        raise ValueError("true or false")
+    return text.lower() in ("true", "yes", "on", "1")
+
+
+def parse_seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 2e6:  # poll takes no more milliseconds than that
+        raise ValueError("a number of seconds, 0 or more")
+    return seconds
+
+
+def parse_heartbeat(text: str) -> float:
+    try:
+        seconds = parse_seconds(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.05 <= seconds <= 3600:
+        raise ValueError("a number of seconds from 0.05 to 3600")
+    return seconds
+
+
+def parse_keepalive(text: str) -> float:
+    try:
+        seconds = parse_seconds(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds <= 20_000:  # Linux takes up to 32,767
+        raise ValueError("a number of seconds from 1 to 20000")
+    return seconds
+
+
+def parse_count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 9):
+        raise ValueError("a whole number, 0 or more")
+    return int(text)
+
+
+def parse_positive(text: str) -> int:
+    if not parse_count(text):
+        raise ValueError("a whole number, 1 or more")
+    return int(text)
+
+
+def parse_workers(text: str) -> int:
+    if parse_count(text) > 64:
+        raise ValueError("a whole number from 0 to 64")
+    return int(text)
+
+
+def parse_secret(text: str) -> str:
+    if not text:
+        raise ValueError("something that is not empty")
+    if "\n" in text or "\r" in text:
+        raise ValueError("one line of text")
+    return text
+
+
+def parse_path(text: str) -> str:
+    if not text or has_controls(text):
+        raise ValueError("the path of a file")
+    return text
+
+
+def parse_tls(text: str) -> str:
+    """``--tls`` alone secures the links ("relay"), ``--tls both`` everything, as in node-tcp-relay."""
+    if text in ("both", "relay", "service"):
+        return text
+    try:
+        return "relay" if parse_flag(text) else ""
+    except ValueError:
+        raise ValueError("true, both, service or false") from None
+
+
+def parse_name(text: str) -> str:
+    """The name of a service: letters, digits and ``._-``."""
+    if not 0 < len(text) <= 64 or not all(c.isascii() and (c.isalnum() or c in "._-") for c in text):
+        raise ValueError("a name of 1 to 64 letters, digits, dots, dashes and underscores")
+    return text
+
+
+def parse_pin(text: str) -> str:
+    """``sha256:`` and 64 hexadecimal digits, with or without colons between them."""
+    kind, _, digest = text.lower().partition(":")
+    digest = digest.replace(":", "")
+    if kind != "sha256" or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+        raise ValueError("sha256: and 64 hexadecimal digits, as tcprelays --tls prints it")
+    return f"sha256:{digest}"
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text.lower() not in choices:
+            raise ValueError(" or ".join(choices))
+        return text.lower()
+
+    return parse
+
+
+@dataclass(frozen=True)
+class ServicePort:
+    """A service and where its clients connect; host "" means the server's ``hostname``."""
+
+    name: str
+    host: str
+    port: int
+
+
+def parse_service(text: str) -> ServicePort:
+    """``NAME=[ADDRESS:]PORT``.  Raises `ValueError` that says what is accepted."""
+    name, equals, where = text.partition("=")
+    if not equals:
+        raise ValueError("NAME=PORT or NAME=ADDRESS:PORT")
+    endpoint = parse_endpoint(where, default_host="")
+    if endpoint.path:
+        raise ValueError("NAME=PORT or NAME=ADDRESS:PORT")
+    return ServicePort(parse_name(name), endpoint.host, endpoint.port)
+
+
+@dataclass(frozen=True)
+class Publication:
+    """A service's name at the relay server, and where it is reached from here."""
+
+    name: str
+    target: Endpoint
+
+
+def parse_publication(text: str) -> Publication:
+    """``NAME=HOST:PORT`` or ``NAME=unix:PATH``.  Raises `ValueError` that says what is accepted."""
+    name, equals, target = text.partition("=")
+    if not equals:
+        raise ValueError("NAME=HOST:PORT or NAME=unix:PATH")
+    return Publication(parse_name(name), parse_endpoint(target))
