@@ -8,11 +8,30 @@ A relay client keeps a pool of idle links to a relay server. When a service clie
 port, the server pairs it with an idle link, the client dials the service, and the two are spliced until
 both directions have ended; then the link goes back to the pool.
 
-    with tcprelay.RelayServer(10080, 10081, token="…") as server: ...
-    with tcprelay.RelayClient("localhost", 22, "relay.example.net", 10080, token="…"): ...
+A program that embeds a relay needs the standard library alone:
 
-This file holds the public names, and the command ``tcprelay server …`` or ``tcprelay client …``: another way to say
-tcprelays and tcprelayc.  What they stand on is in `_tcprelay`, which is nobody else's business.
+    with tcprelay.RelayServer(10080, 10081, token="…") as server: ...
+    with tcprelay.RelayClient("localhost", 22, "relay.example.net", 10080, token="…") as client: ...
+
+The public names:
+
+    RelayServer, create_relay_server     the relay server; the latter begins at once, as node-tcp-relay's does
+    RelayClient, create_relay_client     the relay client, likewise
+    ServerOptions, ServicePort           what `RelayServer.options` is: all options, as the commands have them
+    ClientOptions, Publication           what `RelayClient.options` is
+
+    Event                                what ``on_event`` is called with: the base of the ones that follow
+    Listening, AcceptPaused              a relay server's: its ports
+    ClientUp, ClientDown                 its relay clients
+    LinkRefused, LinkNotMade             who got no link there
+    Published, Unpublished               a relay client's: whether its service can be reached through the relay
+    LinkUp, LinkDown                     of both: a link
+    ConnectionOpened, ConnectionClosed   a connection; the latter is its closing record
+    ConnectionFailed                     one that was never opened
+    Draining                             the end has begun
+
+The command ``tcprelay server …`` or ``tcprelay client …``, also as ``python3 -m tcprelay``, is another way to say
+tcprelays and tcprelayc.  What all this stands on is in `_tcprelay`, which is nobody else's business.
 """
 
 from __future__ import annotations
@@ -27,55 +46,22 @@ from collections.abc import Sequence
 import tcprelay_client
 import tcprelay_server
 from _tcprelay import __version__
-from _tcprelay.command_line import fail
 from _tcprelay.events import (
-    AcceptPaused,
-    ClientDown,
-    ClientUp,
-    ConnectionClosed,
-    ConnectionFailed,
-    ConnectionOpened,
-    Draining,
-    Event,
-    LinkDown,
-    LinkNotMade,
-    LinkRefused,
-    LinkUp,
-    Listening,
-    Published,
-    Unpublished,
-)
+    AcceptPaused, ClientDown, ClientUp, ConnectionClosed, ConnectionFailed, ConnectionOpened, Draining, Event, LinkDown,
+    LinkNotMade, LinkRefused, LinkUp, Listening, Published, Unpublished,
+)  # fmt: skip
+from _tcprelay.logs import fail
 from _tcprelay.options import ClientOptions, ServerOptions
 from _tcprelay.values import Publication, ServicePort
 from tcprelay_client import RelayClient, create_relay_client
 from tcprelay_server import RelayServer, create_relay_server
 
 __all__ = [
-    "AcceptPaused",
-    "ClientDown",
-    "ClientOptions",
-    "ClientUp",
-    "ConnectionClosed",
-    "ConnectionFailed",
-    "ConnectionOpened",
-    "Draining",
-    "Event",
-    "LinkDown",
-    "LinkNotMade",
-    "LinkRefused",
-    "LinkUp",
-    "Listening",
-    "Publication",
-    "Published",
-    "RelayClient",
-    "RelayServer",
-    "ServerOptions",
-    "ServicePort",
-    "Unpublished",
-    "__version__",
-    "create_relay_client",
-    "create_relay_server",
-]
+    "AcceptPaused", "ClientDown", "ClientOptions", "ClientUp", "ConnectionClosed", "ConnectionFailed",
+    "ConnectionOpened", "Draining", "Event", "LinkDown", "LinkNotMade", "LinkRefused", "LinkUp", "Listening",
+    "Publication", "Published", "RelayClient", "RelayServer", "ServerOptions", "ServicePort", "Unpublished",
+    "__version__", "create_relay_client", "create_relay_server",
+]  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

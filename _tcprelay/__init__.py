@@ -2,7 +2,7 @@
 
 Each room imports only rooms that stand above it in this list (tests/test_house.py reads it):
 
-    system          what systems and Pythons differ in; modules that are imported when they are used
+    system          what systems and Pythons differ in; how this process uses the machine
     text            what is said to people: strings made safe, errors in words, ids
     waiting         waiting for a descriptor, with a deadline, until somebody asks to stop
     addresses       endpoints and socket addresses: parsed, shown, grouped
@@ -14,16 +14,16 @@ Each room imports only rooms that stand above it in this list (tests/test_house.
     tls             the same over TLS
     link            a link that carries one connection at a time
     threads         a cache of parked threads
-    tuning          processors, the interpreter lock, descriptors
+    pump            one direction of a connection
     splice          a stream and a link that carry one connection
     watch           what looks after all of them
     events          what happens, told once
     logs            a log that nobody waits for
     values          what an option is, and what its value may be
     options         the options of both roles
-    command_line    where they come from
-    openssl         TLS contexts, and the openssl command
-    pem             what files of certificates and keys hold
+    parser          what reads the command line and the configuration files
+    command_line    the options of a command, wherever they come from
+    openssl         TLS contexts, the openssl command, and what is wrong with files
     state           files that this user alone can read
     certificates    TLS contexts with certificates, made or given
     signals         signals, children, the service manager
@@ -31,11 +31,20 @@ Each room imports only rooms that stand above it in this list (tests/test_house.
     role            what both roles share: how they begin and end
     processes       several processes for one role
     command         how a command begins and ends
-    server.limits   what one address may take; handshakes under way
-    server.clients  a service client until its service has answered
-    server.gauges   what workers and their parent show each other
-    server.pool     idle links and waiting service clients
-    client.pace     how many links there should be, and when
+    server.limits     what one address may take; handshakes under way
+    server.clients    a service client until its service has answered
+    server.account    what was handed to workers, and what became of it
+    server.pool       idle links and waiting service clients
+    server.listeners  the ports, and what each address may have of them
+    server.intake     where connections come from: the ports, or a parent process
+    server.trust      certificates, token, the line to paste
+    server.greeting   how a connection to the relay port becomes a link
+    server.links      links while nobody uses them
+    server.pairing    a service client from accept to its closing record
+    server.workers    the parent of worker processes
+    client.stock      links by their state, and how many are missing
+    client.greeting   how a link is opened
+    client.links      links, each in a thread of its own
 """
 
 __version__ = "0.1.0"

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from .openssl import hidden_file, new_context, run_openssl
+from .openssl import CA, CERT, PFX, explain_pair, hidden_file, look_into, new_context, run_openssl, say_wrong
 from .options import Options
-from .pem import CA, CERT, PFX, explain_pair, look_into, say_wrong
 from .state import private_file
 from .streams import Stream
 from .system import hashlib, ssl

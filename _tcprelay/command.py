@@ -6,28 +6,25 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from .command_line import fail, parse_options
-from .logs import log_writer, set_up_logging
+from .command_line import parse_options
+from .logs import fail, log_writer, set_up_logging
 from .options import OptionsT
 from .processes import can_fork_workers, default_workers, invite, serve
 from .role import Relay
 from .signals import Signals
+from .system import SWITCH_INTERVAL, raise_descriptor_limit
 from .text import say_error
-from .tuning import SWITCH_INTERVAL, raise_descriptor_limit
 from .waiting import Stopping
 
 
 def run_command(
-    prog: str,
-    description: str,
-    cls: type[OptionsT],
-    make: Callable[[OptionsT], Relay],
-    argv: Sequence[str] | None,
+    prog: str, usage: str, cls: type[OptionsT], make: Callable[[OptionsT], Relay[Any]], argv: Sequence[str] | None
 ) -> int:
     """The life of a command: options, log, start, signals, end.  Returns its exit status."""
     open_standard_files()
-    options, check, remarks = parse_options(prog, description, cls, argv)
+    options, check, remarks = parse_options(prog, usage, cls, argv)
     set_up_logging(options.log_level, options.log_format)
     for remark in remarks:
         logging.getLogger("tcprelay").warning("%s", remark)
@@ -46,7 +43,7 @@ def run_command(
         log_writer.end()
 
 
-def _run_role(prog: str, options: OptionsT, make: Callable[[OptionsT], Relay], check: bool) -> int:
+def _run_role(prog: str, options: OptionsT, make: Callable[[OptionsT], Relay[Any]], check: bool) -> int:
     """The same with options and log; raises `OSError`, `ValueError`, and `Stopping` where it is ended as it starts."""
     raise_descriptor_limit()
     sys.setswitchinterval(SWITCH_INTERVAL)

@@ -1,4 +1,8 @@
-"""A link that speaks protocol 1."""
+"""Links: framed ones, which speak protocol 1 and carry one connection after another, and raw ones, which carry one.
+
+Between connections one thread uses a link (on the server, whoever has taken it out of the pool).  While it is spliced
+one thread sends, one receives, and others may only break the connection off.  The last of them closes it.
+"""
 
 from __future__ import annotations
 
@@ -8,35 +12,29 @@ from collections.abc import Callable
 from typing import Any
 
 from .protocol import (
-    ABORT,
-    CLIENT,
-    DATA,
-    END,
-    HEADER,
-    MAX_CONTROL,
-    REFUSED,
-    START,
-    Frame,
-    LinkMachine,
-    decode_fields,
-    encode_frame,
-    encode_header,
-)
-from .streams import BULK, Leg, Stream
+    ABORT, BYE, CLIENT, CLOSED, DATA, END, HEADER, IDLE, MAX_CONTROL, PING, REFUSED, START, Frame, LinkFault,
+    LinkMachine, decode_fields, encode_frame, encode_header,
+)  # fmt: skip
+from .streams import BULK, Sink, Source, Stream
 from .system import ignore_oserror
+from .tcp import is_held_back, round_trip
 from .text import shown
 from .waiting import Deadline, Stop, wait_for
 
+HEAR_OUT_TIME = 1.0
+"""Seconds for which the other side's end is waited for where its bytes can no longer be passed on; two round trips of
+the link where that is more."""
 MOST_DISCARDED = 1 << 20
 """Bytes that are received only to be dropped, behind this side's own end; for more, a link is closed."""
 
 
 class Link:
-    """A link that speaks protocol 1: control frames, and one connection at a time as a `Leg`.
+    """A link that speaks protocol 1: control frames, and one connection at a time, whose source and sink it is."""
 
-    Between connections one thread uses it (on the server, whoever has taken it out of the pool); while
-    it is spliced, one thread sends and one receives.  `close` is for the last of them.
-    """
+    speaks = True
+    """Frames pass between connections: whether it is alive can be asked, and it can be given up in peace."""
+    END_EVENTS = getattr(select, "POLLRDHUP", 0)
+    """Poll events that say that it is lost, even after the other side has ended its direction of a connection."""
 
     def __init__(self, stream: Stream, role: str) -> None:
         self.stream = stream
@@ -58,6 +56,36 @@ class Link:
     def __repr__(self) -> str:
         return f"<Link {self.name} {self.machine.state}>"
 
+    @property
+    def is_idle(self) -> bool:
+        """It carries no connection, and nothing of one is to come."""
+        return self.machine.state in (IDLE, CLOSED)
+
+    @property
+    def leaving(self) -> bool:
+        """The relay client has said that it takes no further connection."""
+        return self.machine.leaving
+
+    @property
+    def has_ended(self) -> bool:
+        """This side has ended its direction of the connection."""
+        return self.machine.has_ended(self.machine.role)
+
+    @property
+    def peer_has_ended(self) -> bool:
+        """The other side has ended its own."""
+        return self.machine.has_ended(self.machine.peer)
+
+    @property
+    def source(self) -> Source:
+        """Where what comes out of the link is taken from, of the connection that it carries."""
+        return self
+
+    @property
+    def sink(self) -> Sink:
+        """Where the rest of that connection goes into it."""
+        return self
+
     # Control frames
 
     def pack_control(self, kind: int, fields: dict[str, Any] | None = None) -> bytes:
@@ -67,9 +95,17 @@ class Link:
             self.passed = 0
         return encode_frame(kind, fields)
 
-    def send(self, kind: int, fields: dict[str, Any] | None = None, also: bytes = b"") -> None:
-        """Send a control frame, with further encoded frames behind it in the same call.  Raises `OSError`."""
-        self.stream.send(self.pack_control(kind, fields) + also)
+    def pack_ping(self) -> bytes:
+        """What asks whether the other side is there, and has done with what came before."""
+        return self.pack_control(PING)
+
+    def pack_bye(self, again: bool) -> bytes:
+        """What ends an idle link in peace; the relay client may open one `again` at once."""
+        return self.pack_control(BYE, {"again": True} if again else None)
+
+    def send(self, kind: int, fields: dict[str, Any] | None = None) -> None:
+        """Send a control frame.  Raises `OSError`."""
+        self.stream.send(self.pack_control(kind, fields))
 
     def receive(self, deadline: Deadline, stop: Stop | None = None) -> Frame:
         """The next frame, waited for.  Raises `EOFError` at the end of the link, `LinkFault`, `OSError`."""
@@ -108,7 +144,7 @@ class Link:
         """The bytes that have come in and are no frame yet."""
         return bytes(self._buffer[self._start : self._end])
 
-    # The leg
+    # The source of one direction of a connection
 
     def recv_into(self, view: memoryview) -> int:
         count = self._recv(view, self.stream.recv_into)
@@ -120,6 +156,9 @@ class Link:
 
     def holds_bytes(self) -> bool:
         return self._start < self._end or self.stream.holds_bytes()
+
+    def may_have_more(self) -> bool:
+        return self.holds_bytes()  # END, sent with the last bytes, has come with them
 
     def _recv(self, view: memoryview, receive: Callable[[memoryview], int | None]) -> int | None:
         """Bytes out of DATA frames; ``None`` where `receive` gives that."""
@@ -156,11 +195,6 @@ class Link:
         self._left -= count
         return count
 
-    def send_buffer(self, view: memoryview, count: int) -> None:
-        self.machine.send(DATA)
-        view[:HEADER] = encode_header(DATA, count)
-        self.stream.send(view[: HEADER + count])
-
     def bulk_ahead(self) -> int:
         # Read exactly a header, nothing behind it: those bytes are to go from socket to socket.
         while self._left == 0 and self._end - self._start < HEADER:
@@ -179,30 +213,45 @@ class Link:
             raise ConnectionResetError("the link was lost")
         self._left -= count
 
-    def announce_bulk(self, count: int) -> None:
+    # The sink of the other direction
+
+    def pack_header(self, count: int) -> bytes:
         self.machine.send(DATA)
-        self.stream._send_all(memoryview(encode_header(DATA, count)), socket.MSG_MORE)
-
-    def keep_trying(self) -> None:
-        self.stream.keep_trying()
-
-    def end(self, passed: int = 0) -> None:
-        if not self.machine.has_ended(self.machine.role):  # otherwise `pack_end` was before this
-            self.stream.send(self.pack_end(passed))
-
-    def pack(self, data: memoryview) -> bytes | memoryview:
-        self.machine.send(DATA)
-        return encode_header(DATA, len(data)) + data
+        return encode_header(DATA, count)
 
     def pack_end(self, passed: int = 0) -> bytes:
+        if self.has_ended:
+            return b""
         return self.pack_control(END, {"passed": passed} if passed and self.machine.role == CLIENT else None)
 
-    def end_now(self) -> bool:
+    def end(self, wait: bool = True) -> bool:
         return True
 
+    # The end of a connection
+
     def abort(self, reason: str) -> None:
-        if not self.machine.has_ended(self.machine.role):
+        """Tell the other side that the connection is broken off, if it still waits for its end.  Raises `OSError`."""
+        if not self.has_ended:
             self.send(ABORT, {"reason": shown(reason)})
+
+    def lose(self) -> None:
+        """Sending has failed, maybe in the midst of a frame, which nothing can follow: the link is of no more use.
+
+        What it holds can still be received.
+        """
+        self.wake()
+
+    def break_off(self, hurry: bool, close: bool) -> None:
+        """From outside: end the connection, unless `abort` is to say so and the link to live on."""
+        if close:
+            self.wake()
+
+    def hurry(self) -> None:
+        """The connection is over: it has nothing that could be hurried, and may be carrying another one."""
+
+    def hear_out_time(self) -> float:
+        """Seconds within which the end of the other side comes, where that has ended by itself; 0 if none can come."""
+        return max(HEAR_OUT_TIME, 2 * round_trip(self.sock))
 
     def discard(self, deadline: Deadline, stop: Stop | None = None) -> int:
         """Receive and drop until the other side has ended its direction by END; returns how many bytes it were.
@@ -211,16 +260,21 @@ class Link:
         bytes come after this side has ended its own direction: then a new link costs less than the rest.
         """
         scrap, dropped, after = memoryview(bytearray(4 * BULK)), 0, 0
-        while not self.machine.has_ended(self.machine.peer):
+        while not self.peer_has_ended:
             count = self.recv_now(scrap)
             if count is None:
                 wait_for(self.fd, select.POLLIN, deadline, stop)
                 continue
             dropped += count
-            after += count if self.machine.has_ended(self.machine.role) else 0
+            after += count if self.has_ended else 0
             if after > MOST_DISCARDED:
                 raise ConnectionResetError("the other side did not stop sending")
         return dropped
+
+    def conclude(self, whole: bool, sent: int) -> None:
+        """The connection is over, and so many bytes of it were sent on this link."""
+        self.stream.rest()
+        self.spent = is_held_back(self.sock, sent)
 
     def wake(self) -> None:
         """Make blocked calls of other threads return.  A FIN here deceives nobody: only END is an end."""
@@ -260,9 +314,73 @@ class Link:
         return memoryview(self._buffer)[self._end :]
 
 
-def carrier(leg: Leg) -> Stream:
-    """The stream whose socket a leg's bytes go through."""
-    if isinstance(leg, Link):
-        return leg.stream
-    assert isinstance(leg, Stream)
-    return leg
+class RawLink:
+    """A link as node-tcp-relay knows it, with the face of `Link`: a stream that carries one connection, and no more.
+
+    All bytes on it are the connection's, from the first one on, which starts it.  Its end is a FIN, and what breaks it
+    off an RST; after either it is of no further use.
+    """
+
+    speaks = False
+    END_EVENTS = 0
+    heartbeat = 0.0
+    passed = 0
+    spent = leaving = is_idle = has_ended = peer_has_ended = False
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.sock = stream.sock
+        self.fd = stream.fd
+        self.name = stream.name
+        self.source: Source = stream
+        self.sink: Sink = stream
+
+    def receive_now(self) -> Frame | None:
+        """While it is idle the other side has nothing to say.  Raises `EOFError`, `LinkFault` and `OSError`."""
+        count = self.stream.recv_now(memoryview(bytearray(1)))
+        if count == 0:
+            raise EOFError("the link was closed")
+        if count is not None:
+            raise LinkFault("bytes on an idle link; does the other side speak --wire v1?")
+        return None
+
+    receive_held = receive_now
+
+    def refuse(self, code: str, reason: str) -> None:
+        """There are no words for that."""
+
+    def pack_ping(self) -> bytes:
+        return b""
+
+    def pack_bye(self, again: bool) -> bytes:
+        return b""
+
+    def abort(self, reason: str) -> None:
+        self.stream.abort()
+
+    def lose(self) -> None:
+        """What it holds can still be received."""
+
+    def break_off(self, hurry: bool, close: bool) -> None:
+        self.stream.abort(hurry)
+
+    def hurry(self) -> None:
+        self.stream.hurry()
+
+    def hear_out_time(self) -> float:
+        return 0.0
+
+    def discard(self, deadline: Deadline, stop: Stop | None = None) -> int:
+        raise ConnectionResetError("a raw link has no end but its own")
+
+    def conclude(self, whole: bool, sent: int) -> None:
+        self.stream.conclude(whole)
+
+    def wake(self) -> None:
+        self.stream.wake()
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+AnyLink = Link | RawLink

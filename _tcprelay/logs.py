@@ -14,7 +14,7 @@ import select
 import sys
 import threading
 import time
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from .events import Event
 from .waiting import Deadline, wait_for
@@ -201,3 +201,10 @@ def set_up_logging(level: str, format: str) -> None:
     logger.handlers[:] = [log_writer]
     logger.propagate = False
     logger.setLevel(level.upper())
+
+
+def fail(prog: str, status: int, message: str) -> NoReturn:
+    """End the process with one line.  Raises `SystemExit`."""
+    log_writer.put(f"{prog}: {message}\n")
+    log_writer.end()
+    raise SystemExit(status)

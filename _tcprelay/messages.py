@@ -1,4 +1,14 @@
-"""Messages between a parent and its worker processes."""
+"""Messages between a parent and its worker processes: a JSON object, and sometimes bytes and a descriptor behind it.
+
+to the parent, over the channel     "up": it serves now
+                                    "event", "fields": what is about the role as a whole
+                                    "look": a service has an idle link, or somebody who waits
+                                    "suspect": a relay client that seems to be out of reach
+                                    "left", "address": a connection of that service (links: "") is gone
+                                    "id", "failed", …: a service client comes back, with its descriptor
+to a worker, over the channel       a byte: the number of a signal; "give_up", "suspect": orders
+to a worker, over the intake        "service", "address", …: a connection, with its descriptor
+"""
 
 from __future__ import annotations
 
@@ -12,8 +22,6 @@ from typing import Any
 
 MESSAGE_SIZE = 1 << 17
 """Bytes of the longest message between a parent and a worker."""
-
-
 MESSAGE_ROOM = 4096
 """Bytes that a worker leaves free in it for what the parent adds when it passes it on."""
 

@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
 from .addresses import Endpoint, parse_endpoint, parse_host, parse_port
 from .text import say_error, shown, trim
 from .values import (
-    LONGEST_SECRET,
-    Option,
-    Publication,
-    ServicePort,
-    one_of,
-    option,
-    parse_count,
-    parse_flag,
-    parse_heartbeat,
-    parse_keepalive,
-    parse_path,
-    parse_pin,
-    parse_positive,
-    parse_publication,
-    parse_seconds,
-    parse_secret,
-    parse_service,
-    parse_tls,
-    parse_workers,
-)
+    LONGEST_SECRET, Option, Publication, ServicePort, one_of, option, parse_count, parse_flag, parse_heartbeat,
+    parse_keepalive, parse_path, parse_pin, parse_positive, parse_publication, parse_seconds, parse_secret,
+    parse_service, parse_tls, parse_workers,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,18 +82,32 @@ class Options:
 
     def __post_init__(self) -> None:
         self._check_values()
-        if self.token and self.token_file:
-            raise ValueError("give --token or --token-file, not both")
-        if self.passphrase and self.passphrase_file:
-            raise ValueError("give --passphrase or --passphrase-file, not both")
-        if self.cert and self.pfx:
-            raise ValueError("give --cert or --pfx, not both")
-        if self.key and not self.cert:
-            raise ValueError("--key is of no use without --cert")
-        if self.wire == "raw" and (self.token or self.token_file):
-            raise ValueError("--wire raw cannot check a token: leave it out, or use --wire v1 on both sides")
-        if self.secret and self.wire != "raw":
-            raise ValueError("--secret is for --wire raw; otherwise use --token")
+        for wrong, why in self._complaints():
+            if wrong:
+                raise ValueError(why)
+
+    def _complaints(self) -> Iterator[tuple[object, str]]:
+        """What may not be, each with what is to be said of it; each is looked at only where the ones before are not."""
+        yield self.token and self.token_file, "give --token or --token-file, not both"
+        yield self.passphrase and self.passphrase_file, "give --passphrase or --passphrase-file, not both"
+        yield self.cert and self.pfx, "give --cert or --pfx, not both"
+        yield self.key and not self.cert, "--key is of no use without --cert"
+        yield (
+            self.wire == "raw" and (self.token or self.token_file),
+            ("--wire raw cannot check a token: leave it out, or use --wire v1 on both sides"),
+        )
+        yield self.secret and self.wire != "raw", "--secret is for --wire raw; otherwise use --token"
+
+    def _useless(self, names: str, needed: str, is_there: bool) -> Iterator[tuple[object, str]]:
+        """Complaints of options that secure nothing as things stand, and must not look as if they did."""
+        for name in names.split():
+            yield getattr(self, name) and not is_there, f"--{name.replace('_', '-')} is of no use without {needed}"
+
+    def _wrong_services(self, services: list[str]) -> Iterator[tuple[object, str]]:
+        """Complaints of the names of all services."""
+        twice = repeated(services)
+        yield twice, f"two services are named {twice}"
+        yield self.wire == "raw" and len(services) > 1, "--wire raw carries one service: links have no name there"
 
     def _check_values(self) -> None:
         """Have values that come from a program judged like those of the command line; ``None`` is the default."""
@@ -156,6 +155,12 @@ def read_secret(name: str, path: str) -> bytes:
     return secret
 
 
+def repeated(items: list[ItemT]) -> ItemT | None:
+    """The first that stands there more than once."""
+    return next((item for item in items if items.count(item) > 1), None)
+
+
+ItemT = TypeVar("ItemT")
 OptionsT = TypeVar("OptionsT", bound=Options)
 
 
@@ -218,36 +223,25 @@ class ServerOptions(Options):
         False, parse_flag, "accept links from other hosts although neither token nor certificates are asked for",
         group="Trust")  # fmt: skip
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.relay_port is None:
-            raise ValueError("--relay-port is required")
-        if not self.pair_timeout:
-            raise ValueError("--pair-timeout must be more than 0")
+    def _complaints(self) -> Iterator[tuple[object, str]]:
+        yield from super()._complaints()
+        yield self.relay_port is None, "--relay-port is required"
+        yield not self.pair_timeout, "--pair-timeout must be more than 0"
         services = self.services
-        if not services:
-            raise ValueError("--service-port or --service is required")
-        names = [service.name for service in services]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"two services are named {twice[0]}")
+        yield not services, "--service-port or --service is required"
+        yield from self._wrong_services([service.name for service in services])
         ports = [(self.hostname, self.relay_port)] + [(s.host or self.hostname, s.port) for s in services]
-        if taken := [port for host, port in ports if port and ports.count((host, port)) > 1]:
-            raise ValueError(f"two ports are {taken[0]}")
-        if self.wire == "raw" and len(services) > 1:
-            raise ValueError("--wire raw carries one service: links have no name there")
-        if self.auth and not self.ca_file:
-            raise ValueError("--auth needs --ca-file: the CA certificates that relay clients' certificates come from")
-        if self.service_cert and self.service_pfx:
-            raise ValueError("give --service-cert or --service-pfx, not both")
-        # What secures nothing as it stands must not look as if it did.
-        for name in ("cert", "pfx"):
-            if getattr(self, name) and not (self.tls or self.auth):
-                raise ValueError(f"--{name} is of no use without --tls")
-        for name in ("service_cert", "service_key", "service_pfx"):
-            if getattr(self, name) and self.tls not in ("both", "service"):
-                raise ValueError(f"--{name.replace('_', '-')} is of no use without --tls both or --tls service")
-        if self.ca_file and not self.auth:
-            raise ValueError("--ca-file is of no use without --auth")
+        taken = repeated([(host, port) for host, port in ports if port])
+        yield taken, f"two ports are {taken and taken[1]}"
+        yield (
+            self.auth and not self.ca_file,
+            ("--auth needs --ca-file: the CA certificates that relay clients' certificates come from"),
+        )
+        yield self.service_cert and self.service_pfx, "give --service-cert or --service-pfx, not both"
+        yield from self._useless("cert pfx", "--tls", bool(self.tls or self.auth))
+        on_services = self.tls in ("both", "service")
+        yield from self._useless("service_cert service_key service_pfx", "--tls both or --tls service", on_services)
+        yield from self._useless("ca_file", "--auth", self.auth)
 
     @property
     def is_improvised(self) -> bool:
@@ -306,34 +300,26 @@ class ClientOptions(Options):
     service_insecure: bool = option(
         False, parse_flag, "accept any certificate of the service (--tls both)", group="TLS")  # fmt: skip
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.relay_host:
-            raise ValueError("--relay-host is required")
-        if self.relay_port is None:
-            raise ValueError("--relay-port is required")
+    def _complaints(self) -> Iterator[tuple[object, str]]:
+        yield from super()._complaints()
+        yield not self.relay_host, "--relay-host is required"
+        yield self.relay_port is None, "--relay-port is required"
         services = self.services
-        if not services:
-            raise ValueError("--port (with --host) or --publish is required")
-        names = [service.name for service in services]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"two services are named {twice[0]}")
-        if unreachable := [
-            str(service.target) for service in services if not (service.target.port or service.target.path)
-        ]:
-            raise ValueError(f"nothing can be reached at port 0: {unreachable[0]}")
-        if self.host.startswith("unix:") and self.port is not None:
-            raise ValueError("--port is of no use where --host is a Unix socket")
-        if 0 < self.max_conn < self.num_conn * len(services):
-            raise ValueError("--max-conn is less than the idle links that --num-conn asks for, over all services")
-        if self.wire == "raw" and len(services) > 1:
-            raise ValueError("--wire raw carries one service: links have no name there")
-        for name in ("pin", "tls_server_name", "cert", "pfx", "ca_file"):
-            if getattr(self, name) and self.tls not in ("relay", "both"):
-                raise ValueError(f"--{name.replace('_', '-')} is of no use without --tls")
-        for name in ("service_ca_file", "service_insecure"):
-            if getattr(self, name) and self.tls not in ("both", "service"):
-                raise ValueError(f"--{name.replace('_', '-')} is of no use without --tls both or --tls service")
+        yield not services, "--port (with --host) or --publish is required"
+        yield from self._wrong_services([service.name for service in services])
+        unreachable = [service.target for service in services if not (service.target.port or service.target.path)]
+        yield unreachable, f"nothing can be reached at port 0: {', '.join(map(str, unreachable))}"
+        yield (
+            self.host.startswith("unix:") and self.port is not None,
+            ("--port is of no use where --host is a Unix socket"),
+        )
+        yield (
+            0 < self.max_conn < self.num_conn * len(services),
+            ("--max-conn is less than the idle links that --num-conn asks for, over all services"),
+        )
+        yield from self._useless("pin tls_server_name cert pfx ca_file", "--tls", self.tls in ("relay", "both"))
+        to_services = self.tls in ("both", "service")
+        yield from self._useless("service_ca_file service_insecure", "--tls both or --tls service", to_services)
 
     @property
     def services(self) -> list[Publication]:

@@ -20,9 +20,9 @@ from .logs import log_writer
 from .messages import MESSAGE_SIZE, decode_message, receive_message, send_message
 from .role import Relay
 from .signals import Signals, notify_systemd, reap
+from .system import has_interpreter_lock
 from .text import say_error
 from .threads import JOIN_TIMEOUT
-from .tuning import has_interpreter_lock
 from .waiting import Deadline
 
 MOST_WORKERS = 4
@@ -56,7 +56,7 @@ def fork() -> int:
         return os.fork()
 
 
-def serve(role: Relay, signals: Signals | Orders) -> int:
+def serve(role: Relay[Any], signals: Signals | Orders) -> int:
     """The life of a role in this process, from its start to the exit status."""
     stragglers: list[str] = []
     ending = threading.Event()
@@ -92,7 +92,7 @@ def serve(role: Relay, signals: Signals | Orders) -> int:
     return 0
 
 
-def invite(role: Relay) -> None:
+def invite(role: Relay[Any]) -> None:
     """Say what the other side is to do, with secrets on a terminal only."""
     if invitation := role.invitation(with_secrets=os.isatty(2)):
         log_writer.put(f"{invitation}\n")
@@ -142,10 +142,10 @@ class Workers:
 
     FIRST_PAUSE = 0.005
 
-    def __init__(self, role: Relay, count: int) -> None:
+    def __init__(self, role: Relay[Any], count: int) -> None:
         self.role = role
-        self.log = role._log
-        self.emit = role._emit
+        self.log = role.runtime.log
+        self.emit = role.runtime.emit
         self.workers = [WorkerProcess(number) for number in range(count)]
         self.selector = selectors.DefaultSelector()
         """Its keys' data are what to call when they turn readable."""
@@ -204,8 +204,8 @@ class Workers:
     def hear(self, worker: WorkerProcess, message: dict[str, Any], payload: bytes, descriptors: list[int]) -> None:
         """A message from a worker.  Who takes a descriptor removes it from the list; the others are closed."""
 
-    def become(self, worker: WorkerProcess) -> None:
-        """In the new process: be this worker."""
+    def become(self, worker: WorkerProcess, intake: socket.socket) -> None:
+        """In the new process: have the role be this worker, which is sent connections over `intake`."""
 
     def look_at_time(self) -> float:
         """Do what is due; returns the seconds until something else will be."""
@@ -319,10 +319,10 @@ class Workers:
                     other.intake.close()
             self.role.choose_processor(worker.number)
             log_writer.begin()
-            self.role.become_worker(channel, intake)
-            self.become(worker)
+            self.role.runtime.become_worker(channel)
+            self.become(worker, intake)
             self.role.start()
-            self.role.send_to_parent({"up": True})
+            self.role.runtime.tell_parent({"up": True})
             status = serve(self.role, Orders(self.role, channel))
         except (OSError, RuntimeError) as error:
             self.log.error("worker %d: %s", worker.number, say_error(error))
@@ -391,7 +391,7 @@ ResultT = TypeVar("ResultT")
 class Orders:
     """What a worker hears from its parent: signals that are passed on, and orders for the role."""
 
-    def __init__(self, role: Relay, channel: socket.socket) -> None:
+    def __init__(self, role: Relay[Any], channel: socket.socket) -> None:
         self._role = role
         self._channel = channel
         self._over = False

@@ -12,30 +12,14 @@ from .system import hashlib, hmac
 from .text import random_id
 
 HEADER = 4
-
-
 MAX_CONTROL = 4096
-
-
 MAX_DATA = (1 << 24) - 1
-
-
 PROTOCOL_VERSION = 1
-
-
 SILENCE = 2.5
 """Heartbeat intervals without a frame after which an idle link is dead: two PINGs may be lost."""
-
-
 HELLO, CHALLENGE, AUTH, WELCOME, REFUSED = 1, 2, 3, 4, 5
-
-
 PING, PONG = 6, 7
-
-
 START, READY, FAIL, DATA, END, ABORT, BYE = 8, 9, 10, 11, 12, 13, 14
-
-
 FRAME_NAMES = {
     HELLO: "HELLO", CHALLENGE: "CHALLENGE", AUTH: "AUTH", WELCOME: "WELCOME", REFUSED: "REFUSED",
     PING: "PING", PONG: "PONG", START: "START", READY: "READY", FAIL: "FAIL",
@@ -44,14 +28,8 @@ FRAME_NAMES = {
 
 
 CLIENT, SERVER = "client", "server"
-
-
 NEW, GREETED, CHALLENGED, PROVEN = "new", "greeted", "challenged", "proven"
-
-
 IDLE, OPENING, SPLICED, FAILED, CLOSED = "idle", "opening", "spliced", "failed", "closed"
-
-
 TRANSITIONS = {
     # (state, sender, frame): the next state.  END and ABORT count separately: see `LinkMachine`.
     (NEW, CLIENT, HELLO): GREETED,

@@ -1,29 +1,32 @@
-"""What both roles share: how they begin and end."""
+"""What both roles share: what their parts stand on, and how they begin and end.
+
+Ending goes in this order: `Runtime.stop` is requested, so that nothing new begins and handshakes are cut short; open
+connections have until the drain deadline; then `Runtime.cut` is requested, what is left is broken off, and all threads
+are waited for.  `Relay.end` may be called by any thread, also from ``on_event``.
+"""
 
 from __future__ import annotations
 
 import abc
 import contextlib
-import dataclasses
 import logging
 import socket
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from dataclasses import asdict, dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
 
 from .events import Draining, Event, Events
 from .messages import encode_message, send_message
-from .options import Options
+from .options import OptionsT
 from .protocol import prove
 from .signals import Signals
-from .system import ssl
+from .system import choose_processor, from_descriptor_limit, ssl
 from .tcp import Probing
 from .text import say_error
 from .threads import JOIN_TIMEOUT, Threads, join
-from .tuning import choose_processor, from_descriptor_limit
 from .waiting import Deadline, Stop
-from .watch import Splices
+from .watch import Places, Splices
 
 
 class Parent(Protocol):
@@ -37,42 +40,98 @@ class Parent(Protocol):
 class Credentials:
     """What a role read from its files: replaced as a whole when they are read again."""
 
-    token: bytes = field(repr=False)
-    links: ssl.SSLContext | None
+    token: bytes = field(default=b"", repr=False)
+    links: ssl.SSLContext | None = None
     """For TLS on the links; ``None`` for plain ones."""
-    services: ssl.SSLContext | None
+    services: ssl.SSLContext | None = None
     """For TLS on the service ports, or to the service."""
     pin: str = ""
     """Of the certificate that was made here."""
 
 
-class Relay(abc.ABC):
-    """What the two roles have in common: how they begin and end, and what their connections stand on."""
+class Runtime(Generic[OptionsT]):
+    """What the parts of a role stand on, each of which is made with it.
 
-    def __init__(self, logger: str, options: Options, most: int, on_event: Callable[[Event], object] | None) -> None:
+    Parameters: the logger's name, the options, how many places there are (0 is what the limit on descriptors allows),
+    and ``on_event``.
+    """
+
+    stop: Stop
+    """Requested when the end begins: nothing new is begun, and handshakes are cut short."""
+    cut: Stop
+    """Requested at the drain deadline: whatever still waits for something is cut short."""
+
+    def __init__(
+        self, logger: str, options: OptionsT, most: int = 0, on_event: Callable[[Event], object] | None = None
+    ) -> None:
         self.options = options
-        self._log = logging.getLogger(logger)
-        self._emit = Events(self._log, on_event)
-        self._credentials = self._load_credentials()
-        if self._credentials.token or options.secret:
+        self.log = logging.getLogger(logger)
+        self.emit = Events(self.log, on_event)
+        self.credentials = Credentials()
+        self.threads = Threads()
+        self.probing = Probing(options.keepalive, options.dead_path)
+        self.places = Places(most or from_descriptor_limit())
+        self.splices = Splices(options.idle_timeout, options.half_close_timeout, options.dead_path)
+        self._channel: socket.socket | None = None
+        """In a worker process, to its parent; see `_tcprelay.processes`."""
+
+    def begin(self) -> None:
+        """Make what threads wait on; in a worker that is not before the fork.  Raises `OSError`."""
+        self.stop, self.cut = Stop(), Stop()
+
+    def close(self) -> None:
+        """Give that back, when there are no threads any more."""
+        self.stop.close()
+        self.cut.close()
+
+    def own_thread(self, life: Callable[[], None], name: str, until: Stop) -> threading.Thread:
+        """A thread that lives as long as the role.  No unexpected error ends it: its life begins anew."""
+
+        def live() -> None:
+            while not until.requested:
+                try:
+                    life()
+                except Exception:
+                    self.log.exception("unexpected error in the %s", name)
+                    until.wait(1.0)
+
+        return threading.Thread(target=live, name=f"{self.log.name} {name}", daemon=True)
+
+    # In a worker process
+
+    @property
+    def is_worker(self) -> bool:
+        return self._channel is not None
+
+    def become_worker(self, channel: socket.socket) -> None:
+        """Have a parent at the other end of the channel, who hears of the events that are about the role as a whole."""
+        self._channel = channel
+        self.emit.pass_on = lambda event: self.tell_parent({"event": type(event).__name__, "fields": asdict(event)})
+
+    def tell_parent(self, message: dict[str, Any]) -> None:
+        """Send the parent a message; any thread.  Where it is gone, so is this process soon."""
+        with contextlib.suppress(OSError):
+            self.send_to_parent(encode_message(message))
+
+    def send_to_parent(self, message: bytes, descriptors: Sequence[int] = ()) -> None:
+        """The same with descriptors, of an encoded message.  Raises `OSError`."""
+        assert self._channel is not None
+        send_message(self._channel, message, descriptors)
+
+
+class Relay(abc.ABC, Generic[OptionsT]):
+    """What the two roles have in common: how they begin and end, as a context manager too."""
+
+    def __init__(self, runtime: Runtime[OptionsT]) -> None:
+        self.runtime = runtime
+        self.options = runtime.options
+        runtime.credentials = self._load_credentials()
+        if runtime.credentials.token or self.options.secret:
             prove(b"", "", "", "", "", "")  # imports what it needs now
         self.signals: Signals | None = None
         """In a command: those that come while `prepare` waits end it."""
-        self._threads = Threads()
-        self._probing = Probing(options.keepalive, options.dead_path)
-        self._splices = Splices(
-            most or from_descriptor_limit(), options.idle_timeout, options.half_close_timeout, options.dead_path
-        )
-        self._stop: Stop
-        """Requested when `end` begins: nothing new is begun, and handshakes are cut short."""
-        self._cut: Stop
-        """Requested at the drain deadline: whatever still waits for something is cut short."""
         self._own_threads: list[threading.Thread] = []
         """The threads that live as long as the role."""
-        self._channel: socket.socket | None = None
-        """In a worker process, to its parent; see `Workers`."""
-        self._intake: socket.socket
-        """There, what the connections that the parent has accepted come from."""
         self._lock = threading.Lock()  # over the three below
         self._started = False
         self._closed = False
@@ -86,7 +145,7 @@ class Relay(abc.ABC):
             if self._started or self._drain is not None:
                 raise RuntimeError("this relay was started or ended before")
             self._started = True
-            self._stop, self._cut = Stop(), Stop()
+            self.runtime.begin()
         try:
             self._open()
         except BaseException:
@@ -116,32 +175,33 @@ class Relay(abc.ABC):
             finally:
                 self._ended.set()
         elif not self._is_own_thread():
-            self._splices.hurry()
+            self.runtime.places.hurry()
             self._ended.wait(timeout + 2 * JOIN_TIMEOUT)
         else:
-            self._splices.hurry()
+            self.runtime.places.hurry()
             return []
         return self._finish()
 
     def _end(self, drain: Deadline) -> None:
-        self._stop.request()
+        runtime, splices = self.runtime, self.runtime.splices
+        runtime.stop.request()
         self._stop_intake()
-        if len(self._splices):
-            self._emit(Draining(connections=len(self._splices), seconds=drain.remaining() or 0.0))
-        self._splices.drain(drain)
-        self._cut.request()
-        self._splices.break_off_all("this relay is ending", Deadline(JOIN_TIMEOUT))
+        if len(splices):
+            runtime.emit(Draining(connections=len(splices), seconds=drain.remaining() or 0.0))
+        runtime.places.wait_until_empty(drain)
+        runtime.cut.request()
+        splices.break_off_all("this relay is ending", Deadline(JOIN_TIMEOUT))
         self._wake_all()
 
     def _finish(self) -> list[str]:
         """Wait for the threads, and give back what they were waiting on; not from one of them."""
-        stragglers = self._threads.end(Deadline(JOIN_TIMEOUT))
+        stragglers = self.runtime.threads.end(Deadline(JOIN_TIMEOUT))
         if not self._is_own_thread():
             for thread in self._own_threads:
                 join(thread, JOIN_TIMEOUT)
             stragglers += [thread.name for thread in self._own_threads if thread.is_alive()]
         if stragglers:
-            self._log.error("still running at the end: %s", ", ".join(stragglers))
+            self.runtime.log.error("still running at the end: %s", ", ".join(stragglers))
         elif not self._is_own_thread():
             with self._lock:
                 first, self._closed = not self._closed, True
@@ -150,22 +210,24 @@ class Relay(abc.ABC):
         return stragglers
 
     def _is_own_thread(self) -> bool:
-        return self._threads.is_mine() or threading.current_thread() in self._own_threads
+        return self.runtime.threads.is_mine() or threading.current_thread() in self._own_threads
 
     def reload(self) -> bool:
         """Read certificates, CA files and the token again, for what connects from now on; living connections
         are not touched.  Where they cannot be read the old ones stay in force: False, and the log says why."""
         try:
-            self._credentials = self._load_credentials()
+            self.runtime.credentials = self._load_credentials()
         except (OSError, ValueError) as error:
             name = f"{error.filename}: " if isinstance(error, OSError) and isinstance(error.filename, str) else ""
-            self._log.error("cannot reload, the old certificates and token stay in force: %s%s", name, say_error(error))
+            self.runtime.log.error(
+                "cannot reload, the old certificates and token stay in force: %s%s", name, say_error(error)
+            )
             return False
         except Exception:
-            self._log.exception("unexpected error in a reload, the old certificates and token stay in force")
+            self.runtime.log.exception("unexpected error in a reload, the old certificates and token stay in force")
             return False
-        if self._channel is None:  # else the parent has told it
-            self._log.info("certificates and token are reloaded")
+        if not self.runtime.is_worker:  # else the parent has told it
+            self.runtime.log.info("certificates and token are reloaded")
         return True
 
     def invitation(self, with_secrets: bool) -> str:
@@ -191,18 +253,8 @@ class Relay(abc.ABC):
     def make_workers(self, count: int) -> Parent | None:
         """The parent of so many workers that do what this object would do alone; ``None`` where it should."""
 
-    def become_worker(self, channel: socket.socket, intake: socket.socket) -> None:
-        """Be one of several from now on; called in the new process, before `start`."""
-        self._channel, self._intake = channel, intake
-        self._emit.pass_on = self.tell_parent
-
-    def obey(self, order: dict[str, Any]) -> None:  # noqa: B027 (not every role has orders of its own)
+    def obey(self, order: dict[str, Any]) -> None:
         """In a worker: the parent asks for something."""
-
-    def tell_parent(self, event: Event) -> None:
-        """Have the parent hear of an event."""
-        fields = {f.name: getattr(event, f.name) for f in dataclasses.fields(event)}
-        self.send_to_parent({"event": type(event).__name__, "fields": fields})
 
     FIRST_PROCESSOR, NEXT_PROCESSOR = 0, 1
     """Which processors the role's processes run on, of those that there are; -1 is the last."""
@@ -211,35 +263,28 @@ class Relay(abc.ABC):
         """Have the threads of this process, one of several, run on one processor."""
         choose_processor(self.FIRST_PROCESSOR + number * self.NEXT_PROCESSOR)
 
-    def send_to_parent(self, message: dict[str, Any], payload: bytes = b"", descriptors: Sequence[int] = ()) -> None:
-        """Any thread.  Where the parent is gone, so is this process soon."""
-        assert self._channel is not None
-        with contextlib.suppress(OSError):
-            send_message(self._channel, encode_message(message, payload), descriptors)
-
     @abc.abstractmethod
     def _stop_intake(self) -> None:
-        """Begin nothing new, and give up what is idle; `_stop` has been requested."""
+        """Begin nothing new, and give up what is idle; `Runtime.stop` has been requested."""
 
-    def _wake_all(self) -> None:  # noqa: B027 (a role may have nobody left to wake)
+    def _wake_all(self) -> None:
         """Wake whoever may still wait for a peer, when all connections are broken off."""
 
     def _close(self) -> None:
         """Give back what threads were waiting on, when there are none any more."""
-        self._stop.close()
-        self._cut.close()
+        self.runtime.close()
 
     def _count(self, inbound_is_to_link: bool) -> dict[str, int]:
         """The counts so far, those of open connections included."""
-        counts = dict(self._emit.counts)
-        for splice in self._splices.snapshot():
-            inbound, outbound = splice.to_link, splice.from_link
-            if not inbound_is_to_link:
-                inbound, outbound = outbound, inbound
-            counts["bytes_in"] += inbound
-            counts["bytes_out"] += outbound
-        counts["connections"] += len(self._splices)
-        return {**counts, "open": len(self._splices)}
+        splices = self.runtime.splices.snapshot()
+        counts = {**self.runtime.emit.counts, "open": len(splices)}
+        counts["connections"] += len(splices)
+        for splice in splices:
+            flows = splice.to_link, splice.from_link
+            inbound, outbound = flows if inbound_is_to_link else reversed(flows)
+            counts["bytes_in"] += inbound.carried
+            counts["bytes_out"] += outbound.carried
+        return counts
 
     def __enter__(self: RelayT) -> RelayT:
         return self.start()
@@ -248,4 +293,4 @@ class Relay(abc.ABC):
         self.end()
 
 
-RelayT = TypeVar("RelayT", bound=Relay)
+RelayT = TypeVar("RelayT", bound="Relay[Any]")

@@ -19,8 +19,6 @@ from .waiting import Deadline, Stop, Stopping, Wakes
 
 DIAL_TIMEOUT = 10.0
 """Seconds to reach the service or the relay server, over all their addresses."""
-
-
 BACKLOG = 4096
 """Connections that the kernel holds until they are accepted: a flood that fills it up costs others a second, until
 their SYN is sent again.  Linux caps it at net.core.somaxconn, which is as much."""

@@ -1,4 +1,9 @@
-"""A byte stream over one socket."""
+"""A byte stream over one socket, and what a connection's two ends are for each other: a source and a sink.
+
+One thread at a time receives from a stream and one sends on it; the thread that serves its connection owns it, and
+closes it after the other has left.  Everybody else may only `Stream.wake` it or have it `Stream.hurry`: closing would
+not wake a blocked ``recv``, and the number of a closed descriptor may already belong to another connection.
+"""
 
 from __future__ import annotations
 
@@ -6,87 +11,83 @@ import errno
 import os
 import select
 import socket
-import struct
 from typing import Any, Protocol
 
-from .protocol import HEADER
 from .system import ignore_oserror
-from .tcp import CLOSE_NORMALLY, RESET_ON_CLOSE, unsent_bytes
+from .tcp import BYTES_RECEIVED, CLOSE_NORMALLY, RESET_ON_CLOSE, STATE, tcp_info, unsent_bytes
 from .waiting import Deadline, wait_for
-
-
-class Leg(Protocol):
-    """One side of a spliced connection, as a pump sees it.
-
-    A pump's buffer has `HEADER` free bytes before the data: a leg that sends frames puts its header there, so
-    that header and bytes leave in one system call and are never copied together.
-    """
-
-    name: str
-    fd: int
-    spliceable: bool
-    """Whether its bytes can pass inside the kernel, from and to `fd`."""
-
-    def recv_into(self, view: memoryview) -> int:
-        """Receive at least a byte; 0 is the end, and one that can be believed.  Raises `OSError`."""
-
-    def recv_now(self, view: memoryview) -> int | None:
-        """Like `recv_into`, but ``None`` where it would have to wait."""
-
-    def holds_bytes(self) -> bool:
-        """Whether there may be bytes, or the end, that the socket has given already, so that poll does not tell."""
-
-    def send_buffer(self, view: memoryview, count: int) -> None:
-        """Send the `count` bytes behind the header space of `view`, all of them.  Raises `OSError`."""
-
-    def bulk_ahead(self) -> int:
-        """How many bytes may be taken from `fd` directly; 0: use `recv_into`.  Raises `OSError`."""
-
-    def took_bulk(self, count: int) -> None:
-        """So many of them were taken; 0 at the end of the descriptor.  Raises `OSError` if that is no end."""
-
-    def announce_bulk(self, count: int) -> None:
-        """`count` bytes are about to be written to `fd` directly.  Raises `OSError`."""
-
-    def keep_trying(self) -> None:
-        """A send has been blocked for a while.  Raises `OSError` to give up."""
-
-    def end(self, passed: int = 0) -> None:
-        """End the sending direction: the other side has got everything.  So many bytes of the other direction
-        were `passed` on by now, which a relay client tells its server.  Raises `OSError`."""
-
-    def pack(self, data: memoryview) -> bytes | memoryview:
-        """These bytes as they cross the leg's socket, to be sent by `carrier`.  They have to be sent now."""
-
-    def pack_end(self, passed: int = 0) -> bytes:
-        """What says there that nothing more will come (see `end`); maybe nothing."""
-
-    def end_now(self) -> bool:
-        """When that has been sent: `end`, as far as it goes without waiting; False where `end` has to be called."""
-
 
 FLUSH_TIMEOUT = 5.0
 """Seconds that the bytes sent before an abort have to leave, before the RST that would discard them."""
-
-
 BULK = 16384
 """Reads of this size on are bulk traffic, worth passing through a pipe inside the kernel."""
-
-
 PIPE_SIZE = 1 << 20
 """Bytes that a pipe for bulk traffic takes: Linux's limit for ordinary users.  It holds a page for each of the
 fragments that packets come in, so less would fill up early (measured: 256 KiB cost 30 % more processor time)."""
 
 
+class Source(Protocol):
+    """Where the bytes of one direction of a connection come from.  All its methods raise `OSError`."""
+
+    name: str
+    sock: socket.socket
+    fd: int
+    spliceable: bool
+    """Whether its bytes can pass inside the kernel, from `fd`."""
+
+    def recv_into(self, view: memoryview) -> int:
+        """Receive at least a byte; 0 is the end, and one that can be believed."""
+
+    def recv_now(self, view: memoryview) -> int | None:
+        """The same, but ``None`` where it would have to wait."""
+
+    def holds_bytes(self) -> bool:
+        """Whether there may be bytes, or the end, that the socket has given already, so that poll does not tell."""
+
+    def may_have_more(self) -> bool:
+        """Whether it is worth asking again at once, after some have come."""
+
+    def bulk_ahead(self) -> int:
+        """How many bytes may be taken from `fd` directly; 0: use `recv_into`."""
+
+    def took_bulk(self, count: int) -> None:
+        """So many of them were taken; 0 at the end of the descriptor."""
+
+
+class Sink(Protocol):
+    """Where the bytes of one direction go: over a stream, with what has to stand there before and behind them."""
+
+    name: str
+    spliceable: bool
+
+    @property
+    def stream(self) -> Stream: ...
+
+    def pack_header(self, count: int) -> bytes:
+        """What goes before `count` bytes; they have to follow it at once, and nothing else.  Raises `OSError`."""
+
+    def pack_end(self, passed: int = 0) -> bytes:
+        """What tells that nothing more will come, to be sent before `end`; nothing where that has been packed before.
+
+        So many bytes of the other direction were `passed` on by now, which a relay client tells its server.
+        """
+
+    def end(self, wait: bool = True) -> bool:
+        """End this direction: the other side has got everything.  False where it does not `wait`, and would have to;
+        then it is to be called again.  Raises `OSError`."""
+
+
 class Stream:
-    """A byte stream over one TCP or Unix socket.
+    """A byte stream over one TCP or Unix socket; a source and a sink.
 
     While it carries a connection it is to be reset when it is closed, or when the process dies, until
-    `complete` says that both directions are whole: nobody must take a part for the whole.  What a relay
+    `conclude` says that both directions are whole: nobody must take a part for the whole.  What a relay
     accepts is like that from the start (see `listen`), what it dials from `reset_on_close` on.
     """
 
     spliceable = hasattr(os, "splice")
+    ends_at_once = True
+    """Its end takes no message, which might have to wait."""
 
     def __init__(self, sock: socket.socket, name: str, peer: Any = None) -> None:
         self.sock = sock
@@ -94,12 +95,14 @@ class Stream:
         self.name = name
         """What it is in a log line: "service client 192.0.2.7:50312"."""
         self.peer = peer
-        self.given_up = False
+        self.hurried = False
         """Blocked sends are to return with an error, and what was sent need not be delivered any more."""
         self._tcp = sock.family != socket.AF_UNIX
         self._fin_sent = False
         self.received = 0
         """Bytes that were taken from the socket, in whichever process, for `_believe_end`."""
+
+    # The source
 
     def recv_into(self, view: memoryview) -> int:
         count = self.sock.recv_into(view)
@@ -107,7 +110,6 @@ class Stream:
         return count or self._believe_end()
 
     def recv_now(self, view: memoryview) -> int | None:
-        """Like `recv_into`, but ``None`` where it would have to wait."""
         try:
             count = self.sock.recv_into(view, 0, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -118,31 +120,51 @@ class Stream:
     def holds_bytes(self) -> bool:
         return False
 
+    def may_have_more(self) -> bool:
+        return True  # the end often is right behind the bytes
+
+    def bulk_ahead(self) -> int:
+        return PIPE_SIZE
+
+    def took_bulk(self, count: int) -> None:
+        self.received += count
+
     def _believe_end(self) -> int:
         """0, where a receive that gave 0 means the end.  Raises `ConnectionResetError` where it does not.
 
         The error of an RST is told once.  Where another thread's send takes it, a receive gives 0, as at a FIN;
-        but only after an RST is the connection closed (TCP_CLOSE, byte 0 of Linux's tcp_info) while this side
-        has not sent its own FIN.  Then a FIN may have come before the RST, as from a peer that has closed and is
-        sent more: it counts as one more byte in tcpi_bytes_received, at byte 128.
+        but only after an RST is the connection closed (TCP_CLOSE) while this side has not sent its own FIN.  Then a
+        FIN may have come before the RST, as from a peer that has closed and is sent more: it counts as one more
+        byte in tcpi_bytes_received, which Linux has from 4.1 on.
         """
-        if self._tcp and not self._fin_sent:
-            try:
-                info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
-                closed = info[0] == 7 and struct.unpack_from("Q", info, 128)[0] <= self.received
-            except (OSError, AttributeError):
-                closed = False
-            except struct.error:  # Linux before 4.1
-                closed = info[0] == 7
-            if closed:
+        if self._tcp and not self._fin_sent and tcp_info(self.sock, STATE) == [7]:
+            [arrived] = tcp_info(self.sock, BYTES_RECEIVED) or [0]
+            if arrived <= self.received:
                 raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
         return 0
 
-    def send(self, data: bytes | bytearray | memoryview) -> None:
-        """Send all of it, however long the peer takes.  Raises `OSError`."""
-        self._send_all(memoryview(data))
+    # The sink
 
-    def _send_all(self, view: memoryview, flags: int = 0) -> None:
+    @property
+    def stream(self) -> Stream:
+        return self
+
+    def pack_header(self, count: int) -> bytes:
+        return b""
+
+    def pack_end(self, passed: int = 0) -> bytes:
+        return b""
+
+    def end(self, wait: bool = True) -> bool:
+        self._fin_sent = True
+        self.sock.shutdown(socket.SHUT_WR)
+        return True
+
+    # Sending
+
+    def send(self, data: bytes | bytearray | memoryview, flags: int = 0) -> None:
+        """Send all of it, however long the peer takes.  Raises `OSError`."""
+        view = memoryview(data)
         while view:
             try:
                 view = view[self.sock.send(view, flags) :]
@@ -151,7 +173,7 @@ class Stream:
 
     def keep_trying(self) -> None:
         """Called when a send has been blocked for a while.  Raises `ConnectionAbortedError` to give up."""
-        if self.given_up:
+        if self.hurried:
             raise ConnectionAbortedError("given up")
 
     def send_now(self, data: bytearray, end_follows: bool = False) -> bool:
@@ -166,55 +188,44 @@ class Stream:
                 pass
         return not data
 
-    def send_buffer(self, view: memoryview, count: int) -> None:
-        self._send_all(view[HEADER : HEADER + count])
-
-    def bulk_ahead(self) -> int:
-        return PIPE_SIZE
-
-    def took_bulk(self, count: int) -> None:
-        self.received += count
-
-    def announce_bulk(self, count: int) -> None:
-        pass
-
-    def end(self, passed: int = 0) -> None:
-        self._fin_sent = True
-        self.sock.shutdown(socket.SHUT_WR)
-
-    def pack(self, data: memoryview) -> bytes | memoryview:
-        return data
-
-    def pack_end(self, passed: int = 0) -> bytes:
-        return b""
-
-    def end_now(self) -> bool:
-        self.end()
-        return True
+    # Its end
 
     def reset_on_close(self) -> None:
         """Have `close`, or the death of this process, reset the connection."""
         if self._tcp:
             ignore_oserror(self.sock.setsockopt, socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
 
-    def abort(self, force: bool = False) -> None:
-        """Have `close` reset the connection, and wake whoever uses it."""
-        self.reset_on_close()
-        self.wake(force)
-
-    def complete(self) -> None:
-        """Both directions are whole: close normally, and let the kernel deliver what it still has."""
+    def close_normally(self) -> None:
+        """Have `close` let the kernel deliver what it still has."""
         if self._tcp:
             ignore_oserror(self.sock.setsockopt, socket.SOL_SOCKET, socket.SO_LINGER, CLOSE_NORMALLY)
 
-    def wake(self, force: bool = False) -> None:
-        """Make other threads' blocked receives return with an end; with `force` blocked sends soon give up.
+    def abort(self, hurry: bool = False) -> None:
+        """Have `close` reset the connection, and wake whoever uses it; with `hurry`, blocked senders too."""
+        self.reset_on_close()
+        if hurry:
+            self.hurry()
+        self.wake()
+
+    def wake(self) -> None:
+        """Make another thread's blocked receive return with an end.
 
         Only the receiving side is shut down, which sends nothing.  Shutting down the sending side would wake a
         blocked sender, too; but it sends a FIN, and that says "complete".
         """
-        self.given_up = self.given_up or force
         ignore_oserror(self.sock.shutdown, socket.SHUT_RD)
+
+    def hurry(self) -> None:
+        """Have blocked sends give up soon, and `conclude` not wait for what was sent."""
+        self.hurried = True
+
+    def conclude(self, whole: bool) -> None:
+        """The connection is over.  Where it is `whole`, `close` lets the kernel deliver what it still has; else the
+        peer gets what was sent before the RST, as far as it takes it in time."""
+        if whole:
+            self.close_normally()
+        elif not self.hurried:
+            self.flush()
 
     def close(self) -> None:
         """Close the socket; only its owner does, when no other thread uses it."""
@@ -230,7 +241,7 @@ class Stream:
         poller = select.poll()
         try:
             poller.register(self.sock, 0)
-            while not self.given_up and unsent_bytes(self.sock) and deadline.remaining() and not poller.poll(pause):
+            while not self.hurried and unsent_bytes(self.sock) and deadline.remaining() and not poller.poll(pause):
                 pause = min(2 * pause, 50.0)
         except (OSError, ValueError):
             pass  # gone already
@@ -242,7 +253,7 @@ class Stream:
         """End, and wait a little for the peer's end: with its bytes unread, `close` would reset the connection,
         and the peer might lose what was sent to it last."""
         try:
-            self.complete()
+            self.close_normally()
             self.sock.shutdown(socket.SHUT_WR)
             deadline, scrap = Deadline(1.0), memoryview(bytearray(4096))
             for _ in range(64):

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 
 from .system import LINUX, fcntl, ignore_oserror, termios
 
-RESET_ON_CLOSE = struct.pack("ii", 1, 0)
-
-
-CLOSE_NORMALLY = struct.pack("ii", 0, 0)
+RESET_ON_CLOSE, CLOSE_NORMALLY = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
+"""Values of SO_LINGER."""
 
 
 def limit_sends(sock: socket.socket) -> None:
@@ -96,17 +94,11 @@ def limit_unsent(sock: socket.socket, most: int = UNSENT) -> None:
 
 NEAR = 0.002
 """Seconds of a round trip: what is nearer gives whatever it has in no time, and needs no large window for that."""
-
-
 NEAR_BUFFER = 1 << 15
 """Bytes of the receive buffer for a near service behind a far link; Linux doubles what it is told."""
-
-
 NEAR_SEGMENT = 7_400
 """Bytes of its segments at most.  The send buffer of a service on this host takes 20 segments at least, each rounded up
 to a power of two with some 700 bytes of the kernel's own: with loopback's 65,483 these are 2.6 MB."""
-
-
 _SO_BUF_LOCK = 72
 
 
@@ -142,61 +134,60 @@ def waiting_bytes(sock: socket.socket) -> int:
         return 0
 
 
+# Fields of Linux's struct tcp_info: how struct reads one, and at which byte.
+STATE, _RETRANSMITS, _SEGMENT, _UNACKED = ("B", 0), ("B", 2), ("I", 16), ("I", 24)
+_LAST_ACK, _ROUND_TRIP, _THRESHOLD, _LOST = ("I", 56), ("I", 68), ("I", 76), ("I", 100)
+BYTES_RECEIVED, _LEAST_ROUND_TRIP = ("Q", 128), ("I", 148)
+
+
+def tcp_info(sock: socket.socket, *fields: tuple[str, int]) -> list[int] | None:
+    """Fields of a connection's struct tcp_info; ``None`` where nobody can tell, or this Linux has not all of them."""
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
+        return [struct.unpack_from(form, info, place)[0] for form, place in fields]
+    except (OSError, AttributeError, struct.error):
+        return None
+
+
 def path_is_dead(sock: socket.socket, seconds: float) -> bool:
     """Whether sent bytes have gone without any acknowledgement for so many seconds; 0 is never.
 
     A living peer that does not read acknowledges the probes of its closed window, so it does not count.
-    Reads `struct tcp_info` of Linux: tcpi_unacked at byte 24, tcpi_last_ack_recv (ms) at byte 56.
     """
-    try:
-        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)
-        unacked, last_ack = struct.unpack_from("I", info, 24)[0], struct.unpack_from("I", info, 56)[0]
-    except (OSError, AttributeError, struct.error):
-        return False
-    return bool(seconds and unacked and last_ack > 1000 * seconds)
+    unacked, milliseconds = tcp_info(sock, _UNACKED, _LAST_ACK) or (0, 0)
+    return bool(seconds and unacked and milliseconds > 1000 * seconds)
 
 
 def is_resent(sock: socket.socket) -> bool:
-    """Whether what was sent has been sent again twice without an acknowledgement, at the times of this path itself.
-
-    Reads `struct tcp_info` of Linux: tcpi_retransmits at byte 2, tcpi_unacked at byte 24.
-    """
-    try:
-        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
-        return bool(struct.unpack_from("I", info, 24)[0] and info[2] >= 2)
-    except (OSError, AttributeError, struct.error):
-        return False
+    """Whether what was sent has been sent again twice without an acknowledgement, at the times of this path itself."""
+    unacked, times = tcp_info(sock, _UNACKED, _RETRANSMITS) or (0, 0)
+    return bool(unacked and times >= 2)
 
 
 def round_trip(sock: socket.socket) -> float:
-    """Seconds of a connection's round trip; 0 where nobody can tell.  Reads Linux's tcpi_rtt (µs), at byte 68."""
-    try:
-        return float(struct.unpack_from("I", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 72), 68)[0]) / 1e6
-    except (OSError, AttributeError, struct.error):
-        return 0.0
+    """Seconds of a connection's round trip; 0 where nobody can tell."""
+    [microseconds] = tcp_info(sock, _ROUND_TRIP) or [0]
+    return microseconds / 1e6
 
 
 def is_near(sock: socket.socket) -> bool:
     """Whether a connection's shortest round trip, of the last five minutes, is below `NEAR`.
 
-    Reads tcpi_min_rtt (µs), at byte 148 of Linux's tcp_info; the mean has delayed acknowledgements in it, some 40 ms
-    even on loopback.  True where nobody can tell, False before the first sample.
+    The mean has delayed acknowledgements in it, some 40 ms even on loopback.  True where nobody can tell, False before
+    the first sample.
     """
-    try:
-        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 152)
-        return bool(struct.unpack_from("I", info, 148)[0] < NEAR * 1e6)
-    except (OSError, AttributeError, struct.error):
-        return True
+    [microseconds] = tcp_info(sock, _LEAST_ROUND_TRIP) or [0]
+    return microseconds < NEAR * 1e6
+
+
+SLOW_PATH = 1.0
+"""Seconds of a round trip that are worth a remark: a queue that fills up before a saturated uplink."""
 
 
 def say_path(sock: socket.socket) -> str:
     """A remark for the log where a connection's path is slow; "" where it is not, or nobody can tell."""
     seconds = round_trip(sock)
     return f"; the path is slow: a round trip takes {seconds:.1f} s" if seconds >= SLOW_PATH else ""
-
-
-SLOW_PATH = 1.0
-"""Seconds of a round trip that are worth a remark: a queue that fills up before a saturated uplink."""
 
 
 FEW_SEGMENTS = 20
@@ -208,13 +199,6 @@ packet is lost, 1.22 divided by the square root of the share: Mathis and others,
 def is_held_back(sock: socket.socket, sent: int) -> bool:
     """Whether a connection that has lost packets would now take longer than a new one for as many bytes as it has just
     sent: its threshold is below a quarter of them (measured over 40 ms and 100 Mbit/s: 2 MB take 0.21 s on a new
-    one, and 1.6 s at a threshold of 30 segments).
-
-    Reads `struct tcp_info` of Linux: tcpi_snd_mss at byte 16, tcpi_snd_ssthresh at 76, tcpi_total_retrans at 100.
-    """
-    try:
-        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
-        size, threshold, lost = (struct.unpack_from("I", info, offset)[0] for offset in (16, 76, 100))
-    except (OSError, AttributeError, struct.error):
-        return False
+    one, and 1.6 s at a threshold of 30 segments)."""
+    size, threshold, lost = tcp_info(sock, _SEGMENT, _THRESHOLD, _LOST) or (0, 0, 0)
     return bool(lost) and threshold <= max(FEW_SEGMENTS, sent // (4 * max(size, 1)))

@@ -1,4 +1,7 @@
-"""A byte stream over TLS."""
+"""A byte stream over TLS.
+
+As with a plain one, a thread receives and another sends; here both also work on the TLS state, under a lock that is not
+held while the socket is used."""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ import threading
 from typing import Any
 
 from .addresses import name_in_certificate
-from .protocol import HEADER
 from .streams import BULK, Stream
 from .system import ssl
 from .text import shown
@@ -17,20 +19,12 @@ from .waiting import Deadline, Stop, wait_for
 
 SMALL_TLS_BUFFER = 4096
 """What a TLS connection takes from its socket at once; filled, it grows by eight times and by eight times again."""
-
-
 LARGE_TLS_BUFFER = 1 << 18
 """The same for bulk traffic where TLS is in between: it is twice as fast as 16 KiB."""
-
-
 MAX_ANSWERS = 65536
 """Bytes of answers that a peer may make TLS prepare while there is nothing else to send."""
-
-
 MAX_FRUITLESS = 65536
 """Bytes of TLS messages without data (KeyUpdate) in a row: more than a record, which may come in pieces."""
-
-
 SMALL_READS = 4
 """So many small reads in a row end bulk traffic."""
 
@@ -56,6 +50,7 @@ class TLSStream(Stream):
     """
 
     spliceable = False
+    ends_at_once = False
 
     def __init__(
         self,
@@ -118,7 +113,7 @@ class TLSStream(Stream):
     def holds_bytes(self) -> bool:
         return True
 
-    def send(self, data: bytes | bytearray | memoryview) -> None:
+    def send(self, data: bytes | bytearray | memoryview, flags: int = 0) -> None:
         if data:
             with self._tls_lock:
                 self.tls.write(data)
@@ -131,20 +126,8 @@ class TLSStream(Stream):
             data.clear()
         return self._flush_records(socket.MSG_DONTWAIT)
 
-    def send_buffer(self, view: memoryview, count: int) -> None:
-        self.send(view[HEADER : HEADER + count])
-
-    def end(self, passed: int = 0) -> None:
-        self._end(0)
-
-    def end_now(self) -> bool:
-        return self._end(socket.MSG_DONTWAIT)
-
-    def _end(self, flags: int) -> bool:
-        """Send close_notify and FIN; False where it would have to wait, and is to be called again.
-
-        What the peer has sent before is kept: `unwrap` would drop it.
-        """
+    def end(self, wait: bool = True) -> bool:
+        """Send close_notify and FIN.  What the peer has sent before is kept: `unwrap` would drop it."""
         with self._tls_lock:
             piece = memoryview(bytearray(BULK))
             try:
@@ -163,7 +146,7 @@ class TLSStream(Stream):
                 pass  # the peer's own close_notify comes when it comes
             peer_ended = self._peer_ended
         try:
-            if not self._flush_records(flags):
+            if not self._flush_records(0 if wait else socket.MSG_DONTWAIT):
                 return False
             super().end()
         except OSError as error:

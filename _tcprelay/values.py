@@ -32,8 +32,6 @@ class Option:
 
 LONGEST_SECRET = 65536
 """Bytes of the line that holds a secret, at most."""
-
-
 OPTION_GROUPS = ("Addresses", "Trust", "TLS", "Links", "Connections", "Running")
 
 
@@ -64,52 +62,40 @@ def parse_flag(text: str) -> bool:
     return text.lower() in ("true", "yes", "on", "1")
 
 
-def parse_seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds <= 2e6:  # poll takes no more milliseconds than that
-        raise ValueError("a number of seconds, 0 or more")
-    return seconds
+def seconds(least: float, most: float, accepted: str) -> Callable[[str], float]:
+    """What takes a number of seconds within these bounds."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not least <= value <= most:
+            raise ValueError(accepted)
+        return value
+
+    return parse
 
 
-def parse_heartbeat(text: str) -> float:
-    try:
-        seconds = parse_seconds(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0.05 <= seconds <= 3600:
-        raise ValueError("a number of seconds from 0.05 to 3600")
-    return seconds
+parse_seconds = seconds(0, 2e6, "a number of seconds, 0 or more")  # poll takes no more milliseconds than that
+parse_heartbeat = seconds(0.05, 3600, "a number of seconds from 0.05 to 3600")
+parse_keepalive = seconds(1, 20_000, "a number of seconds from 1 to 20000")  # Linux takes up to 32,767
 
 
-def parse_keepalive(text: str) -> float:
-    try:
-        seconds = parse_seconds(text)
-    except ValueError:
-        seconds = 0.0
-    if not 1 <= seconds <= 20_000:  # Linux takes up to 32,767
-        raise ValueError("a number of seconds from 1 to 20000")
-    return seconds
+def whole(least: int, most: int, accepted: str) -> Callable[[str], int]:
+    """What takes a whole number within these bounds."""
+
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and len(text) <= 9 and least <= int(text) <= most):
+            raise ValueError(accepted)
+        return int(text)
+
+    return parse
 
 
-def parse_count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) <= 9):
-        raise ValueError("a whole number, 0 or more")
-    return int(text)
-
-
-def parse_positive(text: str) -> int:
-    if not parse_count(text):
-        raise ValueError("a whole number, 1 or more")
-    return int(text)
-
-
-def parse_workers(text: str) -> int:
-    if parse_count(text) > 64:
-        raise ValueError("a whole number from 0 to 64")
-    return int(text)
+parse_count = whole(0, 999_999_999, "a whole number, 0 or more")
+parse_positive = whole(1, 999_999_999, "a whole number, 1 or more")
+parse_workers = whole(0, 64, "a whole number from 0 to 64")
 
 
 def parse_secret(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import select
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TypeVar
 
 from .link import Link
@@ -28,41 +28,52 @@ def in_batches(items: list[ItemT]) -> Iterator[list[ItemT]]:
 ItemT = TypeVar("ItemT")
 
 
-class Splices:
-    """The connections of one role: how many there may be, and the watch over them."""
+class Places:
+    """A bounded number of places for what a role serves, each of which has a thread: on a relay server service clients,
+    on a relay client links.  The end waits until all have left."""
 
-    def __init__(self, most: int, idle_timeout: float, half_close_timeout: float, dead_path: float = 0.0) -> None:
-        """Times in seconds; 0 is never."""
+    def __init__(self, most: int) -> None:
         self.most = most
-        self._idle_timeout = idle_timeout
-        self._half_close_timeout = half_close_timeout
-        self._dead_path = dead_path
-        self._condition = threading.Condition()  # over the two below
-        self._admitted = 0
-        self._all: set[Splice] = set()
-        self.show: Callable[[int], object] = lambda count: None
-        """Called with the number of those that are admitted, whenever it changes, under the lock."""
+        self._condition = threading.Condition()  # over the next
+        self._taken = 0
 
-    def __len__(self) -> int:
-        return len(self._all)
-
-    def admit(self) -> bool:
-        """Count in what has or may get a connection: on the server a service client, on the client a link.
-
-        False where there are as many as there may be.  Each one counted in calls `leave`.
-        """
+    def enter(self) -> bool:
+        """Take a place; False where all are taken.  Whoever has one calls `leave`."""
         with self._condition:
-            if self._admitted >= self.most:
+            if self._taken >= self.most:
                 return False
-            self._admitted += 1
-            self.show(self._admitted)
+            self._taken += 1
             return True
 
     def leave(self) -> None:
         with self._condition:
-            self._admitted -= 1
-            self.show(self._admitted)
+            self._taken -= 1
             self._condition.notify_all()
+
+    def wait_until_empty(self, deadline: Deadline) -> None:
+        """Wait until all have left, or for the deadline; `hurry` makes it look again."""
+        with self._condition:
+            while self._taken and deadline.remaining() != 0:
+                self._condition.wait(deadline.remaining())
+
+    def hurry(self) -> None:
+        with self._condition:
+            self._condition.notify_all()
+
+
+class Splices:
+    """The watch over the connections of one role."""
+
+    def __init__(self, idle_timeout: float, half_close_timeout: float, dead_path: float = 0.0) -> None:
+        """Times in seconds; 0 is never."""
+        self._idle_timeout = idle_timeout
+        self._half_close_timeout = half_close_timeout
+        self._dead_path = dead_path
+        self._condition = threading.Condition()  # over the next
+        self._all: set[Splice] = set()
+
+    def __len__(self) -> int:
+        return len(self._all)
 
     def add(self, splice: Splice) -> None:
         """Watch a connection from now on."""
@@ -78,22 +89,12 @@ class Splices:
         with self._condition:
             return list(self._all)
 
-    def drain(self, deadline: Deadline) -> None:
-        """Wait until all that was admitted has left, or for the deadline; `hurry` makes it look again."""
-        with self._condition:
-            while self._admitted and deadline.remaining() != 0:
-                self._condition.wait(deadline.remaining())
-
-    def hurry(self) -> None:
-        with self._condition:
-            self._condition.notify_all()
-
     def break_off_all(self, reason: str, deadline: Deadline) -> None:
         """Break off all connections and wait for their end, waking them again until it has come."""
         me = threading.get_ident()
         while (splices := self.snapshot()) and deadline.remaining() != 0:
             for splice in splices:
-                splice.break_off(reason, force=True, close_link=True)
+                splice.break_off(reason, hurry=True, close_link=True)
             with self._condition:
                 if all(splice.thread == me for splice in self._all):
                     return
@@ -120,15 +121,14 @@ class Splices:
         by_fd: dict[int, Splice] = {}
         for splice in splices:
             splice.check_time(now, self._idle_timeout, self._half_close_timeout, self._dead_path)
-            # A link that has ended after END is lost; on the raw wire that is what its end looks like.
-            watched = _RDHUP if splice.from_link_ended and isinstance(splice.link, Link) else 0
             poller.register(splice.stream.fd, 0)
-            poller.register(splice.link.fd, watched)
+            # A link that has ended after END is lost; on the raw wire that is what its end looks like.
+            poller.register(splice.link.fd, splice.link.END_EVENTS if splice.from_link.done else 0)
             by_fd[splice.stream.fd] = by_fd[splice.link.fd] = splice
         for fd, events in poller.poll(0):
-            if events & (select.POLLERR | _RDHUP):
+            if events & (select.POLLERR | Link.END_EVENTS):
                 splice = by_fd[fd]
-                splice.lose(splice.link if fd == splice.link.fd else splice.stream, now)
-
-
-_RDHUP: int = getattr(select, "POLLRDHUP", 0)
+                if fd == splice.link.fd:
+                    splice.lose_link()
+                else:
+                    splice.lose_stream(now)

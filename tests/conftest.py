@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
@@ -20,6 +21,9 @@ from tcprelay import Event, RelayClient, RelayServer
 from .certificates import Certificates, make_all
 from .watch import WATCH
 from .wire import Wire, without_wire
+
+if TYPE_CHECKING:
+    from .peers import Peers
 
 PATIENCE = 10.0
 """Seconds within which anything that a test waits for must happen."""
@@ -177,6 +181,25 @@ def replace(monkeypatch: pytest.MonkeyPatch, name: str, value: object) -> None:
     assert rooms, f"no room has {name}"
     for module in rooms:
         monkeypatch.setattr(module, name, value)
+
+
+@pytest.fixture
+def peers(tmp_path: Path) -> Iterator[Peers]:
+    """Starts relays and real programs for a test; with `workers` as well, relays with and without."""
+    from .peers import Peers
+
+    with ExitStack() as stack:
+        yield Peers(stack, tmp_path)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Iterator[Path]:
+    """A directory for large files, which do not outlive the test."""
+    path = tmp_path / "files"
+    path.mkdir()
+    yield path
+    for file in path.iterdir():
+        file.unlink()
 
 
 @pytest.fixture

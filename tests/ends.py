@@ -6,10 +6,21 @@ import socket
 import ssl
 from typing import Any
 
+from _tcprelay.link import Link
 from _tcprelay.tls import TLSStream
 from _tcprelay.waiting import Deadline
 
 from .conftest import PATIENCE
+
+
+def send_data(link: Link, data: bytes) -> None:
+    """Send bytes of a connection on a link."""
+    link.stream.send(link.pack_header(len(data)) + data)
+
+
+def send_end(link: Link, passed: int = 0) -> None:
+    """End this side's direction of the connection on a link."""
+    link.stream.send(link.pack_end(passed))
 
 
 class TLSEnd:

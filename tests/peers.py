@@ -313,6 +313,12 @@ class RelayProcess(Program):
         return dict(json.loads(line))
 
 
+def workers_of(relay: RelayProcess) -> list[int]:
+    """The worker processes of a relay, in the order of their birth."""
+    pid = relay.process.pid
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 class Peers:
     """Starts programs for a test, and takes them away again in reverse order."""
 

@@ -7,26 +7,15 @@ from typing import Any
 
 from _tcprelay.link import Link
 from _tcprelay.protocol import (
-    AUTH,
-    CHALLENGE,
-    CLIENT,
-    HELLO,
-    PING,
-    PONG,
-    PROTOCOL_VERSION,
-    READY,
-    SERVER,
-    START,
-    WELCOME,
-    Frame,
-    new_nonce,
+    AUTH, CHALLENGE, CLIENT, HELLO, PING, PONG, PROTOCOL_VERSION, READY, SERVER, START, WELCOME, Frame, new_nonce,
     prove,
-)
+)  # fmt: skip
 from _tcprelay.streams import Stream
 from _tcprelay.waiting import Deadline
 from tcprelay import RelayServer
 
 from .conftest import PATIENCE, connect
+from .ends import send_data, send_end
 
 
 class FakeClient(Link):
@@ -90,11 +79,11 @@ class FakeClient(Link):
         self.read_end()
         self.send(READY)
         self.write(b"answer")
-        self.end(passed=8)
+        send_end(self, passed=8)
         assert sock.recv(100) + sock.recv(100) == b"answer"
 
     def write(self, data: bytes) -> None:
-        self.send_buffer(memoryview(bytearray(4) + data), len(data))
+        send_data(self, data)
 
 
 class FakeServer:

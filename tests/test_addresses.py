@@ -8,8 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,12 +22,6 @@ from tcprelay import Listening, RelayClient, RelayServer, Unpublished
 from .certificates import Certificates
 from .conftest import PATIENCE, Bench, replace, wait_until
 from .peers import Peers, RelayProcess, find, no_peer, run
-
-
-@pytest.fixture
-def peers(tmp_path: Path, workers: str) -> Iterator[Peers]:
-    with ExitStack() as stack:
-        yield Peers(stack, tmp_path)
 
 
 def has_ipv6() -> bool:
@@ -217,6 +210,7 @@ SERVER = "--relay-port", "0", "--service-port", "0", "--hostname", "relay.exampl
 @pytest.mark.peer("unshare", "ip", "mount")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("role", ["client", "server"])
+@pytest.mark.usefixtures("workers")
 def test_a_silent_name_server_does_not_hold_up_an_end(
     peers: Peers, tmp_path: Path, role: Literal["client", "server"], number: signal.Signals
 ) -> None:

@@ -16,50 +16,27 @@ from unittest.mock import Mock
 import pytest
 
 import tcprelay
-import tcprelay_client
-from _tcprelay.client.pace import LAST_BACKOFF, Pace, Unreachable, longest_backoff
+from _tcprelay.client.greeting import DIAL_AGAIN, RELAY_DIAL_TIMEOUT, Greeting
+from _tcprelay.client.stock import LAST_BACKOFF, Pace, Stock, Unreachable, longest_backoff
 from _tcprelay.events import Events
 from _tcprelay.link import Link
 from _tcprelay.names import Addresses, Name, resolve
 from _tcprelay.protocol import (
-    ABORT,
-    AUTH,
-    BYE,
-    CHALLENGE,
-    CLIENT,
-    DATA,
-    END,
-    FAIL,
-    HELLO,
-    PING,
-    PONG,
-    READY,
-    REFUSED,
-    SERVER,
-    START,
-    WELCOME,
-    encode_frame,
-    encode_header,
-    prove,
-)
+    ABORT, AUTH, BYE, CHALLENGE, CLIENT, DATA, END, FAIL, HELLO, PING, PONG, READY, REFUSED, SERVER, START, WELCOME,
+    encode_frame, encode_header, prove,
+)  # fmt: skip
 from _tcprelay.sockets import Race
 from _tcprelay.tcp import unsent_bytes
 from _tcprelay.text import say_error
 from _tcprelay.threads import Threads
 from _tcprelay.waiting import Deadline
 from tcprelay import (
-    ConnectionClosed,
-    ConnectionFailed,
-    ConnectionOpened,
-    LinkDown,
-    LinkUp,
-    Published,
-    RelayClient,
-    RelayServer,
+    ConnectionClosed, ConnectionFailed, ConnectionOpened, LinkDown, LinkUp, Published, RelayClient, RelayServer,
     Unpublished,
-)
+)  # fmt: skip
 
 from .conftest import PATIENCE, Bench, Service, connect, read_exactly, replace, wait_until
+from .ends import send_data
 from .peers_v1 import FakeServer
 
 
@@ -135,10 +112,7 @@ def test_fail_says_why(bench: Bench, server: FakeServer) -> None:
         link.send(START, {"id": "c1"})
         link.stream.send(encode_header(DATA, 3) + b"abc")
         fail = next_frame(link)
-        assert (fail.kind, fail.fields) == (
-            FAIL,
-            {"reason": f"cannot reach 127.0.0.1:{port}: connection refused"},
-        )
+        assert (fail.kind, fail.fields) == (FAIL, {"reason": f"cannot reach 127.0.0.1:{port}: connection refused"})
         link.send(END)
     assert len(bench.client_events.wait(ConnectionFailed, 2)) == 2
 
@@ -289,7 +263,7 @@ def test_why_there_is_no_link_is_told_once(bench: Bench, server: FakeServer, ans
         link = server.accept()
         next_frame(link)
         link.sock.sendall(answer)
-        link.stream.complete()
+        link.stream.close_normally()
         link.close()
     wait_until(lambda: bench.client_events.of(Unpublished))
     server.welcome(server.accept())
@@ -315,7 +289,7 @@ def test_a_relay_that_is_not_there_is_told_once_and_found_later(bench: Bench) ->
     server.end()
     client = bench.enter(RelayClient("127.0.0.1", 1, "127.0.0.1", port, 2, on_event=bench.client_events))
     bench.client_events.wait(Unpublished)
-    service = client._services[0]
+    service = client._stock.services[0]
     wait_until(lambda: service.failures >= 5)
     assert [event.reason for event in bench.client_events.of(Unpublished)] == ["connection refused"]
     again = bench.enter(RelayServer(port, 0))
@@ -355,7 +329,7 @@ def test_the_span_of_the_backoff_doubles_up_to_its_cap(
         assert next_frame(link).kind == HELLO
         if code:
             link.send(REFUSED, {"code": code, "reason": "no"})
-        link.stream.complete()
+        link.stream.close_normally()
         link.close()
     assert seen[: len(spans)] == spans
 
@@ -363,18 +337,18 @@ def test_the_span_of_the_backoff_doubles_up_to_its_cap(
 def test_attempts_that_fail_together_count_once(bench: Bench, server: FakeServer) -> None:
     """Those that were under way when one failed say nothing new; and what took long has been waiting already."""
     client = RelayClient("127.0.0.1", 1, "127.0.0.1", server.port, 8)
-    [service] = client._services
+    [service] = client._stock.services
     began = time.monotonic()
-    with client._condition:
+    with client._stock._condition:
         for _ in range(8):
-            client._back_off(service, began)
+            client._stock._back_off(service, began)
     assert service.failures == 1
-    with client._condition:
-        client._back_off(service, time.monotonic())
+    with client._stock._condition:
+        client._stock._back_off(service, time.monotonic())
     assert service.failures == 2
     service.failed_at = 0.0
-    with client._condition:
-        client._back_off(service, time.monotonic() - 2 * LAST_BACKOFF)
+    with client._stock._condition:
+        client._stock._back_off(service, time.monotonic() - 2 * LAST_BACKOFF)
     assert service.retry_at == service.failed_at, "tries again at once"
 
 
@@ -384,13 +358,13 @@ def test_the_span_follows_what_went_wrong(monkeypatch: pytest.MonkeyPatch) -> No
     for name, seconds in (("FIRST_BACKOFF", 1.0), ("LAST_BACKOFF", 4.0), ("REFUSED_BACKOFF", 30.0)):
         replace(monkeypatch, name, seconds)
     client = RelayClient("127.0.0.1", 1, "127.0.0.1", 1, 1)
-    [service] = client._services
+    [service] = client._stock.services
     unreachable, lost = Unreachable("no route"), EOFError("the relay closed the link without a word")
     spans = []
     for error in [unreachable] * 9 + [lost] * 5 + [unreachable, lost]:
         service.failed_at = 0.0
-        with client._condition:
-            client._back_off(service, time.monotonic(), longest_backoff(error))
+        with client._stock._condition:
+            client._stock._back_off(service, time.monotonic(), longest_backoff(error))
         spans.append(service.span)
     assert spans == [1, 2, *[4] * 7, 8, 16, 30, 30, 30, 4, 8]
 
@@ -398,7 +372,7 @@ def test_the_span_follows_what_went_wrong(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_relay_that_cannot_be_reached_is_tried_soon(bench: Bench) -> None:
     """The reason is the system's, and the span stays short."""
     client = bench.enter(RelayClient("127.0.0.1", 1, "127.0.0.1", unused_port(), 1, on_event=bench.client_events))
-    [service] = client._services
+    [service] = client._stock.services
     wait_until(lambda: service.failures >= 9)
     assert service.span <= LAST_BACKOFF
     assert {event.reason for event in bench.client_events.of(Unpublished)} == {"connection refused"}
@@ -408,21 +382,21 @@ def test_a_client_bounds_its_own_handshakes() -> None:
     """As many links are opened at once as every server takes; half as many after a failure, one more with each that
     is up.  Nobody who waits at the server is forgotten meanwhile."""
     client = RelayClient("127.0.0.1", 1, "127.0.0.1", 1, 8, max_conn=1000)
-    [service] = client._services
+    [service] = client._stock.services
     service.probing = False
 
     def take() -> int:
-        return client._take_missing(service, time.monotonic())[0]
+        return client._stock._take_missing(service, time.monotonic())[0]
 
     service.asked, service.busy = 300, 100
     assert [take(), take()] == [256, 0]
-    client._count_in(Mock(), service, waiting=300)
+    client._stock.add(Mock(), service, waiting=300)
     assert [take(), take()] == [1, 0]
-    client._note_failure(service, time.monotonic(), "lost")
-    assert client._handshakes == 128
+    client._stock.fail(service, time.monotonic(), "lost")
+    assert client._stock._handshakes == 128
     for _ in range(100):
-        client._count_in(Mock(), service, waiting=400)
-    assert client._handshakes == 228
+        client._stock.add(Mock(), service, waiting=400)
+    assert client._stock._handshakes == 228
     assert service.connecting == 155
     service.pace, service.retry_at = Pace(8), 0.0
     assert [take(), take()] == [228 - 155, 0]
@@ -432,9 +406,9 @@ def test_a_client_bounds_its_own_handshakes() -> None:
 def test_the_bound_delays_no_usual_burst(waiting: int) -> None:
     """The first links of a client, and those for a burst of service clients, are all opened in one go."""
     client = RelayClient("127.0.0.1", 1, "127.0.0.1", 1, 8, max_conn=1000)
-    [service] = client._services
+    [service] = client._stock.services
     service.probing, service.asked, service.busy = False, waiting, 50
-    assert client._take_missing(service, time.monotonic())[0] == 8 + waiting
+    assert client._stock._take_missing(service, time.monotonic())[0] == 8 + waiting
     assert service.asked == 0
 
 
@@ -479,7 +453,7 @@ def test_a_lost_pool_is_filled_at_that_pace(bench: Bench, server: FakeServer) ->
         links.append(server.accept())
         server.welcome(links[-1])
     wait_until(lambda: client.counters["links_idle"] == 8)
-    client._services[0].carried += 1  # as if they had been up for long
+    client._stock.services[0].carried += 1  # as if they had been up for long
     lost_at = time.monotonic()
     for link in links:
         link.wake()
@@ -549,7 +523,7 @@ def test_log_lines_of_a_connection_bear_its_id(
 def test_a_relay_that_welcomes_and_drops_is_backed_off_from(bench: Bench, server: FakeServer) -> None:
     """Links that are lost soon, or taken back, count as failures, unless they carried a connection."""
     client = client_of(bench, server, bench.service())
-    service = client._services[0]
+    service = client._stock.services[0]
     for number in range(3):
         link = server.accept()
         server.welcome(link)
@@ -634,7 +608,7 @@ def test_an_unexpected_error_loses_no_count_of_links(
         next_frame(first)
     server.welcome(server.accept())
     wait_until(lambda: client.counters["links_idle"] == 1)
-    [service] = client._services
+    [service] = client._stock.services
     assert (service.connecting, service.idle, service.busy) == (0, 1, 0)
 
 
@@ -651,7 +625,7 @@ def test_the_end_is_heard_out_before_a_link_is_given_up(
     assert next_frame(link).kind == READY
     assert link.recv_into(memoryview(bytearray(1))) == 0
     for piece in (b"first", b"second", b"third"):
-        link.send_buffer(memoryview(bytearray(4) + piece), len(piece))
+        send_data(link, piece)
         wait_until(lambda: unsent_bytes(link.sock) == 0)
     if not ends:
         with pytest.raises((EOFError, ConnectionError)):
@@ -693,7 +667,7 @@ def test_a_link_that_has_done_its_work_is_replaced_at_once(bench: Bench, server:
         links.pop(0).send(BYE, {"again": True})
         links.append(server.accept())
         server.welcome(links[-1])
-    assert client._services[0].pace.level(time.monotonic()) == 4
+    assert client._stock.services[0].pace.level(time.monotonic()) == 4
 
 
 def test_a_link_that_leaves_counts_once(bench: Bench, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -707,7 +681,7 @@ def test_a_link_that_leaves_counts_once(bench: Bench, server: FakeServer, monkey
         gone.clear()
         link.send(START, {"id": "c1"})
         assert next_frame(link).kind == READY
-        [service] = client._services
+        [service] = client._stock.services
         assert (service.idle, service.busy) == (0, 1)
         link.send(END)
         gone.set()
@@ -723,13 +697,13 @@ def test_a_start_that_is_read_late_dials_nobody(
     bench: Bench, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The link is gone by then: its service client has been refused, and its request must not be carried out."""
-    read_on, real = threading.Event(), RelayClient._set_busy
+    read_on, real = threading.Event(), Stock.use
 
-    def late(client: RelayClient, *words: Any, **more: Any) -> None:
+    def late(stock: Stock, *words: Any, **more: Any) -> None:
         read_on.wait(PATIENCE)
-        real(client, *words, **more)
+        real(stock, *words, **more)
 
-    monkeypatch.setattr(RelayClient, "_set_busy", late)
+    monkeypatch.setattr(Stock, "use", late)
     service = bench.service()
     client_of(bench, server, service)
     link = server.accept()
@@ -747,20 +721,20 @@ def test_a_start_that_is_read_late_dials_nobody(
 def test_who_waits_is_not_forgotten_while_links_are_bounded() -> None:
     """What could not be opened at once is opened later, without the server saying it again."""
     client = RelayClient("127.0.0.1", 1, "127.0.0.1", 1, 8, max_conn=1000)
-    [service] = client._services
+    [service] = client._stock.services
     service.probing, service.asked, service.busy = False, 300, 100
-    assert client._take_missing(service, time.monotonic())[0] == 256
-    client._handshakes = 1000
-    assert client._take_missing(service, time.monotonic())[0] == 8 + 300 - 256
-    assert client._take_missing(service, time.monotonic())[0] == 0
+    assert client._stock._take_missing(service, time.monotonic())[0] == 256
+    client._stock._handshakes = 1000
+    assert client._stock._take_missing(service, time.monotonic())[0] == 8 + 300 - 256
+    assert client._stock._take_missing(service, time.monotonic())[0] == 0
 
 
 @pytest.mark.parametrize(("count", "number", "most"), [(4, 0, 64), (3, 0, 86), (3, 2, 85)])
 def test_workers_share_the_bound_of_handshakes_and_the_pace(count: int, number: int, most: int) -> None:
     client = RelayClient("127.0.0.1", 1, "127.0.0.1", 1, 8)
-    client.become_one_of(number, count)
-    assert (client._handshakes, client._most_handshakes) == (most, most)
-    [service] = client._services
+    client._become_one_of(number, count)
+    assert (client._stock._handshakes, client._stock._most_handshakes) == (most, most)
+    [service] = client._stock.services
     for _ in range(8):
         service.pace.lose(100.0)
     assert service.pace.level(101.0) == pytest.approx(4.0 / count)
@@ -813,15 +787,9 @@ def test_a_relay_that_says_nothing(
 
 
 def test_the_relay_is_dialled_once_more_beside(server: FakeServer) -> None:
-    """With the time-outs that protocol.md says, in workers too."""
-    client = RelayClient("127.0.0.1", 1, "127.0.0.1", server.port, 2)
-    for _ in range(2):
-        dialer = client._dialer
-        assert (dialer._timeout, dialer._again) == (
-            tcprelay_client.RELAY_DIAL_TIMEOUT,
-            tcprelay_client.DIAL_AGAIN,
-        )
-        client.become_one_of(0, 2)
+    """With the time-outs that protocol.md says."""
+    dialer = Greeting(RelayClient("127.0.0.1", 1, "127.0.0.1", server.port).runtime, 8, "id", 0)._dialer
+    assert (dialer._timeout, dialer._again) == (RELAY_DIAL_TIMEOUT, DIAL_AGAIN)
 
 
 def test_a_slow_path_is_told_when_the_relay_is_back(
@@ -875,13 +843,13 @@ def test_an_unexpected_error_as_a_connection_opens(
     with pytest.raises((EOFError, ConnectionError)):
         next_frame(link)
     bench.client_events.wait(ConnectionClosed)
-    assert not client._splices.snapshot()
+    assert not client.runtime.splices.snapshot()
 
 
 def test_each_service_may_try_one_link() -> None:
     """However often handshakes fail, one that hangs for one service does not keep the others from trying."""
     client = RelayClient("127.0.0.1", 1, "127.0.0.1", 1, 8, publish=["web=127.0.0.1:2", "ssh=127.0.0.1:3"])
-    with client._condition:
-        for service in client._services * 10:
-            client._back_off(service, time.monotonic())
-    assert client._handshakes == 3
+    with client._stock._condition:
+        for service in client._stock.services * 10:
+            client._stock._back_off(service, time.monotonic())
+    assert client._stock._handshakes == 3

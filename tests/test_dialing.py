@@ -17,7 +17,6 @@ from _tcprelay.sockets import EPHEMERAL_PORTS, Dialer, Race, connected_to_itself
 from _tcprelay.tcp import NEAR_BUFFER, NEAR_SEGMENT, UNSENT
 from _tcprelay.text import say_error
 from _tcprelay.waiting import Stop, Stopping
-from tcprelay import RelayClient
 
 from .conftest import PATIENCE, Bench, replace, wait_until
 
@@ -225,21 +224,6 @@ def test_what_can_be_no_name() -> None:
     for host in ("a..b", "x" * 64, "a\0b"):
         with pytest.raises(OSError, match=r"is not a host name|unknown host"):
             Dialer(Endpoint(host, 1)).dial()
-
-
-def test_a_worker_does_not_wait_for_a_look_up_of_its_parent(names: Names) -> None:
-    """The thread of one that was under way at the fork is not in the new process: it has to ask itself."""
-    client = RelayClient("localhost", 1, "relay.example", 1, 2)
-    names.answering.clear()
-    client._dialer._name._refresh()
-    wait_until(lambda: names.asked == 1)
-    silent, names.answering = names.answering, threading.Event()  # the first look-up goes on waiting
-    names.answering.set()
-    names.addresses = at(unused_port())
-    client.become_one_of(0, 2)
-    with pytest.raises(ConnectionRefusedError):
-        client._dialer.dial()
-    silent.set()
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "LocalHost."])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +82,13 @@ def test_a_wrong_arrow_is_named() -> None:
 
 
 @pytest.mark.parametrize("room", [*ROOMS, *DOORS])
+def test_the_size_of_a_room(room: str) -> None:
+    """One reads it from top to bottom."""
+    lines = len(path_of(room).read_text(encoding="utf-8").splitlines())
+    assert 50 <= lines <= (250 if room in DOORS else 450)
+
+
+@pytest.mark.parametrize("room", [*ROOMS, *DOORS])
 def test_rooms_use_public_names_alone(room: str) -> None:
     """What begins with an underscore is the room's own affair."""
     for node in ast.walk(ast.parse(path_of(room).read_text(encoding="utf-8"))):
@@ -96,3 +104,19 @@ def test_the_public_names() -> None:
     for name in tcprelay.__all__:
         value = getattr(tcprelay, name)
         assert isinstance(value, str) or (value.__doc__ and not value.__doc__.startswith(f"{name}("))
+
+
+def test_names_in_the_internals_are_there() -> None:
+    """Each room, class, method and function that docs/internals.md speaks of."""
+    rooms = {room: importlib.import_module(room if room in DOORS else f"_tcprelay.{room}") for room in [*ROOMS, *DOORS]}
+    text = (ROOT / "docs" / "internals.md").read_text(encoding="utf-8")
+    named = re.findall(r"(?<![\w./])((?:[a-z_]+\.)*)([A-Z]\w+)\.(\w+)(?![\w(])", text)
+    assert len(named) > 50
+    for room, owner, name in named:
+        places = [place for place in rooms if f".{place}.".endswith(f".{room}")]
+        holders = [vars(rooms[place])[owner] for place in places if owner in vars(rooms[place])]
+        assert holders, f"{room}{owner}"
+        assert any(hasattr(one, name) or name in one.__annotations__ for one in holders), f"{room}{owner}.{name}"
+    for room, function in re.findall(r"`((?:[a-z_]+\.)*[a-z_]+)\.([a-z_]+)`", text):
+        if room in rooms and function != "py":
+            assert hasattr(rooms[room], function), f"{room}.{function}"

@@ -16,23 +16,17 @@ from typing import Any
 import pytest
 
 from _tcprelay.openssl import run_openssl
+from _tcprelay.server.account import Account, WorkerAccount
+from _tcprelay.server.intake import ParentIntake
+from _tcprelay.server.pool import Pool
 from _tcprelay.sockets import listen
 from _tcprelay.tcp import RESET_ON_CLOSE, Probing
 from _tcprelay.threads import Threads
 from _tcprelay.waiting import Deadline
 from tcprelay import (
-    AcceptPaused,
-    ConnectionClosed,
-    ConnectionFailed,
-    ConnectionOpened,
-    Draining,
-    Event,
-    Listening,
-    RelayClient,
-    RelayServer,
-    create_relay_client,
-    create_relay_server,
-)
+    AcceptPaused, ConnectionClosed, ConnectionFailed, ConnectionOpened, Draining, Event, Listening, RelayClient,
+    RelayServer, create_relay_client, create_relay_server,
+)  # fmt: skip
 
 from .certificates import Certificates
 from .conftest import PATIENCE, Bench, connect, read_all, read_exactly, replace, wait_until
@@ -270,7 +264,7 @@ def test_keepalive_and_dead_path(
     sock.sendall(b"x")
     assert read_exactly(sock, 1) == b"x"
     for role in (server, client):
-        [splice] = role._splices.snapshot()
+        [splice] = role.runtime.splices.snapshot()
         for leg in (splice.stream.sock, splice.link.sock):
             options = [leg.getsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"))
                        for name in ("KEEPIDLE", "KEEPINTVL", "KEEPCNT")]  # fmt: skip
@@ -302,7 +296,7 @@ def test_accepting_survives_a_lack_of_threads(bench: Bench, monkeypatch: pytest.
         assert sock.recv(1) == b"x"
 
 
-@pytest.mark.parametrize("place", ["hand_on", "accept_from", "selector"])
+@pytest.mark.parametrize("place", ["hand_on", "accept", "selector"])
 def test_an_unexpected_error_does_not_end_the_acceptor(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: str
 ) -> None:
@@ -325,7 +319,7 @@ def test_an_unexpected_error_does_not_end_the_acceptor(
         monkeypatch.setattr(selectors.DefaultSelector, "select", fail_once(real))
         wait_until(lambda: failed)
     else:
-        monkeypatch.setattr(server, place, fail_once(getattr(server, place)))
+        monkeypatch.setattr(server._listeners, place, fail_once(getattr(server._listeners, place)))
         with contextlib.suppress(ConnectionResetError):
             bench.connect(server).recv(1) if place == "hand_on" else bench.connect(server).close()
         wait_until(lambda: failed)
@@ -345,7 +339,7 @@ def test_a_reload_that_fails_in_a_way_nobody_expected(
 ) -> None:
     """The old credentials stay in force; where openssl does not come back it is one line."""
     server = bench.server(token="a")
-    before = server._credentials
+    before = server.runtime.credentials
 
     def raise_error(error: Exception) -> None:
         raise error
@@ -362,7 +356,7 @@ def test_a_reload_that_fails_in_a_way_nobody_expected(
     assert caplog.messages == [
         "cannot reload, the old certificates and token stay in force: the openssl command does not come to an end"
     ]
-    assert server._credentials is before
+    assert server.runtime.credentials is before
 
 
 def test_threads_that_finish_while_their_names_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,7 +424,7 @@ def test_an_unexpected_error_does_not_end_the_keeper(
     """It is logged, and the keeper goes on."""
     server = bench.server(idle_timeout=0.2)
     client = bench.client(server, bench.service().port, idle_timeout=0.2)
-    splices = (server if role == "server" else client)._splices
+    splices = (server if role == "server" else client).runtime.splices
     real, calls = splices.sweep, []
 
     def sweep() -> None:
@@ -455,13 +449,16 @@ def test_an_unexpected_error_does_not_end_the_intake(
         replace(monkeypatch, "receive_message", lambda _: answers.pop())
         raise MemoryError
 
-    server._intake, peer = socket.socketpair()
-    monkeypatch.setattr(server._stop, "wait", lambda _: None)
+    ours, peer = socket.socketpair()
+    account = WorkerAccount(Account(1, ["default"]), 0)
+    intake = ParentIntake(server.runtime, Pool(["default"], 1, 1), server._listeners, ours, account)
+    monkeypatch.setattr(server.runtime.stop, "wait", lambda _: None)
     replace(monkeypatch, "receive_message", receive_message)
-    server._take_connections()
+    intake._take()
     assert answers == []
     assert "unexpected error in the intake" in caplog.text
-    server._intake.close()
+    intake._pool.selector.close()
+    ours.close()
     peer.close()
 
 
@@ -484,8 +481,8 @@ with socket.create_server(("127.0.0.1", 0)) as service:
             have += len(sock.recv(1 << 16))
         far.close()
     wrong = RelayClient("localhost", 1, "localhost", 1, token="b", drain_timeout=0).start()
-    while not wrong._services[0].failures:
-        wrong._stop.wait(0.01)
+    while not wrong._stock.services[0].failures:
+        wrong.runtime.stop.wait(0.01)
     late = set(sys.modules) - before
     for relay in (wrong, client, server):
         relay.end()

@@ -112,10 +112,7 @@ def test_several_services_on_the_client() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (
-            ["--relay-port", "99999"],
-            "--relay-port '99999' (from command line): expected a port number from 0 to 65535",
-        ),
+        (["--relay-port", "99999"], "--relay-port '99999' (from command line): expected a port number from 0 to 65535"),
         (["--heartbeat", "soon"], "--heartbeat 'soon' (from command line): expected a number of seconds from 0.05"),
         (["--pair-timeout", "-1"], "--pair-timeout '-1' (from command line): expected a number of seconds, 0 or"),
         (["--pair-timeout", "nan"], "expected a number of seconds"),

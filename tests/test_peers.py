@@ -7,9 +7,8 @@ import select
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,23 +16,9 @@ import pytest
 from .conftest import PATIENCE, read_all, read_exactly, wait_until
 from .peers import HOST, Peers, RelayProcess, curl, digest_file, digest_output, find, make_file, no_peer, run
 
+pytestmark = pytest.mark.usefixtures("workers")
+
 MEBIBYTE = 1 << 20
-
-
-@pytest.fixture
-def peers(tmp_path: Path, workers: str) -> Iterator[Peers]:
-    with ExitStack() as stack:
-        yield Peers(stack, tmp_path)
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> Iterator[Path]:
-    """A directory for large files, which do not outlive the test."""
-    path = tmp_path / "files"
-    path.mkdir()
-    yield path
-    for file in path.iterdir():
-        file.unlink()
 
 
 def closing_records(server: RelayProcess, client: RelayProcess) -> tuple[dict[str, object], dict[str, object]]:

@@ -48,14 +48,14 @@ def test_they_are_made_once_and_for_this_user_alone(tmp_path: Path) -> None:
     directory = tmp_path / "a" / "b"
     before = os.umask(0)
     try:
-        first = start(directory)._credentials
+        first = start(directory).runtime.credentials
     finally:
         os.umask(before)
     assert {path.name: path.stat().st_mode & 0o777 for path in directory.iterdir()} == {
         "identity.pem": 0o600, "token": 0o600,
     }  # fmt: skip
     assert directory.stat().st_mode & 0o777 == 0o700
-    second = start(directory)._credentials
+    second = start(directory).runtime.credentials
     assert (first.token, first.pin) == (second.token, second.pin)
 
 
@@ -66,8 +66,8 @@ def test_a_file_system_without_hard_links(state: Path, monkeypatch: pytest.Monke
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", link)
-    token = start(state)._credentials.token
-    assert start(state)._credentials.token == token
+    token = start(state).runtime.credentials.token
+    assert start(state).runtime.credentials.token == token
 
 
 def test_those_that_start_together_have_the_same(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +84,7 @@ def test_those_that_start_together_have_the_same(state: Path, monkeypatch: pytes
     found = []
 
     def run() -> None:
-        credentials = start(state)._credentials
+        credentials = start(state).runtime.credentials
         found.append((credentials.token, credentials.pin))
 
     threads = [threading.Thread(target=run) for _ in range(count)]

@@ -9,38 +9,10 @@ import random
 import pytest
 
 from _tcprelay.protocol import (
-    ABORT,
-    AUTH,
-    BYE,
-    CHALLENGE,
-    CLIENT,
-    DATA,
-    END,
-    FAIL,
-    FRAME_NAMES,
-    HELLO,
-    IDLE,
-    MAX_CONTROL,
-    MAX_DATA,
-    OPENING,
-    PING,
-    PONG,
-    READY,
-    REFUSED,
-    SERVER,
-    SPLICED,
-    START,
-    WELCOME,
-    Frame,
-    LinkFault,
-    LinkMachine,
-    decode_fields,
-    encode_frame,
-    encode_header,
-    guess_protocol,
-    is_proof,
-    prove,
-)
+    ABORT, AUTH, BYE, CHALLENGE, CLIENT, DATA, END, FAIL, FRAME_NAMES, HELLO, IDLE, MAX_CONTROL, MAX_DATA, OPENING,
+    PING, PONG, READY, REFUSED, SERVER, SPLICED, START, WELCOME, Frame, LinkFault, LinkMachine, decode_fields,
+    encode_frame, encode_header, guess_protocol, is_proof, prove,
+)  # fmt: skip
 from _tcprelay.text import shown
 
 HANDSHAKE = [(CLIENT, HELLO), (SERVER, WELCOME)]

@@ -18,31 +18,23 @@ from typing import Any
 import pytest
 
 import tcprelay
-import tcprelay_client
-import tcprelay_server
 from _tcprelay import protocol
-from _tcprelay.client.pace import FIRST_BACKOFF, LAST_BACKOFF, REFILL_RATE, REFILL_TIME, REFUSED_BACKOFF
+from _tcprelay.client import stock
+from _tcprelay.client.greeting import LINK_TIMEOUT, RELAY_DIAL_TIMEOUT
+from _tcprelay.client.links import BYE_TIMEOUT
+from _tcprelay.client.stock import FIRST_BACKOFF, LAST_BACKOFF, REFILL_RATE, REFILL_TIME, REFUSED_BACKOFF
 from _tcprelay.protocol import (
-    CLIENT,
-    CLOSED,
-    FRAME_NAMES,
-    MAX_CONTROL,
-    MAX_DATA,
-    REFUSED,
-    SERVER,
-    SILENCE,
-    TRANSITIONS,
-    LinkMachine,
-    encode_frame,
-    encode_header,
-)
+    CLIENT, CLOSED, FRAME_NAMES, MAX_CONTROL, MAX_DATA, REFUSED, SERVER, SILENCE, TRANSITIONS, LinkMachine,
+    encode_frame, encode_header,
+)  # fmt: skip
 from _tcprelay.server.clients import EARLY_BYTES
+from _tcprelay.server.greeting import HANDSHAKE_STEP, HANDSHAKE_TIMEOUT
 from _tcprelay.server.limits import LEAST_HANDSHAKES, MOST_HANDSHAKES
+from _tcprelay.server.links import SURPLUS_TIME
 from _tcprelay.sockets import DIAL_TIMEOUT
 from _tcprelay.streams import FLUSH_TIMEOUT, PIPE_SIZE
 from _tcprelay.tcp import Probing
 from tcprelay import ServerOptions
-from tcprelay_server import HANDSHAKE_STEP, HANDSHAKE_TIMEOUT
 
 from .conftest import PATIENCE, Bench, connect, echo, read_all, read_exactly, wait_until
 from .peers import ROOT
@@ -178,15 +170,15 @@ def test_the_numbers() -> None:
         f"at {EARLY_BYTES:,} of them",
         f"the server ends it after {HANDSHAKE_TIMEOUT:g} s",
         f"takes longer than {HANDSHAKE_STEP:g} s",
-        f"gives up after {tcprelay_client.LINK_TIMEOUT:g} s from the TCP connection",
-        f"for which it takes {tcprelay_client.RELAY_DIAL_TIMEOUT:g} s at most",
+        f"gives up after {LINK_TIMEOUT:g} s from the TCP connection",
+        f"for which it takes {RELAY_DIAL_TIMEOUT:g} s at most",
         f"`--keepalive`, {Probing.keepalive:g} s",
         f"`--dead-path`, {Probing.dead_path:g} s",
         f"nothing has been heard for {SILENCE:g} intervals",
-        f"not been used for {tcprelay_server.SURPLUS_TIME:g} s",
+        f"not been used for {SURPLUS_TIME:g} s",
         f"{LEAST_HANDSHAKES} to {MOST_HANDSHAKES:,}, a quarter of `--max-connections`",
-        f"{tcprelay_client.MOST_HANDSHAKES} at most",
-        f"a time-out of its own (*tcprelay:* {tcprelay_client.BYE_TIMEOUT:g} s)",
+        f"{stock.MOST_HANDSHAKES} at most",
+        f"a time-out of its own (*tcprelay:* {BYE_TIMEOUT:g} s)",
         f"(*tcprelay:* {DIAL_TIMEOUT:g} s)",
         f"does not end within {FLUSH_TIMEOUT:g} s",
         f"a random moment within {FIRST_BACKOFF:g} s",

@@ -14,10 +14,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 def options_table() -> str:
     """The table of all options, as the README has it."""
-    both = {
-        "tcprelays": dict(options_of(ServerOptions)),
-        "tcprelayc": dict(options_of(ClientOptions)),
-    }
+    both = {"tcprelays": dict(options_of(ServerOptions)), "tcprelayc": dict(options_of(ClientOptions))}
     rows = ["| option | command | default | what it says |", "| --- | --- | --- | --- |"]
     entries = []
     for command, options in both.items():

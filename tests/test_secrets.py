@@ -29,21 +29,8 @@ from _tcprelay.link import Link
 from _tcprelay.logs import log_writer, set_up_logging
 from _tcprelay.options import Options, options_of
 from _tcprelay.protocol import (
-    ABORT,
-    AUTH,
-    BYE,
-    CHALLENGE,
-    END,
-    FAIL,
-    HELLO,
-    PING,
-    PONG,
-    READY,
-    REFUSED,
-    START,
-    WELCOME,
-    encode_frame,
-)
+    ABORT, AUTH, BYE, CHALLENGE, END, FAIL, HELLO, PING, PONG, READY, REFUSED, START, WELCOME, encode_frame,
+)  # fmt: skip
 from _tcprelay.waiting import Deadline
 from tcprelay import ClientOptions, RelayClient, RelayServer, ServerOptions
 
@@ -54,16 +41,8 @@ from .peers_v1 import FakeClient, FakeServer
 
 CANARY = "c4nary7Secret"
 ROLES: dict[str, tuple[Callable[[list[str]], int], type[Options], list[str]]] = {
-    "server": (
-        tcprelay_server.main,
-        ServerOptions,
-        ["--relay-port", "1080", "--service-port", "1081"],
-    ),
-    "client": (
-        tcprelay_client.main,
-        ClientOptions,
-        ["--port", "22", "--relay-host", "relay", "--relay-port", "1080"],
-    ),
+    "server": (tcprelay_server.main, ServerOptions, ["--relay-port", "1080", "--service-port", "1081"]),
+    "client": (tcprelay_client.main, ClientOptions, ["--port", "22", "--relay-host", "relay", "--relay-port", "1080"]),
 }
 SECRETS = ["token", "secret", "passphrase"]
 FORGED = "2030-01-01 00:00:00,000 ERROR FORGED"
@@ -218,11 +197,7 @@ SOURCES = [
 
 @pytest.fixture
 def say(
-    role: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    own_logging: None,
+    role: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own_logging: None
 ) -> Say:
     return Say(role, capsys, monkeypatch, tmp_path)
 
@@ -323,12 +298,7 @@ def locked(certificates: Certificates) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("source", "wire", "format"),
-    [
-        ("option", "v1", "text"),
-        ("environment", "v1", "json"),
-        ("file", "v1", "text"),
-        ("configuration", "raw", "json"),
-    ],
+    [("option", "v1", "text"), ("environment", "v1", "json"), ("file", "v1", "text"), ("configuration", "raw", "json")],
 )
 def test_a_running_relay_shows_no_secret(
     bench: Bench,
@@ -429,7 +399,9 @@ def test_no_secret_in_a_representation(
     relay: Any = server
     if role == "client":
         relay = bench.client(server, 1, reject_unauthorized=False, **secrets)
-    shown = show_all(relay, relay.options, relay._credentials, vars(relay), relay.counters, bench.server_events.events)
+    shown = show_all(
+        relay, relay.options, relay.runtime.credentials, vars(relay), relay.counters, bench.server_events.events
+    )
     assert "Options(" in shown
     assert not find_secrets(shown), shown
 
@@ -522,7 +494,7 @@ def fail(server: RelayServer, fields: dict[str, Any]) -> None:
 def abort(server: RelayServer, fields: dict[str, Any]) -> None:
     link, sock = started(server)
     with link, sock:
-        link.send(READY, fields, also=encode_frame(ABORT, fields))
+        link.stream.send(link.pack_control(READY, fields) + encode_frame(ABORT, fields))
         with contextlib.suppress(ConnectionResetError):
             sock.recv(1)
 
@@ -732,7 +704,8 @@ def welcome_and(kind: int) -> Callable[[FakeServer, Link, dict[str, Any]], None]
 
 def start_and_abort(relay: FakeServer, link: Link, fields: dict[str, Any]) -> None:
     relay.welcome(link)
-    link.send(START, {"id": "1", "client": "x", "port": "x", **fields}, also=encode_frame(ABORT, fields))
+    start = link.pack_control(START, {"id": "1", "client": "x", "port": "x", **fields})
+    link.stream.send(start + encode_frame(ABORT, fields))
     link.receive(Deadline(PATIENCE))
 
 

@@ -13,45 +13,23 @@ import pytest
 import tcprelay
 from _tcprelay.events import Events
 from _tcprelay.protocol import (
-    ABORT,
-    AUTH,
-    BYE,
-    CHALLENGE,
-    CLIENT,
-    DATA,
-    END,
-    FAIL,
-    HELLO,
-    PING,
-    PONG,
-    READY,
-    REFUSED,
-    SERVER,
-    START,
-    WELCOME,
-    encode_frame,
-    encode_header,
-    prove,
-)
+    ABORT, AUTH, BYE, CHALLENGE, CLIENT, DATA, END, FAIL, HELLO, PING, PONG, READY, REFUSED, SERVER, START, WELCOME,
+    encode_frame, encode_header, prove,
+)  # fmt: skip
 from _tcprelay.server.limits import Handshakes
+from _tcprelay.server.links import Links
 from _tcprelay.server.pool import Pool, PooledLink
 from _tcprelay.streams import Stream
 from _tcprelay.waiting import Deadline, wait_for
 from _tcprelay.watch import in_batches
 from tcprelay import (
-    ConnectionClosed,
-    ConnectionFailed,
-    ConnectionOpened,
-    Event,
-    LinkDown,
-    LinkNotMade,
-    LinkRefused,
-    LinkUp,
+    ConnectionClosed, ConnectionFailed, ConnectionOpened, Event, LinkDown, LinkNotMade, LinkRefused, LinkUp,
     RelayServer,
-)
+)  # fmt: skip
 
 from .certificates import Certificates
 from .conftest import PATIENCE, Bench, connect, read_all, read_exactly, replace, wait_until
+from .ends import send_end
 from .peers_v1 import FakeClient
 
 RESET = struct.pack("ii", 1, 0)
@@ -197,15 +175,16 @@ def test_silence_and_half_a_frame_are_closed_at_the_deadline(bench: Bench, monke
 def test_an_evicted_handshake_does_not_join_the_pool(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """It gives way at the last moment, with its proof given and its receiving over: no WELCOME, and no link."""
     server = bench.server()
-    handshakes = server._handshakes["link"] = Handshakes(1, lambda: 0.0)  # the first gives way
-    join_pool = server._join_pool
+    greeting = server._links._greeting
+    handshakes = server._links._handshakes = greeting._handshakes = Handshakes(1, lambda: 0.0)  # the first gives way
+    join_pool = greeting._join
 
     def join_late(link: PooledLink) -> None:
         bench.enter(connect(server.relay_address))
         wait_until(lambda: handshakes._evicted)
         join_pool(link)
 
-    monkeypatch.setattr(server, "_join_pool", join_late)
+    monkeypatch.setattr(greeting, "_join", join_late)
     link = bench.enter(FakeClient(server))
     with pytest.raises((EOFError, ConnectionError)):
         link.hello()
@@ -218,17 +197,17 @@ def test_an_evicted_handshake_does_not_join_the_pool(bench: Bench, monkeypatch: 
 def test_an_error_on_the_way_into_the_pool_leaves_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The link is counted out, wherever it happens, and the next one is served."""
     server = bench.server(max_links_per_address=1)
-    emit = server._emit
+    emit = server.runtime.emit
 
     def fail_once(event: Event) -> None:
-        monkeypatch.setattr(server, "_emit", emit)
+        monkeypatch.setattr(server.runtime, "emit", emit)
         raise MemoryError("out of memory")
 
-    monkeypatch.setattr(server, "_emit", fail_once)
+    monkeypatch.setattr(server.runtime, "emit", fail_once)
     lost = bench.enter(FakeClient(server))
     with pytest.raises((EOFError, ConnectionError)):
         lost.hello()
-    wait_until(lambda: not server.shares["link"]._counts)
+    wait_until(lambda: not server._listeners.of_links._counts)
     assert not server._pool._members
     assert bench.enter(FakeClient(server)).hello().kind == WELCOME
 
@@ -369,7 +348,7 @@ def test_start_brings_the_first_bytes_with_it(bench: Bench) -> None:
     link.read_end()
     link.send(READY)
     link.write(b"answer")
-    link.end(passed=11)
+    send_end(link, passed=11)
     assert read_all(sock) == b"answer"
     [closed] = bench.server_events.wait(ConnectionClosed)
     assert (closed.bytes_in, closed.bytes_out, closed.reason) == (11, 6, "")
@@ -417,7 +396,7 @@ def test_a_failed_service_client_is_offered_to_another_relay_client(bench: Bench
     assert two.read(5) == b"early"
     two.send(READY)
     two.write(b"answer")
-    two.end(passed=5)
+    send_end(two, passed=5)
     sock.shutdown(socket.SHUT_WR)
     assert read_all(sock) == b"answer"
     wait_until(lambda: server.counters["links_idle"] == 2)
@@ -501,7 +480,7 @@ def test_a_frame_cut_short_is_no_end(bench: Bench) -> None:
     link.send(READY)
     link.stream.send(encode_header(DATA, 100) + b"x" * 50)
     assert read_exactly(sock, 50) == b"x" * 50
-    link.stream.complete()
+    link.stream.close_normally()
     link.close()
     with pytest.raises(ConnectionResetError):
         sock.recv(1)
@@ -683,7 +662,7 @@ def test_service_clients_are_served_in_their_order(bench: Bench) -> None:
         assert start.fields["waiting"] == 2 - number
         assert link.read(1) == b"%d" % number
         link.send(READY)
-        link.end(passed=1)
+        send_end(link, passed=1)
         socks[number].close()
         link.read_end()
 
@@ -915,16 +894,16 @@ def test_a_client_that_does_not_read_is_as_good_as_dead(bench: Bench) -> None:
 def test_a_link_that_takes_nothing_costs_no_service_client(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A link is found broken when START is sent, before the keeper finds it: the early bytes have not left, and so the
     next link gets them."""
-    monkeypatch.setattr(RelayServer, "_watch", lambda server: server._cut.wait(PATIENCE))
+    monkeypatch.setattr(Links, "_keep", lambda links: links._runtime.cut.wait(PATIENCE))
     server = bench.relay()
-    hand_on = server.hand_on
+    hand_on = server._listeners.hand_on
 
     def wait_for_bytes(service: str, sock: socket.socket, address: Any) -> None:
         if service:
             wait_for(sock.fileno(), select.POLLIN, Deadline(PATIENCE))
         hand_on(service, sock, address)
 
-    server.hand_on = wait_for_bytes
+    server._listeners.hand_on = wait_for_bytes
     broken = [*next(iter(server._pool._idle["default"].values()))][-1]  # the next to be taken
     broken.link.sock.shutdown(socket.SHUT_WR)
     sock = bench.connect(server)
@@ -960,7 +939,7 @@ def test_an_unexpected_error_loses_no_count(bench: Bench, monkeypatch: pytest.Mo
         sock.recv(1)
     bench.server_events.wait(LinkDown, 2)
     assert not server._pool._members
-    assert len(server._splices) == 0
+    assert len(server.runtime.splices) == 0
 
 
 def test_looking_after_idle_links_makes_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1187,7 +1166,7 @@ def test_who_gets_no_thread_is_waited_for_no_longer(
     def fail(*_: object) -> None:
         raise kind("no thread")
 
-    monkeypatch.setattr(server._threads, "start", fail)
+    monkeypatch.setattr(server.runtime.threads, "start", fail)
     with pytest.raises(ConnectionResetError):
         bench.connect(server).recv(1)
     monkeypatch.undo()

@@ -15,7 +15,7 @@ import pytest
 
 from _tcprelay.addresses import address_group
 from _tcprelay.link import Link
-from _tcprelay.server.limits import Handshakes, Shares
+from _tcprelay.server.limits import Handshakes, Shares, bounds_of_handshakes
 from _tcprelay.streams import Stream
 from _tcprelay.tcp import Probing
 from tcprelay import ConnectionFailed, LinkRefused, LinkUp, RelayClient, RelayServer, Unpublished
@@ -85,7 +85,7 @@ def test_service_clients_of_one_address(bench: Bench) -> None:
     other.sendall(b"y")
     assert read_exactly(other, 1) == b"y"
     held[0].close()
-    wait_until(lambda: server.shares["client"]._counts["127.0.0.2"] == 1)
+    wait_until(lambda: server._listeners.of_clients._counts["127.0.0.2"] == 1)
     again = connect_from(bench, "127.0.0.2", port)
     again.sendall(b"z")
     assert read_exactly(again, 1) == b"z"
@@ -105,14 +105,14 @@ def test_links_of_one_address(bench: Bench) -> None:
     first.end(0)
     wait_until(lambda: second.counters["links_idle"] == 2)
     second.end(0)
-    wait_until(lambda: not server.shares["link"]._counts)
+    wait_until(lambda: not server._listeners.of_links._counts)
 
 
 def test_a_relay_client_without_a_link_says_why(bench: Bench) -> None:
     """The limit of the server's side stands in the client's log."""
     server = bench.server(max_links_per_address=1)
     holder = Link(Stream(bench.enter(socket.create_connection(("127.0.0.1", server.relay_address[1]))), "x"), "client")
-    wait_until(lambda: server.shares["link"]._counts)
+    wait_until(lambda: server._listeners.of_links._counts)
     bench.enter(RelayClient("127.0.0.1", 1, "127.0.0.1", server.relay_address[1], 2, on_event=bench.client_events))
     [event] = bench.client_events.wait(Unpublished)
     assert event.reason.startswith("refused by the relay: there are too many links from its address")
@@ -154,6 +154,7 @@ def test_a_connection_that_cannot_be_taken_is_counted_out(
     """Whatever is wrong between accept and its thread's first step: it is closed, and the next one is served."""
     server = bench.server(max_per_address=1, max_links_per_address=1)
     port = server.relay_address[1] if kind == "link" else server.service_addresses["default"][1]
+    shares = server._listeners.of_links if kind == "link" else server._listeners.of_clients
     fail = Mock(side_effect=error)
     if where == "spread":
         monkeypatch.setattr(Probing, where, fail)
@@ -161,10 +162,10 @@ def test_a_connection_that_cannot_be_taken_is_counted_out(
         replace(monkeypatch, where, fail)
     with pytest.raises(ConnectionResetError):
         read_all(connect_from(bench, "127.0.0.2", port))
-    wait_until(lambda: not server.shares[kind]._counts)
+    wait_until(lambda: not shares._counts)
     monkeypatch.undo()
     connect_from(bench, "127.0.0.2", port)
-    wait_until(lambda: server.shares[kind]._counts)
+    wait_until(lambda: shares._counts)
 
 
 # Handshakes
@@ -242,18 +243,16 @@ def test_handshakes_are_fair_and_forgotten() -> None:
 )  # fmt: skip
 def test_how_many_handshakes_there_may_be(connections: int, processes: int, links: int, clients: int) -> None:
     """A quarter of the connections, within bounds; of service clients never more than half; each worker its share."""
-    server = RelayServer(0, 0, max_connections=connections)
-    server._bound_handshakes(processes)
-    assert {kind: bound._most for kind, bound in server._handshakes.items()} == {"link": links, "client": clients}
+    assert bounds_of_handshakes(connections, processes) == (links, clients)
 
 
 def test_a_flood_of_handshakes_hits_itself(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A slow one of another address stays, and a real relay client gets in."""
+    replace(monkeypatch, "bounds_of_handshakes", lambda *_: (4, 4))
     server: RelayServer = bench.server()
-    server._handshakes["link"] = Handshakes(4)
     port = server.relay_address[1]
     slow = connect_from(bench, "127.0.0.3", port)
-    wait_until(lambda: "127.0.0.3" in server._handshakes["link"]._streams)
+    wait_until(lambda: "127.0.0.3" in server._links._handshakes._streams)
     flood: list[socket.socket] = []
     for _ in range(30):
         with contextlib.suppress(ConnectionResetError):  # it may be refused before connect() returns

@@ -13,7 +13,6 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -27,12 +26,6 @@ from .conftest import PATIENCE, replace, wait_until
 from .peers import HOST, ROOT, Peers, find, free_port, is_listening
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="makes terminals and reads /proc as on Linux")
-
-
-@pytest.fixture
-def peers(tmp_path: Path) -> Iterator[Peers]:
-    with ExitStack() as stack:
-        yield Peers(stack, tmp_path)
 
 
 # --- Terminals ------------------------------------------------------------------------------------------------

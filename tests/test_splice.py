@@ -21,45 +21,26 @@ from unittest.mock import Mock
 
 import pytest
 
-from _tcprelay.link import Link
+from _tcprelay.link import Link, RawLink
 from _tcprelay.protocol import (
-    CLIENT,
-    DATA,
-    END,
-    HELLO,
-    IDLE,
-    MAX_DATA,
-    PING,
-    READY,
-    SERVER,
-    START,
-    WELCOME,
-    encode_frame,
-    encode_header,
-)
+    CLIENT, DATA, END, HELLO, IDLE, MAX_DATA, PING, READY, SERVER, START, WELCOME, encode_frame, encode_header,
+)  # fmt: skip
+from _tcprelay.pump import LARGE_BUFFER, SMALL_BUFFER, SPARSE_READS, Queue
 from _tcprelay.server.clients import ServiceClient
 from _tcprelay.sockets import listen
-from _tcprelay.splice import LARGE_BUFFER, SMALL_BUFFER, SPARSE_READS, Queue, Splice
+from _tcprelay.splice import Splice
 from _tcprelay.streams import PIPE_SIZE, Stream
 from _tcprelay.tcp import (
-    NEAR,
-    RESET_ON_CLOSE,
-    UNSENT,
-    hold_little,
-    is_held_back,
-    is_near,
-    limit_unsent,
-    path_is_dead,
-    round_trip,
-    say_path,
+    NEAR, RESET_ON_CLOSE, UNSENT, hold_little, is_held_back, is_near, limit_unsent, path_is_dead, round_trip, say_path,
     unsent_bytes,
-)
+)  # fmt: skip
 from _tcprelay.threads import Threads
 from _tcprelay.tls import LARGE_TLS_BUFFER
 from _tcprelay.waiting import Deadline
 from _tcprelay.watch import Splices
 
 from .conftest import PATIENCE, read_all, read_exactly, replace, wait_until
+from .ends import send_data, send_end
 from .wire import Way, Wire
 
 
@@ -105,7 +86,7 @@ class Rig:
         self.done.set()
 
     def close(self) -> None:
-        self.splice.break_off("the test is over", force=True, close_link=True)
+        self.splice.break_off("the test is over", hurry=True, close_link=True)
         assert self.done.wait(PATIENCE)
         self.link.close()
 
@@ -142,10 +123,6 @@ def receive(link: Link) -> bytes:
     return bytes(data)
 
 
-def send(link: Link, data: bytes) -> None:
-    link.send_buffer(memoryview(bytearray(4) + data), len(data))
-
-
 def reset(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
     sock.close()
@@ -158,22 +135,22 @@ def test_a_short_connection_needs_one_thread(rig: Rig, first: str, long_opening:
     if first == "stream":
         rig.far_stream.sendall(b"question")
         assert rig.far.recv_into(view) == 8
-        send(rig.far, b"answer")
+        send_data(rig.far, b"answer")
         assert read_exactly(rig.far_stream, 6) == b"answer"
         rig.far_stream.shutdown(socket.SHUT_WR)
         assert rig.far.recv_into(view) == 0
-        rig.far.end()
+        send_end(rig.far)
         assert read_all(rig.far_stream) == b""
     else:
-        send(rig.far, b"question")
-        rig.far.end()
+        send_data(rig.far, b"question")
+        send_end(rig.far)
         assert read_all(rig.far_stream) == b"question"
         rig.far_stream.sendall(b"answer")
         rig.far_stream.shutdown(socket.SHUT_WR)
         assert receive(rig.far) == b"answer"
     assert rig.done.wait(PATIENCE)
     assert len(rig.threads) == 1
-    assert sorted([rig.splice.to_link, rig.splice.from_link]) == [6, 8]
+    assert sorted([rig.splice.to_link.carried, rig.splice.from_link.carried]) == [6, 8]
     assert rig.splice.reason == ""
     assert rig.link.machine.state == rig.far.machine.state == IDLE
 
@@ -200,7 +177,7 @@ def test_bytes_and_end_leave_together(later_rig: Rig, long_opening: None) -> Non
 def test_bytes_that_the_link_holds_already(later_rig: Rig, long_opening: None) -> None:
     """They came in behind START or READY, and poll does not tell of them."""
     rig = later_rig
-    send(rig.far, b"question")
+    send_data(rig.far, b"question")
     rig.link._end += rig.link.stream.recv_into(rig.link._space())
     rig.start()
     assert read_exactly(rig.far_stream, 8) == b"question"
@@ -213,11 +190,11 @@ def test_one_direction_goes_on_in_the_same_thread(rig: Rig, ended: str) -> None:
     if ended == "stream":
         rig.far_stream.shutdown(socket.SHUT_WR)
         assert receive(rig.far) == b""
-        send(rig.far, data)
-        rig.far.end()
+        send_data(rig.far, data)
+        send_end(rig.far)
         assert read_all(rig.far_stream) == data
     else:
-        rig.far.end()
+        send_end(rig.far)
         assert read_all(rig.far_stream) == b""
 
         def write() -> None:
@@ -234,13 +211,13 @@ def test_one_direction_goes_on_in_the_same_thread(rig: Rig, ended: str) -> None:
 
 def test_what_goes_on_is_carried_by_two_threads(rig: Rig) -> None:
     """A connection that is no longer young gets its second thread without having to send anything."""
-    send(rig.far, b"greeting")
+    send_data(rig.far, b"greeting")
     assert read_exactly(rig.far_stream, 8) == b"greeting"
     wait_until(lambda: len(rig.threads) == 2)
     rig.far_stream.sendall(b"answer")
     rig.far_stream.shutdown(socket.SHUT_WR)
     assert receive(rig.far) == b"answer"
-    rig.far.end()
+    send_end(rig.far)
     assert read_all(rig.far_stream) == b""
 
 
@@ -257,8 +234,8 @@ def test_what_the_opening_exchange_could_not_send(later_rig: Rig, long_opening: 
 
     def write_link() -> None:
         for start in range(0, len(other), 1000):
-            send(rig.far, other[start : start + 1000])
-        rig.far.end()
+            send_data(rig.far, other[start : start + 1000])
+        send_end(rig.far)
 
     for sock in (rig.far_stream, rig.far.sock):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -272,7 +249,7 @@ def test_what_the_opening_exchange_could_not_send(later_rig: Rig, long_opening: 
     for writer in writers:
         writer.join(PATIENCE)
     assert rig.done.wait(PATIENCE)
-    assert (rig.splice.to_link, rig.splice.from_link, rig.splice.reason) == (len(one), len(other), "")
+    assert (rig.splice.to_link.carried, rig.splice.from_link.carried, rig.splice.reason) == (len(one), len(other), "")
 
 
 @pytest.mark.parametrize("end", [True, False])
@@ -303,17 +280,17 @@ def test_bytes_and_end_that_did_not_fit_are_sent_later(later_rig: Rig, end: bool
     if not end:
         rig.far_stream.shutdown(socket.SHUT_WR)
     assert receive(rig.far) == b""
-    rig.far.end()
+    send_end(rig.far)
     assert rig.done.wait(PATIENCE)
-    assert (rig.splice.to_link, rig.splice.said_end, rig.splice.reason) == (len(data), True, "")
+    assert (rig.splice.to_link.carried, rig.splice.said_end, rig.splice.reason) == (len(data), True, "")
     assert rig.link.machine.state == IDLE
 
 
 def test_breaking_off_ends_the_opening_exchange(rig: Rig, long_opening: None) -> None:
     """Its poll returns, the stream is reset, and the other relay is told why."""
-    send(rig.far, b"greeting")
+    send_data(rig.far, b"greeting")
     assert read_exactly(rig.far_stream, 8) == b"greeting"
-    splices = Splices(10, 0.2, 0)
+    splices = Splices(0.2, 0)
     splices.add(rig.splice)
     sweep_until_broken(splices)
     with pytest.raises(ConnectionAbortedError, match=r"idle for 0\.2 s"):
@@ -327,9 +304,9 @@ def test_breaking_off_ends_the_opening_exchange(rig: Rig, long_opening: None) ->
 
 def test_a_link_that_is_to_be_closed_ends_the_opening_exchange(rig: Rig, long_opening: None) -> None:
     """At the end of the relay nobody answers ABORT any more."""
-    send(rig.far, b"greeting")
+    send_data(rig.far, b"greeting")
     assert read_exactly(rig.far_stream, 8) == b"greeting"
-    rig.splice.break_off("ending", force=True, close_link=True)
+    rig.splice.break_off("ending", hurry=True, close_link=True)
     assert rig.done.wait(PATIENCE)
     with pytest.raises(ConnectionResetError):
         rig.far_stream.recv(1)
@@ -346,9 +323,9 @@ def test_bytes_before_a_reset_in_the_opening_exchange(later_rig: Rig, long_openi
     assert rig.far.recv_into(view) == 10
     with pytest.raises(ConnectionAbortedError, match="stream: connection reset by peer"):
         rig.far.recv_into(view)
-    rig.far.end()
+    send_end(rig.far)
     assert rig.done.wait(PATIENCE)
-    assert (rig.splice.to_link, rig.splice.said_end) == (10, False)
+    assert (rig.splice.to_link.carried, rig.splice.said_end) == (10, False)
     assert rig.link.machine.state == IDLE
 
 
@@ -368,8 +345,8 @@ def test_an_abort_after_our_end_leaves_the_link_whole(rig: Rig) -> None:
 def test_a_link_lost_in_the_opening_exchange(later_rig: Rig, long_opening: None) -> None:
     """What came before arrives, and then an RST, never an end."""
     rig = later_rig
-    send(rig.far, b"last words")
-    rig.far.stream.complete()
+    send_data(rig.far, b"last words")
+    rig.far.stream.close_normally()
     rig.far.close()
     rig.start()
     assert read_exactly(rig.far_stream, 10) == b"last words"
@@ -384,7 +361,7 @@ def test_the_opening_exchange_on_the_raw_wire(broken: str | None, long_opening: 
     """Bytes, ends and errors pass without frames, too, in one thread."""
     near, far = tcp_pair()
     near_link, far_link = tcp_pair()
-    stream, link = Stream(near, "stream"), Stream(near_link, "link")
+    stream, link = Stream(near, "stream"), RawLink(Stream(near_link, "link"))
     splice, threads = Splice("1", "test", stream, link), Threads()
 
     def run() -> None:
@@ -428,8 +405,8 @@ def test_bulk_and_small_mixed_arrive_in_order(rig: Rig) -> None:
 
     def write_link() -> None:
         for piece in pieces:
-            rig.far.send_buffer(memoryview(bytearray(4) + piece), len(piece))
-        rig.far.end()
+            send_data(rig.far, piece)
+        send_end(rig.far)
 
     def write_stream() -> None:
         for piece in pieces:
@@ -445,7 +422,7 @@ def test_bulk_and_small_mixed_arrive_in_order(rig: Rig) -> None:
     assert hashlib.sha256(results["stream"]).digest() == hashlib.sha256(whole).digest()
     assert hashlib.sha256(results["link"]).digest() == hashlib.sha256(whole).digest()
     assert rig.done.wait(PATIENCE)
-    assert (rig.splice.to_link, rig.splice.from_link, rig.splice.reason) == (len(whole), len(whole), "")
+    assert (rig.splice.to_link.carried, rig.splice.from_link.carried, rig.splice.reason) == (len(whole), len(whole), "")
     assert rig.link.machine.state == IDLE
 
 
@@ -483,10 +460,10 @@ def test_a_bulk_frame_cut_short_is_no_end(rig: Rig, cut: int) -> None:
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(read_all, rig.far_stream)
         rig.far.stream.send(encode_header(DATA, MAX_DATA) + bytes(200_000))
-        wait_until(lambda: rig.splice.from_link == 200_000)
+        wait_until(lambda: rig.splice.from_link.carried == 200_000)
         rig.far.stream.send(bytes(cut))
-        wait_until(lambda: rig.splice.from_link == 200_000 + cut)
-        rig.far.stream.complete()
+        wait_until(lambda: rig.splice.from_link.carried == 200_000 + cut)
+        rig.far.stream.close_normally()
         rig.far.close()
         with pytest.raises(ConnectionResetError):
             reading.result()
@@ -502,8 +479,8 @@ def test_without_a_pipe_bytes_are_copied(rig: Rig, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(os, "pipe", no_pipe)
     data = random.Random(1).randbytes(3_000_000)
-    rig.far.send_buffer(memoryview(bytearray(4) + data), len(data))
-    rig.far.end()
+    send_data(rig.far, data)
+    send_end(rig.far)
     assert read_all(rig.far_stream) == data
 
 
@@ -511,10 +488,9 @@ def test_a_flood_after_abort_costs_the_link(rig: Rig) -> None:
     """A side that does not stop sending although the other broke off loses the link instead of being drained."""
     rig.far_stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
     rig.far_stream.close()
-    data = memoryview(bytearray(4) + bytes(65536))
     with pytest.raises(OSError):
         for _ in range(1000):
-            rig.far.send_buffer(data, 65536)
+            send_data(rig.far, bytes(65536))
     assert rig.done.wait(PATIENCE)
 
 
@@ -527,7 +503,7 @@ def test_waking_a_receiver_sends_nothing() -> None:
         result: list[int] = []
         threads.start(lambda: result.append(stream.recv_into(memoryview(bytearray(1)))))
         while not result:
-            stream.wake(force=True)
+            stream.wake()
         assert result == [0]
         far.settimeout(0.2)
         with pytest.raises(TimeoutError):
@@ -555,7 +531,8 @@ def test_waking_a_sender_lets_no_end_be_seen() -> None:
         while last != (last := unsent_bytes(near)) or not last:
             time.sleep(0.3)  # until nothing moves any more, although blocked sends look again
         assert not result
-        stream.wake(force=True)
+        stream.hurry()
+        stream.wake()
         wait_until(lambda: result)
         far.settimeout(0.3)
         with pytest.raises(TimeoutError):
@@ -619,10 +596,10 @@ def test_flush_gives_up_on_a_peer_that_has_gone() -> None:
 
 def test_a_finished_splice_no_longer_touches_its_link(rig: Rig) -> None:
     """Breaking off a connection that is over does nothing: the link may be carrying another one."""
-    rig.far.end()
+    send_end(rig.far)
     rig.far_stream.shutdown(socket.SHUT_WR)
     assert rig.done.wait(PATIENCE)
-    rig.splice.break_off("too late", force=True, close_link=True)
+    rig.splice.break_off("too late", hurry=True, close_link=True)
     assert rig.splice.reason == ""
     rig.far.receive(Deadline(PATIENCE))
     rig.far.send(PING)
@@ -639,7 +616,7 @@ def test_a_reset_is_seen_although_the_pump_is_blocked(rig: Rig) -> None:
         pass
     rig.far_stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
     rig.far_stream.close()
-    splices = Splices(10, 0, 0)
+    splices = Splices(0, 0)
     splices.add(rig.splice)
     sweep_until_broken(splices)
     assert rig.splice.reason == "stream: connection lost"
@@ -651,7 +628,7 @@ def test_an_unstarted_pump_is_an_error(rig: Rig, monkeypatch: pytest.MonkeyPatch
     with far:
         stream = Stream(near, "near")
         link, far_link = socket.socketpair()
-        splice = Splice("2", "test", stream, Stream(link, "link"))
+        splice = Splice("2", "test", stream, RawLink(Stream(link, "link")))
         monkeypatch.setattr(rig.threads, "start", no_thread)
         splice.run(rig.threads)
         assert splice.reason == "cannot start a thread"
@@ -690,7 +667,7 @@ def test_an_end_after_an_rst_is_not_believed_in_another_worker_either() -> None:
     first.read_early()
     assert first.early == b"early"
     again = ServiceClient("default", near, far.getsockname())
-    state = {"waited": 0.0, "queued": True, **first.state(frozenset(), "")}
+    state = {"waited": 0.0, "queued": True, **first.state}
     again.resume(state, bytes(first.early))
     reset(far)
     wait_until(lambda: near.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))  # takes it
@@ -718,18 +695,19 @@ def test_urgent_data_is_no_end(rig: Rig) -> None:
         got += view[:count]
     writer.join(PATIENCE)
     assert hashlib.sha256(got).digest() == hashlib.sha256(data).digest()
-    rig.far.end()
+    send_end(rig.far)
 
 
 def test_the_sweep_meets_connections_that_have_just_ended() -> None:
     """Their sockets are closed when it comes to them, whatever it looks at."""
     with ExitStack() as stack:
         pairs = [tcp_pair() for _ in range(4)]
-        splices = Splices(10, idle_timeout=100.0, half_close_timeout=100.0)
+        splices = Splices(idle_timeout=100.0, half_close_timeout=100.0)
         for number, ended in enumerate(((False, False), (True, False))):
-            stream, link = Stream(pairs[2 * number][0], "stream"), Stream(pairs[2 * number + 1][0], "link")
+            stream = Stream(pairs[2 * number][0], "stream")
+            link = RawLink(Stream(pairs[2 * number + 1][0], "link"))
             splice = Splice("1", "test", stream, link)
-            splice.to_link_ended, splice.from_link_ended = ended
+            splice.to_link.done, splice.from_link.done = ended
             splices.add(splice)
         for pair in pairs:
             for sock in pair:
@@ -748,7 +726,7 @@ class Greeting:
         stack.callback(self.far_stream.close)
         stack.callback(self.far_link.close)
         self.stream = Stream(near, "stream")
-        self.splice = Splice("1", "test", self.stream, Stream(link, "link"), b"hello ")
+        self.splice = Splice("1", "test", self.stream, RawLink(Stream(link, "link")), b"hello ")
         self.threads, self.done = Threads(), threading.Event()
         stack.callback(self.close)
 
@@ -762,7 +740,7 @@ class Greeting:
         self.done.set()
 
     def close(self) -> None:
-        self.splice.break_off("the test is over", force=True)
+        self.splice.break_off("the test is over", hurry=True)
         assert self.done.wait(PATIENCE)
         self.threads.end(Deadline(PATIENCE))
 
@@ -937,9 +915,7 @@ def is_held(sock: socket.socket) -> bool:
 
 
 @pytest.fixture
-def held_queue(
-    monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[tuple[Queue, socket.socket, socket.socket, list[float]]]:
+def held_queue(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Queue, socket.socket, socket.socket, list[float]]]:
     """A queue whose source is near and is to hold little; its source and its sink, and the time, which stands still."""
     sink, far_sink = tcp_pair()
     source, far_source = tcp_pair()
@@ -1066,7 +1042,7 @@ def bytes_waiting(sock: socket.socket) -> int:
 def test_a_sweep_looks_at_all_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also at those beyond what it looks at without a pause."""
     replace(monkeypatch, "BATCH", 2)
-    splices = Splices(10, idle_timeout=0.001, half_close_timeout=0)
+    splices = Splices(idle_timeout=0.001, half_close_timeout=0)
     with ExitStack() as stack:
         add_silent(stack, splices, 5)
         sweep_until_broken(splices)
@@ -1076,7 +1052,7 @@ def add_silent(stack: ExitStack, splices: Splices, count: int) -> None:
     """Watch so many connections that nobody carries."""
     for number in range(count):
         legs = [stack.enter_context(one) for _ in range(2) for one in socket.socketpair()]
-        splices.add(Splice(str(number), "test", Stream(legs[0], "one"), Stream(legs[2], "other")))
+        splices.add(Splice(str(number), "test", Stream(legs[0], "one"), RawLink(Stream(legs[2], "other"))))
 
 
 def sweep_until_broken(splices: Splices) -> None:
@@ -1092,7 +1068,7 @@ def sweep_until_broken(splices: Splices) -> None:
 def test_a_sweep_does_not_call_the_garbage_collector() -> None:
     """Every few seconds it would look at all that 5,000 connections have, and everything would stand still."""
     with ExitStack() as stack:
-        splices = Splices(100, idle_timeout=100.0, half_close_timeout=100.0)
+        splices = Splices(idle_timeout=100.0, half_close_timeout=100.0)
         add_silent(stack, splices, 60)
         stack.callback(gc.set_threshold, *gc.get_threshold())
         collections: list[str] = []
@@ -1146,11 +1122,11 @@ def close_early(rig: Rig, more: bytes = b"second") -> None:
     """The stream's peer ends and closes, and what is sent to it then draws an RST: the stream takes no more."""
     rig.far_stream.close()
     assert rig.far.receive(Deadline(PATIENCE)).kind == END
-    send(rig.far, b"first")
+    send_data(rig.far, b"first")
     poller = select.poll()
     poller.register(rig.stream.sock, 0)
     assert poller.poll(1000 * PATIENCE)
-    send(rig.far, more)
+    send_data(rig.far, more)
 
 
 def test_the_end_is_heard_out_when_the_stream_has_closed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1158,10 +1134,10 @@ def test_the_end_is_heard_out_when_the_stream_has_closed(rig: Rig, monkeypatch: 
     and both relays count the same and call the connection complete."""
     replace(monkeypatch, "HEAR_OUT_TIME", PATIENCE)
     close_early(rig)
-    send(rig.far, b"third")
+    send_data(rig.far, b"third")
     rig.far.send(END)
     assert rig.done.wait(PATIENCE)
-    assert (rig.splice.reason, rig.splice.from_link) == ("", 16)
+    assert (rig.splice.reason, rig.splice.from_link.carried) == ("", 16)
     assert rig.link.machine.state == rig.far.machine.state == IDLE
     with pytest.raises(BlockingIOError):
         rig.far.sock.recv(1, socket.MSG_DONTWAIT)
@@ -1183,7 +1159,7 @@ def test_who_sends_much_to_somebody_who_has_closed_is_told_soon(rig: Rig, monkey
     close_early(rig)
     with pytest.raises(OSError):
         while True:
-            send(rig.far, bytes(65536))
+            send_data(rig.far, bytes(65536))
     assert rig.done.wait(PATIENCE)
     assert rig.splice.reason == "stream: broken pipe"
 
@@ -1192,7 +1168,7 @@ def test_a_sweep_hears_the_end_out_too(rig: Rig, monkeypatch: pytest.MonkeyPatch
     """It sees the RST of a peer that has closed, while END is on its way: that comes in time, or it does not."""
     replace(monkeypatch, "HEAR_OUT_TIME", PATIENCE)
     close_early(rig, b"")
-    splices = Splices(10, 0, 0)
+    splices = Splices(0, 0)
     splices.add(rig.splice)
     for _ in range(2):
         splices.sweep()
@@ -1287,12 +1263,12 @@ def test_a_dead_path_ends_a_connection(rig: Rig, monkeypatch: pytest.MonkeyPatch
     dead = getattr(rig, lost).sock
     replace(monkeypatch, "path_is_dead", lambda sock, seconds: sock is dead)
     for dead_path in (0.0, 1000.0):
-        patient = Splices(10, 0, 0, dead_path)
+        patient = Splices(0, 0, dead_path)
         patient.add(rig.splice)
         patient.sweep()
         assert not rig.splice.reason
     rig.link.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
-    splices = Splices(10, 0, 0, 0.01)
+    splices = Splices(0, 0, 0.01)
     splices.add(rig.splice)
     sweep_until_broken(splices)
     assert rig.splice.reason == "sent bytes are no longer acknowledged"
@@ -1304,9 +1280,9 @@ def test_a_pump_s_end_says_what_was_passed_on(rig: Rig, monkeypatch: pytest.Monk
     replace(monkeypatch, "OPENING_TIME", 0.0)
     data = random.Random(5).randbytes(300_000)
     for start in range(0, len(data), 50_000):
-        send(rig.far, data[start : start + 50_000])
+        send_data(rig.far, data[start : start + 50_000])
         assert read_exactly(rig.far_stream, 50_000) == data[start : start + 50_000]
-    wait_until(lambda: rig.splice.from_link == len(data))
+    wait_until(lambda: rig.splice.from_link.carried == len(data))
     rig.far_stream.shutdown(socket.SHUT_WR)
     assert receive(rig.far) == b""
     assert rig.far.passed == len(data)

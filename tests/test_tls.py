@@ -19,25 +19,19 @@ import pytest
 
 from _tcprelay.certificates import load_pfx, make_context, pin_of
 from _tcprelay.command_line import parse_options
+from _tcprelay.link import RawLink
 from _tcprelay.openssl import new_context
 from _tcprelay.options import Options
+from _tcprelay.server.greeting import ACCESS_DENIED
 from _tcprelay.splice import Splice
 from _tcprelay.tcp import RESET_ON_CLOSE
 from _tcprelay.threads import Threads
 from _tcprelay.tls import LARGE_TLS_BUFFER, SMALL_READS, SMALL_TLS_BUFFER, TLSStream
 from _tcprelay.waiting import Deadline, wait_for
 from tcprelay import (
-    ClientOptions,
-    ClientUp,
-    ConnectionClosed,
-    ConnectionFailed,
-    LinkRefused,
-    Published,
-    RelayClient,
-    RelayServer,
+    ClientOptions, ClientUp, ConnectionClosed, ConnectionFailed, LinkRefused, Published, RelayClient, RelayServer,
     Unpublished,
-)
-from tcprelay_server import ACCESS_DENIED
+)  # fmt: skip
 
 from .certificates import Certificates, tls_context
 from .conftest import PATIENCE, Bench, Service, connect, read_all, read_exactly, replace, wait_until
@@ -120,8 +114,8 @@ class Rig:
             serve(TLSEnd(sock, self.context(True), True) if self._way.service else sock)
 
         self.server = self._bench.server(**self.server_options)
-        if self._way.version == "1.2" and self.server._credentials.links is not None:
-            self.server._credentials.links.maximum_version = ssl.TLSVersion.TLSv1_2
+        if self._way.version == "1.2" and self.server.runtime.credentials.links is not None:
+            self.server.runtime.credentials.links.maximum_version = ssl.TLSVersion.TLSv1_2
         self.client = self._bench.client(self.server, self._bench.service(serve_leg).port, **self.client_options)
         return self.server
 
@@ -291,8 +285,8 @@ def test_a_client_whose_certificate_is_not_accepted(
     """Both logs have the reason (with TLS 1.3 the client learns it late), nothing is pooled, and it backs off."""
     server = bench.server(**tls_server(certificates, auth=True, ca_file=certificates.path("ca.pem"), tls_min="1.2"))
     if version == "1.2":
-        assert server._credentials.links is not None
-        server._credentials.links.maximum_version = ssl.TLSVersion.TLSv1_2
+        assert server.runtime.credentials.links is not None
+        server.runtime.credentials.links.maximum_version = ssl.TLSVersion.TLSv1_2
     own = {"cert": certificates.path(f"{name}.pem"), "key": certificates.path(f"{name}.key")} if name else {}
     reason = refused(bench, server, bench.service(), tls="relay", ca_file=certificates.path("ca.pem"), **own)
     assert "certificate" in reason or "alert" in reason or "handshake failure" in reason
@@ -573,7 +567,7 @@ def test_the_opening_exchange_over_tls(
     with ExitStack() as stack:
         stream, far = tls_pair(stack, certificates, version)
         link, far_link = tls_pair(stack, certificates, version)
-        splice, threads = Splice("1", "test", stream, link), Threads()
+        splice, threads = Splice("1", "test", stream, RawLink(link)), Threads()
         view = memoryview(bytearray(100))
         for piece in (b"go", b"question"):
             far.send(piece)
@@ -717,8 +711,8 @@ def test_the_oldest_version_can_be_raised(bench: Bench, certificates: Certificat
         tls="relay", ca_file=ca, tls_min="1.3" if side == "client" else "1.2",
     )  # fmt: skip
     capped = client if side == "server" else server
-    assert capped._credentials.links is not None
-    capped._credentials.links.maximum_version = ssl.TLSVersion.TLSv1_2
+    assert capped.runtime.credentials.links is not None
+    capped.runtime.credentials.links.maximum_version = ssl.TLSVersion.TLSv1_2
     bench.enter(client)
     assert bench.client_events.wait(Unpublished)[0].reason.startswith(("TLS: ", "refused by the relay"))
 
@@ -872,7 +866,7 @@ def test_broken_connections_leave_no_rings(bench: Bench, certificates: Certifica
         leave(server.relay_address, "no handshake")
         bench.server_events.wait(LinkRefused, 2)
         wait_until(lambda: server.counters["broken"] + server.counters["failed"] == 5)
-        wait_until(lambda: len(server._threads._parked) == len(server._threads))
+        wait_until(lambda: len(server.runtime.threads._parked) == len(server.runtime.threads))
         gc.collect()
         kept = [repr(thing) for thing in gc.garbage if isinstance(thing, TLSStream)]
     finally:

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,38 +22,13 @@ from _tcprelay.system import ignore_oserror
 from .certificates import Certificates
 from .conftest import PATIENCE, read_all, read_exactly, wait_until
 from .peers import (
-    HOST,
-    LONG,
-    Peers,
-    Program,
-    RelayProcess,
-    curl,
-    digest_file,
-    digest_output,
-    find,
-    make_file,
-    peak_memory,
-    run,
-)
+    HOST, LONG, Peers, Program, RelayProcess, curl, digest_file, digest_output, find, make_file, peak_memory, run,
+)  # fmt: skip
 
 MEBIBYTE = 1 << 20
+pytestmark = pytest.mark.usefixtures("workers")
+
 TLS = pytest.mark.parametrize("version", ["1.2", "1.3"])
-
-
-@pytest.fixture
-def peers(tmp_path: Path, workers: str) -> Iterator[Peers]:
-    with ExitStack() as stack:
-        yield Peers(stack, tmp_path)
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> Iterator[Path]:
-    """A directory for large files, which do not outlive the test."""
-    path = tmp_path / "files"
-    path.mkdir()
-    yield path
-    for file in path.iterdir():
-        file.unlink()
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ import ssl
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,16 @@ from _tcprelay.link import Link
 from _tcprelay.messages import MESSAGE_SIZE, encode_message, receive_message, send_message
 from _tcprelay.processes import WorkerProcess
 from _tcprelay.protocol import CLIENT, FAIL, HELLO, START, WELCOME
+from _tcprelay.server.account import HANDED
+from _tcprelay.server.workers import ServerWorkers
 from _tcprelay.streams import Stream
 from _tcprelay.waiting import Deadline
 from tcprelay import ConnectionFailed, RelayServer
-from tcprelay_server import ServerWorkers
 
 from .certificates import Certificates, tls_context
 from .conftest import PATIENCE, Recorder, echo, read_all, read_exactly, wait_until
 from .ends import TLSEnd
-from .peers import HOST, Peers, RelayProcess, is_listening
+from .peers import HOST, Peers, RelayProcess, is_listening, workers_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -43,19 +43,7 @@ TWO = ("--workers", "2")
 DEBUG = ("--log-level", "debug")
 
 
-@pytest.fixture
-def peers(tmp_path: Path) -> Iterator[Peers]:
-    with ExitStack() as stack:
-        yield Peers(stack, tmp_path)
-
-
 # --- Looking at processes and connections ---------------------------------------------------------------------
-
-
-def workers_of(relay: RelayProcess) -> list[int]:
-    """The worker processes of a relay, in the order of their birth."""
-    pid = relay.process.pid
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def is_gone(pid: int) -> bool:
@@ -1054,16 +1042,16 @@ def server_that_raises_once(peers: Peers, place: str, *options: str) -> RelayPro
         "_tcprelay.processes.Workers._look_at_time",
         "_tcprelay.processes.Workers._fork",
         "_tcprelay.processes.receive_message",
-        "tcprelay_server.adopt_socket",
-        "tcprelay_server.RelayServer.accept_from",
-        "tcprelay_server.ServerWorkers.look_at_time",
-        "tcprelay_server.ServerWorkers._accept",
-        "tcprelay_server.ServerWorkers._receive_connection",
-        "tcprelay_server.ServerWorkers._send",
-        "tcprelay_server.ServerWorkers._serve_queue",
-        "tcprelay_server.ServerWorkers.tell",
-        "tcprelay_server.ServerWorkers._absent",
-        "tcprelay_server.ServerWorkers.stop_intake",
+        "_tcprelay.server.intake.adopt_socket",
+        "_tcprelay.server.listeners.Listeners.accept",
+        "_tcprelay.server.workers.ServerWorkers.look_at_time",
+        "_tcprelay.server.workers.ServerWorkers._accept",
+        "_tcprelay.server.workers.ServerWorkers._receive_connection",
+        "_tcprelay.server.workers.ServerWorkers._send",
+        "_tcprelay.server.workers.ServerWorkers._serve_queue",
+        "_tcprelay.server.workers.ServerWorkers.tell",
+        "_tcprelay.server.workers.ServerWorkers._absent",
+        "_tcprelay.server.workers.ServerWorkers.stop_intake",
         "_tcprelay.server.clients.ServiceClient.resume",
     ],
 )
@@ -1116,8 +1104,8 @@ def test_an_unexpected_error_in_a_reload(peers: Peers) -> None:
 def test_an_error_that_stays_does_not_make_the_parent_spin(peers: Peers) -> None:
     """It waits longer each time, up to a second, and does everything else."""
     patch = (
-        "import sys, tcprelay, tcprelay_server;"
-        "tcprelay_server.ServerWorkers.look_at_time = lambda self: 1 / 0;"
+        "import sys, tcprelay, _tcprelay.server.workers;"
+        "_tcprelay.server.workers.ServerWorkers.look_at_time = lambda self: 1 / 0;"
         "sys.exit(tcprelay.main(sys.argv[4:]))"
     )
     command = "--relay-port", "0", "--service-port", "0", "--hostname", HOST, *TWO
@@ -1138,11 +1126,12 @@ def test_a_service_client_that_cannot_be_taken_back_is_counted_out() -> None:
     """Its descriptor is closed, its share of the limits is free again, and it has its closing record."""
     events = Recorder()
     server = RelayServer(0, 0, max_per_address=1, on_event=events)
-    parent, worker = ServerWorkers(server, 2), WorkerProcess(0)
+    shares = server._listeners.of_clients
+    parent, worker = ServerWorkers(server, 2, server._listeners, lambda account, intake: None), WorkerProcess(0)
     address = "192.0.2.1", 5
-    assert server.shares["client"].enter(address)
-    parent._hold(worker, "client", address, 1)
-    parent._clients[0] = 1
+    assert shares.enter(address)
+    parent._account.hold(0, shares, address, 1)
+    parent._account.add(0, "default", HANDED)
     worker.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     reader, writer = os.pipe()
     state = {"service": "default", "address": address, "since": 0.0}
@@ -1154,8 +1143,8 @@ def test_a_service_client_that_cannot_be_taken_back_is_counted_out() -> None:
         with pytest.raises(BrokenPipeError):
             os.write(writer, b"x")
     os.close(writer)
-    assert server.shares["client"].enter(address)
-    assert parent._clients[0] == 0
+    assert shares.enter(address)
+    assert parent._account.clients(0) == 0
     assert [event.reason for event in events.of(ConnectionFailed)] == ["unexpected error"]
     parent.selector.close()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..addresses import show_address
 from ..link import Link
-from ..protocol import ABORT, SERVER
+from ..protocol import ABORT
 from ..streams import Stream
 from ..system import ssl
 from ..text import connection_id, say_error, shown
@@ -73,10 +73,10 @@ class ServiceClient:
         """Seconds that it has been in the parent and in other workers, and whether the parent had no link for it."""
         self.visited: list[int] = []
         """For the parent: the workers none of whose relay clients could reach the service."""
-        self.expected = False
-        """It counts among those that have no link yet; see `Pool.expect`."""
-        self.settled = self.passed_on = False
-        """The parent knows from the gauges what became of it; it has been sent back to the parent."""
+        self.unsettled = False
+        """It counts among those that have no link yet: see `Intake.settle`."""
+        self.passed_on = False
+        """It has been sent back to the parent."""
         self.may_hold_more = True
         """To be asked again without poll: TLS may hold more, or there was more than fitted."""
         self._since = time.monotonic()
@@ -86,10 +86,12 @@ class ServiceClient:
     def seconds(self) -> float:
         return time.monotonic() - self._since
 
-    def state(self, failed: frozenset[str], reason: str) -> dict[str, Any]:
+    @property
+    def state(self) -> dict[str, Any]:
         """What another worker has to know of it, beside its early bytes."""
         return {"service": self.service, "address": self.address, "id": self.id, "since": self._since,
-                "ended": self.ended, "failed": list(failed), "reason": reason, "visited": self.visited}  # fmt: skip
+                "ended": self.ended, "failed": list(self.failed), "reason": self.reason,
+                "visited": self.visited}  # fmt: skip
 
     def resume(self, fields: dict[str, Any], early: bytes) -> None:
         """Go on from such a state."""
@@ -132,8 +134,9 @@ class ServiceClient:
     def pass_early(self, link: Link, out: bytearray, start: int) -> None:
         """Append to `out` the frames for the early bytes from `start` on, and for its end."""
         if len(self.early) > start:
-            out += link.pack(memoryview(self.early[start:]))
-        if self.gone and not link.machine.has_ended(SERVER):
+            out += link.pack_header(len(self.early) - start)
+            out += self.early[start:]
+        if self.gone and not link.has_ended:
             out += link.pack_control(ABORT, {"reason": shown(self.gone)})
-        elif self.ended and not link.machine.has_ended(SERVER):
+        elif self.ended:
             out += link.pack_end()

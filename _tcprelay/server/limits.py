@@ -14,14 +14,19 @@ LEAST_HANDSHAKES, MOST_HANDSHAKES = 256, 2048
 """Handshakes under way at once, on the relay port and (with TLS) on the service ports each: a quarter of the
 connections that there may be, within these bounds.  A silent one costs a thread and 16 KiB, with TLS 60 (measured):
 where the limit on open files is high, a flood must not take all the memory of a small machine."""
-
-
 TOO_MANY_HANDSHAKES = "too many handshakes at once"
 
 
 def most_handshakes(connections: int) -> int:
     """How many may be under way where there may be so many connections."""
     return min(MOST_HANDSHAKES, max(LEAST_HANDSHAKES, connections // 4))
+
+
+def bounds_of_handshakes(connections: int, processes: int) -> tuple[int, int]:
+    """How many one of so many processes may have: of links, and of service clients, for whom half of the connections
+    are there when they have shaken hands."""
+    links = max(16, most_handshakes(connections) // processes)
+    return links, min(links, max(1, connections // 2 // processes))
 
 
 class Shares:

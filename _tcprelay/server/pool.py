@@ -7,25 +7,23 @@ import selectors
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..addresses import show_address
-from ..link import Link, carrier
+from ..link import AnyLink
 from ..protocol import PONG, LinkFault
-from ..streams import Stream
 from ..waiting import Deadline
 from .clients import NoLinkHere, Refusal
-from .gauges import WorkerGauges
 
 STANDSTILL = 5.0
 """Seconds without a link for anybody after which a service counts as not served, where service clients wait."""
 
 
 class PooledLink:
-    """A link (raw: a plain stream) and what the pool knows of it."""
+    """A link and what the pool knows of it."""
 
-    def __init__(self, link: Link | Stream, service: str, client: str, name: str, address: Any) -> None:
+    def __init__(self, link: AnyLink, service: str, client: str, name: str, address: Any) -> None:
         self.link = link
         self.address = address
         self.service = service
@@ -54,20 +52,27 @@ class PooledLink:
     def origin(self) -> Origin:
         return self.client, self.worker
 
-    def send(self, kind: int, fields: dict[str, Any] | None = None) -> None:
-        """Send a frame on an idle link, now or, where its socket is full, later by `flush`."""
-        assert isinstance(self.link, Link)
-        self._unsent += self.link.pack_control(kind, fields)
+    def send(self, frame: bytes) -> None:
+        """Send a frame on an idle link, now or, where its socket is full, later by `flush`.  Raises `OSError`."""
+        self._unsent += frame
         self.flush()
 
     def flush(self) -> None:
         """Send what can go now of what was to be sent.  Raises `OSError`."""
-        self.blocked = not carrier(self.link).send_now(self._unsent)
+        self.blocked = not self.link.stream.send_now(self._unsent)
+
+    def use(self) -> None:
+        """Note that it begins or ends a connection."""
+        self.last_used = time.monotonic()
+
+    def hear(self) -> None:
+        """Note that the relay client has said something."""
+        self.last_heard = time.monotonic()
 
     def take_pong(self, kind: int) -> None:
         """Note a frame between connections.  Raises `LinkFault` for a PONG that nobody asked for: a flood of
         them would keep the keeper busy."""
-        self.last_heard = time.monotonic()
+        self.hear()
         if kind == PONG:
             self.pongs_due -= 1
             if self.pongs_due < 0:
@@ -88,14 +93,16 @@ class Pool:
     turn, and of those of one the most recently proven alive.  Nothing here does I/O or calls back.
     """
 
-    def __init__(
-        self, services: Sequence[str], max_pending: int, most: int, gauges: WorkerGauges | None = None
-    ) -> None:
+    def __init__(self, services: Sequence[str], max_pending: int, most: int) -> None:
+        """For so many service clients that may wait, of each service, and so many links, idle or not."""
         self.selector = selectors.DefaultSelector()
         """Watches the idle links, for the keeper; links are entered and removed under the lock."""
         self._max_pending = max_pending
         self._most = most
-        """Links at once, idle or not."""
+        self.show: Callable[[str, int, int], object] = lambda service, idle, waiting: None
+        """Called, under the lock, with how many links are idle and service clients wait, whenever that changes."""
+        self.count_waiting_elsewhere: Callable[[str], int] = lambda service: 0
+        """How many service clients wait in other processes."""
         self._lock = threading.Lock()  # over all that follows
         self._waiting: dict[str, deque[_Waiter]] = {name: deque() for name in services}
         self._idle: dict[str, OrderedDict[Origin, OrderedDict[PooledLink, None]]] = {n: OrderedDict() for n in services}
@@ -104,7 +111,6 @@ class Pool:
         """Service clients that have come and have no link yet, those included that wait for one."""
         self._given_at = dict.fromkeys(services, 0.0)
         """When a service client was last given a link."""
-        self._gauges = gauges
         self._aside: set[PooledLink] = set()
         """Idle links that are not to be given out now."""
         self._members: dict[tuple[str, str], int] = {}  # links of (service, client), idle or not
@@ -133,9 +139,7 @@ class Pool:
         """Hand an idle link to the first who waits for one, or keep it; False where it is not wanted any more."""
         with self._lock:
             link = pooled.link
-            if self._closed or (isinstance(link, Link) and link.machine.leaving):
-                return False
-            if isinstance(link, Link) and link.spent and not pooled.unproven:
+            if self._closed or link.leaving or (link.spent and not pooled.unproven):
                 return False
             if pooled.unproven or pooled.blocked:
                 events = selectors.EVENT_READ | (selectors.EVENT_WRITE if pooled.blocked else 0)
@@ -181,7 +185,7 @@ class Pool:
                 raise NoLinkHere
             if failed and not any(p.service == service and p.client not in failed for p in self._aside):
                 raise Refusal(f"the service cannot be reached: {reason}")
-            waiting = self._gauges.count_waiting(service) if self._gauges else len(self._waiting[service])
+            waiting = len(self._waiting[service]) + self.count_waiting_elsewhere(service)
             if waiting >= self._max_pending and not (first or self._is_served(service)):
                 raise Refusal("too many service clients wait for a link (--max-pending)")
             waiter = _Waiter(threading.Condition(self._lock), failed)
@@ -318,8 +322,7 @@ class Pool:
     def _count(self, service: str, more: int) -> None:
         """So many more links of this service are idle; under the lock."""
         self._idle_counts[service] += more
-        if self._gauges is not None:
-            self._gauges.show(service, self._idle_counts[service], len(self._waiting[service]))
+        self.show(service, self._idle_counts[service], len(self._waiting[service]))
 
 
 def are_links_given(max_pending: int, last: float, oldest: float) -> bool:

@@ -27,33 +27,15 @@ from functools import partial
 from itertools import cycle, islice
 from typing import TypeVar
 
+from _tcprelay.client.greeting import LINK_TIMEOUT
 from _tcprelay.protocol import (
-    ABORT,
-    AUTH,
-    BYE,
-    CHALLENGE,
-    CLIENT,
-    DATA,
-    END,
-    FAIL,
-    HELLO,
-    MAX_CONTROL,
-    PING,
-    PONG,
-    READY,
-    REFUSED,
-    START,
-    WELCOME,
-    encode_frame,
-    encode_header,
-    new_nonce,
-    prove,
-)
+    ABORT, AUTH, BYE, CHALLENGE, CLIENT, DATA, END, FAIL, HELLO, MAX_CONTROL, PING, PONG, READY, REFUSED, START,
+    WELCOME, encode_frame, encode_header, new_nonce, prove,
+)  # fmt: skip
+from _tcprelay.server.greeting import HANDSHAKE_STEP, HANDSHAKE_TIMEOUT
 from _tcprelay.server.limits import most_handshakes
+from _tcprelay.system import from_descriptor_limit
 from _tcprelay.tls import tls_fault
-from _tcprelay.tuning import from_descriptor_limit
-from tcprelay_client import LINK_TIMEOUT
-from tcprelay_server import HANDSHAKE_STEP, HANDSHAKE_TIMEOUT
 
 from ..certificates import Certificates, tls_context
 from ..conftest import echo, wait_until

@@ -17,8 +17,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Literal
 
+from _tcprelay.server.intake import SPARE_TAKERS
 from _tcprelay.tcp import RESET_ON_CLOSE
-from tcprelay_server import SPARE_TAKERS
 
 from ..bench.processes import find_family
 from ..conftest import read_exactly, wait_until

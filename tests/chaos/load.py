@@ -17,9 +17,9 @@ from itertools import pairwise
 from operator import le, sub
 from typing import Any, TypeVar
 
+from _tcprelay.server.links import SURPLUS_TIME
 from _tcprelay.tcp import RESET_ON_CLOSE
 from _tcprelay.threads import Threads
-from tcprelay_server import SURPLUS_TIME
 
 from ..bench.processes import free_port
 from ..conftest import echo, read_all, read_exactly, wait_until

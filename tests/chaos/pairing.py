@@ -23,7 +23,7 @@ from functools import partial
 from typing import Any
 
 from _tcprelay.link import Link
-from _tcprelay.protocol import BYE, CLIENT, END, HEADER, PING, PONG, READY, START, WELCOME, encode_frame
+from _tcprelay.protocol import BYE, CLIENT, HEADER, PING, PONG, READY, START, WELCOME, encode_frame
 from _tcprelay.streams import Stream
 from _tcprelay.tcp import RESET_ON_CLOSE
 from _tcprelay.waiting import Deadline, Stop, Stopping, wait_for
@@ -391,7 +391,7 @@ class Leaver(FakeClient):
         self.send(READY)
         self.write(self.read(ID))
         self.read_end()
-        self.send(END, also=encode_frame(BYE) if moment == BEHIND_END else b"")
+        self.stream.send(self.pack_end() + (encode_frame(BYE) if moment == BEHIND_END else b""))
         return crossed
 
 
@@ -488,8 +488,8 @@ def drain_clients(run: Run) -> None:
 
 
 SHORT_SURPLUS = """
-import sys, tcprelay, tcprelay_server
-tcprelay_server.SURPLUS_TIME = 0.1
+import sys, tcprelay, _tcprelay.server.links
+_tcprelay.server.links.SURPLUS_TIME = 0.1
 sys.exit(tcprelay.main(sys.argv[4:]))
 """
 """What runs `python -m tcprelay ROLE …`, behind it in the command line, with another constant."""

@@ -20,24 +20,13 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from _tcprelay.addresses import Endpoint
-from _tcprelay.client.pace import RefusedByServer, Service, Unreachable, longest_backoff
+from _tcprelay.client.greeting import LINK_TIMEOUT, RELAY_DIAL_TIMEOUT
+from _tcprelay.client.stock import STABLE_TIME, RefusedByServer, Service, Unreachable, longest_backoff
 from _tcprelay.protocol import (
-    AUTH,
-    CHALLENGE,
-    CLIENT,
-    HELLO,
-    PING,
-    PONG,
-    REFUSED,
-    SERVER,
-    WELCOME,
-    encode_frame,
-    new_nonce,
-    prove,
-)
+    AUTH, CHALLENGE, CLIENT, HELLO, PING, PONG, REFUSED, SERVER, WELCOME, encode_frame, new_nonce, prove,
+)  # fmt: skip
 from _tcprelay.tcp import Probing
 from tcprelay import Publication, RelayClient
-from tcprelay_client import LINK_TIMEOUT, RELAY_DIAL_TIMEOUT, STABLE_TIME
 
 from ..peers import HOST, RelayProcess
 from .relays import TOKEN, Legs
@@ -304,8 +293,8 @@ class DistantClient:
     def _fail(self, error: Exception) -> None:
         """An attempt has failed: try again when the product's own client would."""
         self._crowd.lost += self._connected and not self._up
-        with self._crowd.rules._condition:
-            self._crowd.rules._back_off(self._service, self.since, longest_backoff(error))
+        with self._crowd.rules._stock._condition:
+            self._crowd.rules._stock._back_off(self._service, self.since, longest_backoff(error))
         self._again()
 
     def _again(self) -> None:

@@ -24,16 +24,8 @@ from itertools import product
 from pathlib import Path
 from queue import Empty, Queue
 from socket import (
-    AF_UNIX,
-    IPPROTO_TCP,
-    SHUT_RDWR,
-    SHUT_WR,
-    SOCK_SEQPACKET,
-    TCP_NODELAY,
-    create_connection,
-    socket,
-    socketpair,
-)
+    AF_UNIX, IPPROTO_TCP, SHUT_RDWR, SHUT_WR, SOCK_SEQPACKET, TCP_NODELAY, create_connection, socket, socketpair,
+)  # fmt: skip
 from typing import Any, ClassVar
 
 from _tcprelay.link import Link
@@ -708,7 +700,7 @@ class Tunnel(Stream):
         super().__init__(screen, "openssl")
         self._keyboard = keyboard
 
-    def send(self, data: bytes | bytearray | memoryview) -> None:
+    def send(self, data: bytes | bytearray | memoryview, flags: int = 0) -> None:
         self._keyboard.send(data)
 
 

@@ -1,0 +1,162 @@
+"""How a relay client gets a link: it dials the relay server, and then TLS, HELLO, CHALLENGE, AUTH, WELCOME.
+
+Each runs in the thread of its link.
+"""
+
+from __future__ import annotations
+
+import socket
+
+from ..addresses import Endpoint
+from ..certificates import pin_of
+from ..link import AnyLink, Link, RawLink
+from ..options import ClientOptions
+from ..protocol import (
+    AUTH, CHALLENGE, CLIENT, HELLO, PROTOCOL_VERSION, REFUSED, SERVER, Frame, LinkFault, guess_protocol, is_proof,
+    new_nonce, prove,
+)  # fmt: skip
+from ..role import Runtime
+from ..sockets import Dialer
+from ..streams import Stream
+from ..system import ssl
+from ..tcp import say_path
+from ..text import is_tls_error, say_error, shown
+from ..tls import TLSStream
+from ..waiting import Deadline
+from .stock import RefusedByServer, Unreachable
+
+RELAY_DIAL_TIMEOUT, DIAL_AGAIN = 15.0, 5.0
+"""Seconds to reach the relay server, and after how many without an answer it is tried once more beside the first
+attempt: a saturated uplink has round trips of seconds, and a path that is back is found soon."""
+LINK_TIMEOUT = 30.0
+"""Seconds from a link's TCP connection to WELCOME; clearly more than the relay server gives it, so that a link that
+is in the server's pool has not been given up here."""
+
+
+class Greeting:
+    """Opens links to the relay server.
+
+    Parameters: the runtime; how many idle links this process keeps for each service; and its number, of several.
+    """
+
+    def __init__(self, runtime: Runtime[ClientOptions], most_idle: int, id: str, worker: int) -> None:
+        options = runtime.options
+        self._runtime = runtime
+        self._most_idle = most_idle
+        self._id = id
+        self._worker = worker
+        self._name = (options.name or socket.gethostname())[:64]
+        self.relay = Endpoint(options.relay_host, options.relay_port or 0)
+        self._dialer = Dialer(self.relay, RELAY_DIAL_TIMEOUT, runtime.probing, DIAL_AGAIN)
+
+    def connect(self, service: str) -> tuple[AnyLink, str, int]:
+        """Dial the relay server and bring a link to its idle state; with the service's address there, and how many
+        service clients wait.
+
+        Raises `OSError`, `EOFError`, and `RefusedByServer` with the server's reason.
+        """
+        deadline = Deadline(None)
+        stream, options = self._dial(deadline), self._runtime.options
+        try:
+            if options.wire == "raw":
+                stream.send(options.secret.encode("utf-8", "surrogateescape"))
+                return RawLink(stream), "", 0
+            link = Link(stream, CLIENT)
+            welcome = self._greet(link, service, deadline)
+            link.heartbeat = max(0.05, welcome.number("heartbeat", 15, 3600))
+            return link, shown(welcome.text("address")), int(welcome.number("waiting", 0, 1e6))
+        except BaseException as error:
+            late = self._say_late(stream.sock)
+            stream.close()
+            if isinstance(error, TimeoutError):
+                raise late from None
+            raise
+
+    def _dial(self, deadline: Deadline) -> Stream:
+        """Connect to the relay server, with TLS where it is asked for; the deadline begins when there is a connection.
+        Raises `OSError`, `EOFError`; `Unreachable` where there is none."""
+        runtime, options = self._runtime, self._runtime.options
+        try:
+            sock = self._dialer.dial(runtime.stop)
+        except OSError as error:
+            raise Unreachable(say_error(error)) from error
+        deadline.shorten(LINK_TIMEOUT)
+        name, context = f"link with relay {self.relay}", runtime.credentials.links
+        if context is None:
+            return Stream(sock, name)
+        try:
+            stream = TLSStream(sock, name, context, server_hostname=options.tls_server_name or options.relay_host)
+            stream.handshake(deadline, runtime.stop)
+            found = pin_of(stream.tls.getpeercert(binary_form=True) or b"")
+            if options.pin and found != options.pin:
+                raise RefusedByServer(f"the relay's certificate has another pin than --pin says: {found}")
+        except BaseException as error:
+            late = self._say_late(sock)
+            sock.close()
+            if isinstance(error, TimeoutError):
+                raise late from None
+            if hint := explain_tls(error):
+                raise RefusedByServer(hint) from error
+            raise
+        return stream
+
+    def _say_late(self, sock: socket.socket) -> TimeoutError:
+        """What to raise where the relay has not answered in time."""
+        why = say_path(sock) or f"; is {self.relay} the relay port of a tcprelays?"
+        return TimeoutError(f"no answer within {LINK_TIMEOUT:g} s{why}")
+
+    def _greet(self, link: Link, service: str, deadline: Deadline) -> Frame:
+        """HELLO, CHALLENGE, AUTH; returns WELCOME.  The server proves that it knows the token, too."""
+        runtime = self._runtime
+        nonce, token = new_nonce(), runtime.credentials.token
+        hello = {"version": PROTOCOL_VERSION, "service": service, "client": self._id, "worker": self._worker,
+                 "name": self._name, "idle": self._most_idle, "nonce": nonce, "token": bool(token)}  # fmt: skip
+        link.send(HELLO, hello)
+        # Once WELCOME may be on its way, so may START behind it: then nothing but BYE ends a link in peace.
+        try:
+            answer = link.receive(deadline, runtime.stop if token else runtime.cut)
+        except LinkFault as error:
+            spoken = guess_protocol(link.unread())
+            raise LinkFault(f"the relay port answers with {spoken}, not the link protocol ({error})") from error
+        except OSError as error:
+            if not is_tls_error(error):
+                raise
+            # With TLS 1.3 a client learns only now that its certificate was not accepted.
+            reason = f"refused by the relay, maybe for this client's certificate: {say_error(error)}"
+            raise RefusedByServer(reason) from error
+        except EOFError:
+            raise EOFError("the relay closed the link without a word; does it use --wire raw, or TLS?") from None
+        expected = ""
+        if answer.kind == CHALLENGE:
+            if not token:
+                raise RefusedByServer("the relay asks for a token; set --token-file or --token")
+            parts = (nonce, answer.text("nonce"), service, self._id)
+            expected = prove(token, SERVER, *parts)
+            link.send(AUTH, {"proof": prove(token, CLIENT, *parts)})
+            answer = link.receive(deadline, runtime.cut)
+        if answer.kind == REFUSED:
+            raise refused(answer)
+        if token and not (expected and is_proof(answer.text("proof"), expected)):
+            raise RefusedByServer("the relay did not prove that it knows the token; is --token-file set there?")
+        return answer
+
+
+def refused(frame: Frame) -> RefusedByServer:
+    """What to raise for a REFUSED."""
+    return RefusedByServer(f"refused by the relay: {shown(frame.text('reason'), 240)}", frame.text("code"))
+
+
+def explain_tls(error: BaseException) -> str:
+    """What to do about a failed TLS handshake that somebody has to do something about; "" for other errors."""
+    if not is_tls_error(error):
+        return ""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"{say_error(error)}; give --ca-file or --pin, or --tls-server-name where the name differs"
+    if error.reason == "TLSV1_ALERT_ACCESS_DENIED":
+        return (
+            "refused by the relay: it asks for neither a token nor certificates, so it accepts links from its own "
+            "machine alone; set --token-file on both sides"
+        )
+    if error.reason == "WRONG_VERSION_NUMBER":
+        return "the relay does not speak TLS: start it with --tls, or leave --tls out"
+    return ""

@@ -1,0 +1,305 @@
+"""A relay client's links, each in a thread of its own from dialling to its end:
+
+    keeper ─▶ run: Greeting.connect (dial, HELLO … WELCOME)
+                _serve_idle: PING ─▶ PONG
+                             START ─▶ _serve: dial the service, READY, Splice.run ─▶ idle again
+                             BYE, silence, loss ─▶ closed; the keeper opens another
+
+The keeper is one thread more; it waits on the stock's condition, opens links where some are missing, and sweeps over
+the connections.  An idle link's thread blocks in ``poll`` on its link and on `Runtime.stop`.
+"""
+
+from __future__ import annotations
+
+import select
+import threading
+import time
+
+from ..addresses import Endpoint
+from ..events import ConnectionClosed, ConnectionFailed, ConnectionOpened, LinkDown, LinkUp, Published, Unpublished
+from ..link import AnyLink, Link, RawLink
+from ..options import ClientOptions
+from ..protocol import BYE, FAIL, IDLE, PING, PONG, READY, SILENCE, START, Frame
+from ..role import Runtime
+from ..sockets import DIAL_TIMEOUT
+from ..splice import Splice
+from ..streams import FLUSH_TIMEOUT, Stream
+from ..tcp import is_near, say_path
+from ..text import connection_id, say_error, shown
+from ..tls import TLSStream
+from ..waiting import Deadline, Stopping, wait_for
+from .greeting import Greeting, refused
+from .stock import LAST_BACKOFF, Service, Stock, longest_backoff
+
+BYE_TIMEOUT = 2.0
+"""Seconds that the server has to close a link after BYE; meanwhile a START that crossed it is still served."""
+
+
+class Links:
+    """Opens links, answers on them, and connects them to services.
+
+    Parameters: the runtime; the stock that counts them; what opens one; and this relay client's id.
+    """
+
+    def __init__(self, runtime: Runtime[ClientOptions], stock: Stock, greeting: Greeting, id: str) -> None:
+        self._runtime = runtime
+        self._stock = stock
+        self._greeting = greeting
+        self._relay = str(greeting.relay)
+        self._id = id
+
+    def start(self) -> threading.Thread:
+        """Begin to open links.  Returns the keeper, which lives as long as the client."""
+        keeper = self._runtime.own_thread(self._keep, "keeper", self._runtime.stop)
+        keeper.start()
+        return keeper
+
+    def _keep(self) -> None:
+        """Open the links that are missing, and look at the time every so often, until `Runtime.stop` is requested."""
+        runtime, splices = self._runtime, self._runtime.splices
+        next_sweep = time.monotonic() + splices.interval
+        while not runtime.stop.requested:
+            for service, count in self._stock.wait_for_missing(next_sweep):
+                for _ in range(count):
+                    self._open(service)
+            if time.monotonic() >= next_sweep:
+                splices.sweep()
+                runtime.emit.tell_floods()
+                next_sweep = time.monotonic() + splices.interval
+
+    def _open(self, service: Service) -> None:
+        try:
+            self._runtime.threads.start(self.run, service)
+        except (RuntimeError, MemoryError) as error:
+            self._runtime.places.leave()
+            self._note_failure(service, time.monotonic(), say_error(error))
+
+    def _note_failure(self, service: Service, began: float, reason: str, longest: float = LAST_BACKOFF) -> None:
+        if self._stock.fail(service, began, reason, longest) and not self._runtime.stop.requested:
+            self._runtime.emit(Unpublished(service=service.name, relay=self._relay, reason=reason))
+
+    # A link
+
+    def run(self, service: Service) -> None:
+        """A link from dialling to its end; the top of its thread.  It counts as connecting up to `_use`."""
+        try:
+            link, reason, longest, began = None, "unexpected error", LAST_BACKOFF, time.monotonic()
+            try:
+                link, address, waiting = self._greeting.connect(service.name)
+            except (OSError, EOFError) as error:
+                reason, longest = say_error(error), longest_backoff(error)
+            finally:
+                if link is None:
+                    self._note_failure(service, began, reason, longest)
+            if link is not None:
+                self._use(link, service, address, waiting)
+        finally:
+            self._stock.leave()
+
+    def _use(self, link: AnyLink, service: Service, address: str, waiting: int) -> None:
+        """A link from its first idle moment to its end."""
+        since, carried, idle, reason = time.monotonic(), service.carried, True, "unexpected error"
+        self._stock.add(link, service, waiting)
+        try:
+            self._tell_up(link, service, address)
+            if isinstance(link, RawLink):
+                reason, idle = self._serve_raw(link, service), False
+            else:
+                reason, idle = self._serve_idle(link, service)
+        except TimeoutError:
+            reason = "no PING in time"
+            link.stream.reset_on_close()  # it is dead: see `Splice.check_time`
+        except (OSError, EOFError) as error:
+            reason = say_error(error)
+        finally:
+            self._stock.remove(link, service, since, carried, idle)
+            link.close()
+            down = LinkDown(service=service.name, peer=self._relay, client=self._id, reason=reason)
+            self._runtime.emit(down)
+
+    def _tell_up(self, link: AnyLink, service: Service, address: str) -> None:
+        emit = self._runtime.emit
+        if self._stock.tell_up(service):
+            host, _, port = address.rpartition(":")
+            where = address or f"the relay {self._relay}, on a port that it does not tell (--wire raw)"
+            if host in ("[::]", "0.0.0.0") and port.isdigit():
+                where = str(Endpoint(self._greeting.relay.host, int(port)))
+            emit(Published(service=service.name, target=str(service.target), relay=self._relay, address=where))
+            if remark := say_path(link.sock):
+                self._runtime.log.info("a link with %s is up%s", self._relay, remark)
+        emit(LinkUp(service=service.name, peer=self._relay, client=self._id))
+
+    def _serve_idle(self, link: Link, service: Service) -> tuple[str, bool]:
+        """Answer on an idle link, and carry connections on it, until it ends in peace; returns why it did, and
+        whether it was idle then.
+
+        Raises `OSError`, `EOFError`, `LinkFault`, `TimeoutError` where it is lost while it is idle.
+        """
+        patience = SILENCE * link.heartbeat
+        settled = True
+        while True:
+            try:
+                frame = link.receive(Deadline(patience), self._runtime.stop)
+                settled = True
+            except Stopping:
+                self._say_bye(link, service, Deadline(BYE_TIMEOUT if settled else None))
+                return "ending", True
+            except TimeoutError:
+                if settled:
+                    raise
+                self._leave_to_server(link, service)
+                return "no PING in time after its connection", False
+            if frame.kind == PING:
+                link.send_now(PONG)
+            elif frame.kind == START:
+                if not self._serve(link, frame, service):
+                    return "its connection was broken off", False
+                if link.spent:
+                    self._leave_to_server(link, service)
+                    return "it has lost packets, and a new one will be faster", False
+                settled = False
+            elif frame.kind == BYE:
+                return "the relay server said BYE", frame.fields.get("again") is not True
+            else:
+                raise refused(frame)
+
+    def _leave_to_server(self, link: Link, service: Service) -> None:
+        """Give up a link after a connection, however long that takes; it no longer counts as idle.
+
+        The server may still be passing bytes on to somebody who reads slowly, and has nothing to say meanwhile: it
+        alone can close this link without losing them.
+        """
+        self._stock.shift(service, idle=-1)
+        try:
+            self._say_bye(link, service, Deadline(None), idle=0)
+        finally:
+            self._stock.shift(service, idle=1)
+
+    def _say_bye(self, link: Link, service: Service, deadline: Deadline, idle: int = 1) -> None:
+        """Give a link up, and wait for the server to close it: a START that crosses BYE is still served."""
+        cut = self._runtime.cut
+        try:
+            out = bytearray(link.pack_control(BYE))
+            while not link.stream.send_now(out):
+                wait_for(link.fd, select.POLLOUT, deadline, cut)
+            while (frame := link.receive(deadline, cut)).kind != START:
+                pass
+            self._serve(link, frame, service, idle)
+        except (OSError, EOFError):
+            pass  # the server has closed it, as BYE asks it to
+
+    # A connection
+
+    def _serve(self, link: Link, start: Frame, service: Service, idle: int = 1) -> bool:
+        """Connect a started link, which counts as so many `idle` ones, to the service; True where it is idle again
+        afterwards."""
+        record = {"id": shown(start.text("id"), 32), "service": service.name, "peer": shown(start.text("client"), 64)}
+        began = time.monotonic()
+        self._stock.use(service, int(start.number("waiting", 0, 1e6)), idle)
+        try:
+            if is_lost(link):  # START was read late: whoever it is for has been refused, and must not be served now
+                raise EOFError("the link was lost before its connection began")
+            if stream := self._dial(service, link, record, began):
+                self._splice(stream, link, service, record, link.pack_control(READY))
+        finally:
+            self._stock.shift(service, busy=-1, idle=idle)
+        return link.machine.state == IDLE
+
+    def _serve_raw(self, link: RawLink, service: Service) -> str:
+        """Carry one connection on a raw link: the first bytes start it.  Raises as `_serve_idle` does."""
+        early = bytearray(4096)
+        while (count := link.stream.recv_now(memoryview(early))) is None:
+            try:
+                wait_for(link.fd, select.POLLIN, Deadline(None), self._runtime.stop)
+            except Stopping:
+                return "ending"
+        if count == 0:
+            raise EOFError("the relay closed it")
+        record = {"id": connection_id(), "service": service.name, "peer": f"relay {self._relay}"}
+        self._stock.use(service, waiting=0)
+        link.stream.reset_on_close()
+        try:
+            if stream := self._dial(service, link, record, time.monotonic()):
+                self._splice(stream, link, service, record, early=bytes(early[:count]))
+        finally:
+            self._stock.shift(service, idle=1, busy=-1)
+        return "its connection is over"
+
+    def _dial(self, service: Service, link: AnyLink, record: dict[str, str], began: float) -> Stream | None:
+        """Connect to the service for a link.  ``None`` where that cannot be done: which is told, and the server too.
+        Raises `OSError` where the link is lost over that."""
+        try:
+            return self._dial_service(service, link)
+        except (OSError, EOFError) as error:
+            reason = f"cannot reach {service.target}: {say_error(error)}"
+            self._runtime.emit(ConnectionFailed(reason=reason, seconds=time.monotonic() - began, **record))
+            if isinstance(link, Link):
+                self._fail(link, reason)
+        return None
+
+    def _dial_service(self, service: Service, link: AnyLink) -> Stream:
+        """The same; raises `OSError`, `EOFError`.  With TLS where it is asked for."""
+        deadline, cut = Deadline(DIAL_TIMEOUT), self._runtime.cut
+        sock = service.dialer.dial(cut, little=not is_near(link.sock))
+        name, context = f"service {service.target}", self._runtime.credentials.services
+        if context is None:
+            stream = Stream(sock, name)
+            stream.reset_on_close()
+            return stream
+        try:
+            secure = TLSStream(sock, name, context, server_hostname=service.target.host or None)
+            secure.reset_on_close()
+            secure.handshake(deadline, cut)
+        except BaseException:
+            sock.close()
+            raise
+        return secure
+
+    def _fail(self, link: Link, reason: str) -> None:
+        """Answer that the service cannot be reached, and drop what still comes.  Raises `OSError`."""
+        link.send(FAIL, {"reason": shown(reason, 400)})
+        try:
+            link.discard(Deadline(FLUSH_TIMEOUT), self._runtime.cut)
+        except ConnectionAbortedError:
+            pass  # the service client has gone; the link is idle
+        except TimeoutError:
+            raise ConnectionResetError("the relay server did not end the connection after FAIL") from None
+
+    def _splice(
+        self,
+        stream: Stream,
+        link: AnyLink,
+        service: Service,
+        record: dict[str, str],
+        greeting: bytes = b"",
+        early: bytes = b"",
+    ) -> None:
+        """Carry a connection between a link and the service that was dialled, and tell its record.
+
+        The link gets the `greeting` first, and the service what came `early`.
+        """
+        runtime = self._runtime
+        splice = Splice(record["id"], service.name, stream, link, greeting)
+        splice.from_link.carried = len(early)
+        runtime.splices.add(splice)
+        try:
+            runtime.emit(ConnectionOpened(via=str(service.target), **record))
+            try:
+                stream.send(early)
+            except OSError as error:
+                splice.break_off(f"{stream.name}: {say_error(error)}")
+            splice.run(runtime.threads)
+        finally:
+            runtime.splices.remove(splice)
+            stream.close()
+            runtime.emit(ConnectionClosed(
+                bytes_in=splice.from_link.carried, bytes_out=splice.to_link.carried,
+                seconds=time.monotonic() - splice.opened, reason=splice.reason, **record,
+            ))  # fmt: skip
+
+
+def is_lost(link: Link) -> bool:
+    """Whether the other side has closed or reset a link by now."""
+    poller = select.poll()
+    poller.register(link.fd, link.END_EVENTS)
+    return bool(poller.poll(0))

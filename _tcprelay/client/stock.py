@@ -1,0 +1,259 @@
+"""The links of a relay client by their state, and how many are missing; no I/O.
+
+Backing off: after a failure, one link at a time tries again, at a random moment within a span that doubles.  The first
+that gets through, or that is left after losses, brings the others after it at a measured pace, so that a thousand
+clients do not fall upon a relay server that has just been restarted.  A link that START takes is replaced at once.
+
+Any thread; one condition is over all of it, and the keeper waits on that.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from ..link import AnyLink
+from ..sockets import Dialer
+from ..system import random_fraction
+from ..tcp import Probing
+from ..values import Publication
+from ..watch import Places
+
+FIRST_BACKOFF = 1.0
+"""Seconds of the span after a first failure; a random moment within it is taken, and each further one doubles it."""
+LAST_BACKOFF = 4.0
+"""Seconds at which that span stops growing while the relay server cannot be reached: a single packet every few
+seconds burdens nobody, and when the way is free again the service is back soon."""
+REFUSED_BACKOFF = 30.0
+"""The same where the relay server refuses: somebody has to change something first.  And where a link is lost in its
+handshake: the server may have more of them than it can do, and trying again soon would keep that up."""
+REFILL_TIME, REFILL_RATE = 5.0, 4.0
+"""Idle links that were lost are replaced within so many seconds, at so many a second where that is faster."""
+MOST_HANDSHAKES = 256
+"""Links that are being opened at once: as many handshakes as each relay server takes."""
+GROWTH = 4
+"""Links that may be opened at once for each one in use, beyond the idle ones, where the server says that more service
+clients wait: 200 that come together have theirs after two rounds from a pool of 8, and a number that the server merely
+says opens a second pool at most."""
+STABLE_TIME = 10.0
+"""Seconds that a link must have been up for its loss to count as the first."""
+
+
+class Unreachable(ConnectionError):
+    """There is no connection to the relay server; the message says why."""
+
+
+class RefusedByServer(ConnectionError):
+    """The relay server refused a link, or its proofs were not accepted here; the message says why."""
+
+    def __init__(self, reason: str, code: str = "") -> None:
+        super().__init__(reason)
+        self.lasting = code not in ("draining", "limit")
+        """It will not pass by itself, or not soon."""
+
+
+def longest_backoff(error: BaseException) -> float:
+    """Where the span between two attempts stops growing after such a failure, in seconds."""
+    passing = isinstance(error, Unreachable) or (isinstance(error, RefusedByServer) and not error.lasting)
+    return LAST_BACKOFF if passing else REFUSED_BACKOFF
+
+
+class Pace:
+    """How many idle links there should be: all, or after losses one, and from then on more at a measured pace."""
+
+    def __init__(self, most: int, workers: int = 1) -> None:
+        """`most` is one worker's share, of so many."""
+        self._most = most
+        self._first = 1.0 / workers
+        self._rate = max(REFILL_RATE / workers, most / REFILL_TIME)
+        self._level, self._since = float(most), 0.0
+
+    def level(self, now: float) -> float:
+        return min(self._most, self._level + self._rate * (now - self._since))
+
+    def wanted(self, now: float) -> tuple[int, float]:
+        """How many there should be, and the moment from which on it is one more."""
+        level = self.level(now)
+        if level == self._most:
+            return self._most, float("inf")
+        return max(1, int(level)), now + (1 - level % 1) / self._rate + 0.001
+
+    def lose(self, now: float) -> None:
+        """An idle link is lost: it is to be replaced, but not at once."""
+        self._level, self._since = max(0.0, self.level(now) - 1), now
+
+    def begin(self, now: float) -> None:
+        """The first link is up again."""
+        self._level, self._since = self._first, now
+
+
+class Service:
+    """A published service and the state of its links; all but the first three under `RelayClient._condition`."""
+
+    def __init__(self, publication: Publication, most_idle: int, probing: Probing, workers: int = 1) -> None:
+        self.name = publication.name
+        self.target = publication.target
+        self.dialer = Dialer(publication.target, probing=probing)
+        self.idle = self.busy = self.connecting = 0
+        self.pace = Pace(most_idle, workers)
+        self.asked = 0
+        """Links wanted beyond the idle ones, because service clients wait at the server: its word, see `GROWTH`."""
+        self.failures = 0
+        """Failures in a row; a link that has been stable resets them."""
+        self.failed_at = self.retry_at = 0.0
+        """When the last one was, and the moment of the next attempt."""
+        self.span = 0.0
+        """Seconds within which that moment was drawn."""
+        self.probing = True
+        """At the start and after a failure, until a link is up: one attempt at a time."""
+        self.carried = 0
+        """Connections that its links have begun to carry."""
+        self.told: str | None = None
+        """What was last told of its state: "" is published, ``None`` nothing yet, otherwise why not."""
+
+
+class Stock:
+    """The services and their links.
+
+    Parameters: the services; how many idle links each should have; the places that there are for links; and how many
+    may be opened at once.
+    """
+
+    def __init__(self, services: list[Service], most_idle: int, places: Places, handshakes: int) -> None:
+        self.services = services
+        self._most_idle = most_idle
+        self._places = places
+        self._most_handshakes = handshakes
+        self._condition = threading.Condition()  # over the services' states and what follows
+        self._handshakes = handshakes
+        """Links that may be opened at once: half as many after a failure, and with each that is up one more."""
+        self._links: set[AnyLink] = set()
+        self._ending = False
+
+    def count_idle(self) -> int:
+        with self._condition:
+            return sum(service.idle for service in self.services)
+
+    # For the keeper
+
+    def wait_for_missing(self, until: float) -> list[tuple[Service, int]]:
+        """How many links of each service are to be opened now, which count as connecting from here on; waits until
+        some are, or for the moment `until`, or the end."""
+        now = time.monotonic()
+        with self._condition:
+            missing = [(service, *self._take_missing(service, now)) for service in self.services]
+            if not (self._ending or any(count for _, count, _ in missing)):
+                self._condition.wait(max(0.0, min([until, *(moment for *_, moment in missing)]) - now))
+        return [(service, count) for service, count, _ in missing]
+
+    def _take_missing(self, service: Service, now: float) -> tuple[int, float]:
+        """How many links to open now, and when to look again."""
+        if now < service.retry_at:
+            return 0, service.retry_at
+        wanted, moment = service.pace.wanted(now)
+        wanted += min(service.asked, self._most_idle + GROWTH * service.busy) - service.idle - service.connecting
+        room = self._handshakes - sum(other.connecting for other in self.services)
+        if service.probing:
+            wanted = min(wanted, 1 - service.connecting)
+        elif wanted <= room:
+            service.asked = 0
+        count = 0
+        while count < min(wanted, room) and self._places.enter():
+            count += 1
+        service.connecting += count
+        return count, moment
+
+    # For a link's thread
+
+    def fail(self, service: Service, began: float, reason: str, longest: float = LAST_BACKOFF) -> bool:
+        """An attempt that began then has failed: wait, longer each time.  True where that is to be told."""
+        with self._condition:
+            service.connecting -= 1
+            self._back_off(service, began, longest)
+            tell = service.idle + service.busy == 0 and service.told != reason
+            if tell:
+                service.told = reason
+            return tell
+
+    def add(self, link: AnyLink, service: Service, waiting: int) -> None:
+        """A link is up: it counts as idle, and others may follow it.  So many service clients wait at the server."""
+        with self._condition:
+            self._links.add(link)
+            service.connecting -= 1
+            self._handshakes = min(self._most_handshakes, self._handshakes + 1)
+            service.idle += 1
+            service.asked = max(0, waiting - 1)  # this one serves the first
+            if service.probing and service.failures:
+                service.pace.begin(time.monotonic())
+            service.probing = False
+            self._condition.notify_all()
+
+    def tell_up(self, service: Service) -> bool:
+        """Whether it is to be told that the service can be reached."""
+        with self._condition:
+            tell, service.told = service.told != "", ""
+            return tell
+
+    def use(self, service: Service, waiting: int, idle: int = 1) -> None:
+        """A link, which counts as so many `idle` ones, begins to carry a connection; so many service clients wait."""
+        with self._condition:
+            service.idle -= idle
+            service.busy += 1
+            service.carried += 1
+            service.asked = waiting
+            if service.idle + service.connecting < self._most_idle + waiting:
+                self._condition.notify_all()  # the keeper opens more
+
+    def shift(self, service: Service, idle: int = 0, busy: int = 0) -> None:
+        """Count so many more links as idle and as busy."""
+        with self._condition:
+            service.idle += idle
+            service.busy += busy
+            if idle < 0:
+                self._condition.notify_all()  # the keeper opens another
+
+    def remove(self, link: AnyLink, service: Service, since: float, carried: int, was_idle: bool) -> None:
+        """A link is down that was up since then, when so many connections of its service had been carried."""
+        with self._condition:
+            self._links.discard(link)
+            service.idle -= 1
+            if was_idle:
+                service.pace.lose(time.monotonic())
+            # A relay that takes links and drops them is no better than one that refuses them; but a link
+            # that was lost with a connection says nothing about the relay.
+            if time.monotonic() - since >= STABLE_TIME or service.carried != carried:
+                service.failures, service.retry_at = 0, 0.0
+            else:
+                self._back_off(service, since)
+
+    def _back_off(self, service: Service, began: float, longest: float = LAST_BACKOFF) -> None:
+        """Set the moment of the next attempt, after one that began then has failed."""
+        if began >= service.failed_at:  # those under way at the same time count once
+            service.failed_at = time.monotonic()
+            service.failures += 1
+            self._handshakes = max(len(self.services), self._handshakes // 2)  # each service may try one
+            service.span = FIRST_BACKOFF if service.failures == 1 else min(longest, 2 * service.span)
+            # Measured from its beginning: one that took long to fail has been waiting already.
+            service.retry_at = max(service.failed_at, began + service.span * random_fraction())
+            service.probing = True
+        self._condition.notify_all()
+
+    # The end
+
+    def leave(self) -> None:
+        """A link's thread ends."""
+        self._places.leave()
+        with self._condition:
+            self._condition.notify_all()
+
+    def end(self) -> None:
+        """Open no further links."""
+        with self._condition:
+            self._ending = True
+            self._condition.notify_all()
+
+    def wake_all(self) -> None:
+        """Wake whoever waits for something on a link."""
+        with self._condition:  # a link is closed after it has left the set
+            for link in self._links:
+                link.wake()

@@ -1,0 +1,313 @@
+"""One direction of a connection: the first bytes without waiting, what goes on longer by a pump.
+
+    source ─▶ Flow.take ─▶ out ─▶ Flow.give ─▶ sink        while the connection is young: see `Splice`
+    source ──────────▶ Flow.pump ───────────▶ sink         after that, in a thread of its own
+
+A pump blocks in a plain ``recv``, ``send`` or ``splice`` and in nothing else; others end it by waking the socket it is
+blocked on, after they have set `Flow.halted`.  It begins with a small buffer, takes a larger one where reads fill it,
+and passes bulk traffic through a pipe inside the kernel, where both ends allow that.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import time
+
+from .protocol import HEADER
+from .streams import BULK, PIPE_SIZE, Sink, Source
+from .system import fcntl, go_home, roam
+from .tcp import UNSENT, hold_much, limit_unsent, waiting_bytes
+from .text import say_error
+from .tls import LARGE_TLS_BUFFER, SMALL_READS
+
+OPENING_BYTES = 16384
+"""Bytes that pass each way before there are pumps, at most: what is larger is worth a second thread, and buffers."""
+SMALL_BUFFER = 256
+"""A pump's first buffer: what an idle connection costs is mostly its two buffers and two stacks."""
+LARGE_BUFFER = 8**3 * SMALL_BUFFER
+"""A pump's buffer when reads fill the smaller ones: each has eight times as much."""
+PIPE_AGAIN = 256
+"""So many large reads without one, since none was to be had, until it is asked for again."""
+SPARSE_READS = 16
+"""So many reads in a row that the buffer before would have held have a pump begin with its first one again."""
+
+
+class SourceError(ConnectionError):
+    """A source broke; the message names it."""
+
+    def __init__(self, source: Source, cause: OSError) -> None:
+        super().__init__(f"{source.name}: {say_error(cause)}")
+        self.cause = cause
+
+
+class SinkError(ConnectionError):
+    """A sink broke; the message names it."""
+
+    def __init__(self, sink: Sink, cause: OSError, held: int = 0) -> None:
+        super().__init__(f"{sink.name}: {say_error(cause)}")
+        self.held = held
+        """Bytes of the source that it did not take."""
+
+
+class Flow:
+    """One direction of a connection, from a source to a sink.
+
+    One thread at a time works on it.  Others may read `carried` and `done`, and set `halted`.
+    """
+
+    def __init__(self, source: Source, sink: Sink, first: bytes = b"") -> None:
+        """What is `first` goes to the sink before all else, with the source's first bytes or soon."""
+        self.source = source
+        self.sink = sink
+        self.carried = 0
+        """Bytes of the connection that the sink has taken."""
+        self.ended = False
+        """The source has come to its end."""
+        self.done = False
+        """Nothing is left to do: the sink has ended too, or something broke."""
+        self.halted = False
+        """Stop, whatever there is to carry."""
+        self.out = bytearray(first)
+        """For the sink, and not taken by its socket yet; so far `_taken` bytes of the connection."""
+        self._taken = 0
+        self._error: ConnectionError | None = None
+        """What is to be raised when `out` has been sent."""
+
+    # Without waiting
+
+    def take(self, view: memoryview) -> None:
+        """Take what is here from the source, as much as may pass without a pump."""
+        source = self.source
+        try:
+            while self._taken < OPENING_BYTES and (count := source.recv_now(view)) is not None and not self.halted:
+                if count == 0:
+                    self.ended = True
+                    return
+                self.out += self.sink.pack_header(count)
+                self.out += view[:count]
+                self._taken += count
+                if not source.may_have_more():
+                    return
+        except OSError as error:
+            self._error = SourceError(source, error)
+
+    def give(self) -> bool:
+        """Send what was taken, and end the sink where the source has ended; False where the rest is for the pump."""
+        sink, stream = self.sink, self.sink.stream
+        try:
+            if not stream.send_now(self.out, end_follows=self.ended and sink is stream):
+                return False
+        except OSError as error:
+            self.out.clear()
+            self._error = SinkError(sink, error)
+        if self._error is not None:
+            return False
+        self.carried, self._taken = self.carried + self._taken, 0
+        if not self.ended:
+            return self.carried < OPENING_BYTES
+        try:
+            self.done = sink.end(wait=False)
+        except OSError as error:
+            self._error = SinkError(sink, error)
+        return self.done
+
+    # With a thread of its own
+
+    def pump(self) -> None:
+        """Pass bytes on until the source ends or the flow is halted.  Raises `SourceError` and `SinkError`."""
+        try:
+            try:
+                self.sink.stream.send(self.out)
+            except OSError as error:
+                raise SinkError(self.sink, error, self._taken) from error
+            self.carried, self._taken = self.carried + self._taken, 0
+            self.out.clear()
+            if self._error is not None:
+                raise self._error
+        finally:
+            self._error = None  # kept, its traceback would make a ring
+        if not self.ended:
+            self._pump()
+
+    def end(self, passed: int) -> None:
+        """Tell the sink that the source has ended; see `Sink.pack_end`.  Raises `SinkError`."""
+        try:
+            if words := self.sink.pack_end(passed):
+                self.sink.stream.send(words)
+            self.sink.end()
+        except OSError as error:
+            raise SinkError(self.sink, error) from error
+
+    def _pump(self) -> None:
+        size, small = SMALL_BUFFER, 0
+        view = memoryview(bytearray(HEADER + size))
+        while (count := self._pass_piece(view)) > 0:
+            small = small + 1 if count <= size // 8 else 0
+            if count == size < LARGE_BUFFER:
+                size *= 8
+            elif size == LARGE_BUFFER and count >= BULK:
+                if self._pump_bulk():
+                    return
+                size, small = SMALL_BUFFER, 0
+            elif size > SMALL_BUFFER and small >= SPARSE_READS:
+                size, small = SMALL_BUFFER, 0
+            else:
+                continue
+            view = memoryview(bytearray(HEADER + size))
+
+    def _pass_piece(self, view: memoryview) -> int:
+        """Pass on what one receive gives; how many bytes it was, 0 at the end.
+
+        The bytes come behind the first `HEADER` of the view, so that they leave in one call with what goes before them
+        and are never copied together.
+        """
+        sink = self.sink
+        try:
+            count = self.source.recv_into(view[HEADER:])
+        except OSError as error:
+            raise SourceError(self.source, error) from error
+        if count == 0:
+            self.ended = True
+        if count == 0 or self.halted:
+            return 0
+        try:
+            header = sink.pack_header(count)
+            first = HEADER - len(header)
+            view[first:HEADER] = header
+            sink.stream.send(view[first : HEADER + count])
+        except OSError as error:
+            raise SinkError(sink, error, count) from error
+        self.carried += count
+        return count
+
+    def _pump_bulk(self) -> bool:
+        """Pass bytes on while reads are large, on any processor; True at the source's end."""
+        queue = Queue(self.source.sock, self.sink.stream.sock)
+        roam()
+        try:
+            spliceable = self.source.spliceable and self.sink.spliceable
+            if spliceable and (pipe := _open_pipe()):
+                return self._pump_in_kernel(*pipe, queue)
+            return self._pump_large(queue, PIPE_AGAIN if spliceable else None)
+        finally:
+            queue.release()
+            go_home()
+
+    def _pump_large(self, queue: Queue, most: int | None) -> bool:
+        """The same through a large buffer, with so many reads at `most`; then there may be a pipe again."""
+        view, small = memoryview(bytearray(HEADER + LARGE_TLS_BUFFER)), 0
+        for _ in itertools.count() if most is None else range(most):
+            if small == SPARSE_READS:
+                return False
+            count = self._pass_piece(view[: HEADER + queue.bound])
+            if count == 0:
+                return True
+            queue.sent(count)
+            small = small + 1 if count < BULK else 0
+        return False
+
+    def _pump_in_kernel(self, reader: int, writer: int, queue: Queue) -> bool:
+        """The same through a pipe, so that no byte comes into this process."""
+        source, sink = self.source, self.sink
+        stream, small = sink.stream, 0
+        try:
+            while small < SMALL_READS:
+                try:
+                    ahead = source.bulk_ahead()
+                    if not ahead:
+                        return False
+                    count = os.splice(source.fd, writer, min(ahead, queue.bound))
+                    source.took_bulk(count)
+                except OSError as error:
+                    raise SourceError(source, error) from error
+                if self.halted:
+                    return True
+                if count == 0:
+                    return False  # the end, or urgent data (splice stops there): `recv_into` can tell
+                try:
+                    stream.send(sink.pack_header(count), socket.MSG_MORE)
+                    rest = count
+                    while rest:
+                        try:
+                            rest -= os.splice(reader, stream.fd, rest)
+                        except BlockingIOError:
+                            stream.keep_trying()
+                except OSError as error:
+                    raise SinkError(sink, error, count) from error
+                queue.sent(count)
+                self.carried += count
+                small = small + 1 if count < BULK else 0
+            return False
+        finally:
+            os.close(reader)
+            os.close(writer)
+
+
+class Queue:
+    """Bounds what waits for a sink: to about as much as passes in `HELD_TIME`.
+
+    A relay would be a long queue otherwise: the system lets each of its sockets hold some megabytes, and the more,
+    the more is taken from it at once (measured at 10 Mbit/s and 50 ms: 7.2 MB still came after a service client had
+    said stop, 0.6 directly).  Whatever else that service client says waits behind them, and so does its end.
+
+    What the system holds of a far source stays its affair, since such a path needs a large window.  So it is with a
+    near one from when that turns out to be the slower side, or much passes: see `hold_little`.
+    """
+
+    HELD_TIME = 0.1
+    """Seconds; how often the rate is looked at, too."""
+    LEAST, MOST = UNSENT, PIPE_SIZE
+    """Bytes: how little it bounds, since less would cost processor time, and where it bounds no longer."""
+
+    def __init__(self, source: socket.socket, sink: socket.socket) -> None:
+        self._source = source
+        self._sink = sink
+        self.bound = self.LEAST
+        """Bytes: so many are taken from the source at once (and by TLS some more), and by the sink's socket before it
+        has sent some.  It is one figure for both: a piece that is larger than what the socket takes would wait for
+        0.2 s behind its own header, which is held back for it."""
+        self._count, self._since = 0, time.monotonic()
+        self._held = True
+        """Nothing has told yet that the source needs a large window."""
+
+    def sent(self, count: int) -> None:
+        self._count += count
+        now = time.monotonic()
+        if (past := now - self._since) < self.HELD_TIME and self._count < self.MOST:
+            return
+        bound = int(min(max(self.LEAST, self.HELD_TIME * self._count / max(past, 1e-6)), self.MOST))
+        self._count, self._since = 0, now
+        if bound == self.MOST != self.bound or not self.bound / 2 <= bound <= 2 * self.bound:
+            self.bound = bound
+            limit_unsent(self._sink, bound if bound < self.MOST else 0)
+        if self._held and (bound == self.MOST or not waiting_bytes(self._sink)):
+            self._held = False
+            hold_much(self._source)
+
+    def release(self) -> None:
+        """Have the sink take as little as before."""
+        if self.bound != self.LEAST:
+            limit_unsent(self._sink)
+
+
+def _open_pipe() -> tuple[int, int] | None:
+    """A pipe for bulk traffic; ``None`` where there is none to be had, and copying is better."""
+    try:
+        reader, writer = os.pipe()
+    except OSError:
+        return None  # out of descriptors
+    if _widen_pipe(writer) < BULK:
+        os.close(reader)
+        os.close(writer)
+        return None  # the user has many pipes, and gets only small ones now
+    return reader, writer
+
+
+def _widen_pipe(pipe: int) -> int:
+    """Give a pipe `PIPE_SIZE` bytes, if the system allows; returns how many it has."""
+    try:
+        return fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
+    except OSError:
+        return fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ)

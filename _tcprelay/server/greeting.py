@@ -1,0 +1,183 @@
+"""How a connection to the relay port becomes a link: TLS, HELLO, CHALLENGE, AUTH, WELCOME; or why it does not.
+
+Each runs in the thread of its connection, within `HANDSHAKE_TIMEOUT`, and `Handshakes` bounds how many there are.
+"""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Callable
+
+from ..addresses import show_address
+from ..certificates import certificate_name
+from ..events import LinkNotMade, LinkRefused
+from ..link import Link, RawLink
+from ..options import ServerOptions
+from ..protocol import (
+    CHALLENGE, CLIENT, HELLO, NEW, PROTOCOL_VERSION, REFUSED, SERVER, WELCOME, LinkFault, encode_frame, guess_protocol,
+    is_proof, is_same, new_nonce, prove,
+)  # fmt: skip
+from ..role import Runtime
+from ..streams import Stream
+from ..system import ignore_oserror
+from ..tcp import say_path
+from ..text import is_tls_error, say_error, shown
+from ..tls import TLSStream
+from ..waiting import Deadline, Stopping, wait_for
+from .clients import Refusal
+from .intake import Intake
+from .limits import TOO_MANY_HANDSHAKES, Handshakes
+from .pool import PooledLink
+from .trust import NOT_TLS, check_protected_mode, explain_tls
+
+HANDSHAKE_TIMEOUT, HANDSHAKE_STEP = 20.0, 10.0
+"""Seconds that a server gives a handshake as a whole, and each answer in it: three round trips of a saturated uplink
+take that long, and who says nothing is not waited for longer."""
+ACCESS_DENIED = b"\x15\x03\x03\x00\x02\x02\x31"
+"""A TLS alert before the handshake: fatal, access_denied (RFC 8446, 6)."""
+
+
+class Greeting:
+    """Shakes hands with relay clients.
+
+    Parameters: the runtime; where connections come from; the handshakes under way; and what counts a link in before its
+    client is told WELCOME, which may raise `Refusal`, and out again, with the reason.
+    """
+
+    def __init__(
+        self, runtime: Runtime[ServerOptions], intake: Intake, handshakes: Handshakes,
+        join: Callable[[PooledLink], None], forget: Callable[[PooledLink, str], None],
+    ) -> None:  # fmt: skip
+        self._runtime = runtime
+        self._intake = intake
+        self._handshakes = handshakes
+        self._join = join
+        self._forget = forget
+
+    def receive(self, stream: Stream) -> PooledLink | None:
+        """A link's handshake; ``None`` where it came to nothing, and its client has been told why."""
+        link, deadline = Link(stream, SERVER), Deadline(HANDSHAKE_TIMEOUT)
+        gave_up = False
+        try:
+            check_protected_mode(self._runtime, stream)
+            if isinstance(stream, TLSStream):
+                stream.handshake(deadline.within(HANDSHAKE_STEP), self._runtime.stop)
+            raw = self._runtime.options.wire == "raw"
+            return self._greet_raw(stream, deadline) if raw else self._greet(link, deadline)
+        except Refusal as error:
+            refusal = error.apart()
+        except LinkFault as error:
+            spoken = guess_protocol(link.unread())
+            known = link.machine.state == NEW and spoken != "something else"
+            first = f"it speaks {spoken}, not the link protocol: " if known else ""
+            refusal = Refusal(f"{first}{error}", "protocol")
+        except TimeoutError:
+            step = f"{HANDSHAKE_STEP:g} s for each answer and {HANDSHAKE_TIMEOUT:g} s in all"
+            refusal = Refusal(f"its handshake was not complete in time ({step}){say_path(stream.sock)}", "timeout")
+        except Stopping:
+            refusal = Refusal("the relay server is ending", "draining")
+        except (OSError, EOFError) as error:
+            evicted = self._handshakes.was_evicted(stream)
+            gave_up = not evicted and (isinstance(error, EOFError) or error.errno is not None)  # or we have
+            reason = "closed before its handshake was complete" if isinstance(error, EOFError) else say_error(error)
+            refusal = Refusal(TOO_MANY_HANDSHAKES if evicted else reason, "lost")
+            if is_tls_error(error):
+                refusal, gave_up = Refusal(explain_tls(error), "tls"), False
+                if error.reason in NOT_TLS:  # a plain relay client may be told in its own language
+                    plain = encode_frame(REFUSED, {"code": "tls", "reason": "it speaks TLS; add --tls"})
+                    ignore_oserror(stream.sock.sendall, plain)
+        self._refuse(link, refusal, gave_up)
+        return None
+
+    def _refuse(self, link: Link, refusal: Refusal, gave_up: bool) -> None:
+        """Tell why there is no link, in the log and, as far as it can be told there, to the relay client, unless that
+        (or the path) gave it up."""
+        stream = link.stream
+        # Who has not said a byte may be a raw client, which would take REFUSED for a connection's bytes; or
+        # only looked whether the port is open, which is nobody's refusal.
+        silent = type(stream) is Stream and not link.unread() and link.machine.state == NEW
+        kind = LinkNotMade if gave_up else LinkRefused
+        event = kind(peer=show_address(stream.peer), code=refusal.code, reason=str(refusal))
+        if silent and gave_up:
+            self._runtime.log.debug("%s", event)
+        else:
+            self._runtime.emit(event)
+        if isinstance(stream, TLSStream) and refusal.code == "protected":
+            ignore_oserror(link.sock.sendall, ACCESS_DENIED)
+            stream.linger()
+            return
+        raw = self._runtime.options.wire == "raw"
+        if raw or refusal.code == "lost" or (silent and refusal.code == "timeout"):
+            return
+        if refusal.code != "tls":  # then an alert has been sent
+            link.refuse(refusal.code, refusal.told)
+        stream.linger()
+
+    def _greet(self, link: Link, deadline: Deadline) -> PooledLink:
+        """HELLO, CHALLENGE, AUTH, WELCOME.  Raises `Refusal`, `LinkFault`, `OSError`, `EOFError`."""
+        runtime = self._runtime
+        hello = link.receive(deadline.within(HANDSHAKE_STEP), runtime.stop)
+        if hello.kind != HELLO:
+            raise LinkFault("the first frame is not HELLO")
+        if hello.fields.get("version") != PROTOCOL_VERSION:
+            raise Refusal("the versions differ: this relay server speaks link protocol 1", "version")
+        service, client, nonce = hello.text("service"), hello.text("client")[:64], hello.text("nonce")
+        proof, token = "", runtime.credentials.token
+        if token:
+            own_nonce = new_nonce()
+            link.send(CHALLENGE, {"nonce": own_nonce})
+            auth = link.receive(deadline.within(HANDSHAKE_STEP), runtime.stop)
+            expected = prove(token, CLIENT, nonce, own_nonce, service, client)
+            if not is_proof(auth.text("proof"), expected):
+                raise Refusal(
+                    "its token is not this server's", "token",
+                    "this client's token is not the server's: copy the server's, and name it in --token-file",
+                )  # fmt: skip
+            proof = prove(token, SERVER, nonce, own_nonce, service, client)
+        elif hello.fields.get("token") is True:
+            raise Refusal(
+                "it wants a token to be proven, and none is set here; set --token-file", "token",
+                "the relay server has no token to prove: set the same --token-file there",
+            )  # fmt: skip
+        if service not in self._intake.addresses or not service:
+            raise Refusal(f"there is no service {shown(service, 64)} here; add --service to the server", "service")
+        name, proven = shown(hello.text("name"), 64), certificate_name(link.stream)
+        name = f"{name} (certificate {proven})" if proven else name
+        pooled = PooledLink(link, service, client, name, link.stream.peer)
+        pooled.worker = int(hello.number("worker", 0, 1e6))
+        pooled.wanted = self._intake.own_share(int(hello.number("idle", 1, 1e6)))
+        welcome = {
+            "heartbeat": runtime.options.heartbeat,
+            "address": show_address(self._intake.addresses[service]),
+            "waiting": self._intake.count_waiting(service),
+        }
+        self._join(pooled)
+        pooled.pongs_due += 1  # until it has answered once, others are given out first: its client may have given up
+        try:
+            out = link.pack_control(WELCOME, {"proof": proof, **welcome} if proof else welcome)
+            link.stream.send(out + link.pack_ping())
+        except BaseException as error:
+            self._forget(pooled, say_error(error))
+            raise
+        return pooled
+
+    def _greet_raw(self, stream: Stream, deadline: Deadline) -> PooledLink:
+        """Raw wire has no handshake, except for the key of node-tcp-relay 0.0.13 where one is set."""
+        options = self._runtime.options
+        key = options.secret.encode("utf-8", "surrogateescape")
+        given = bytearray(len(key))
+        have = 0
+        while have < len(key):
+            count = stream.recv_now(memoryview(given)[have:])
+            if count is None:
+                wait_for(stream.fd, select.POLLIN, deadline, self._runtime.stop)
+            elif count == 0:
+                raise EOFError("the link was closed")
+            have += count or 0
+        if not is_same(bytes(given), key):
+            raise Refusal("the secret is wrong or missing", "token")
+        host = show_address(stream.peer).rpartition(":")[0]
+        name = certificate_name(stream) or "raw"
+        pooled = PooledLink(RawLink(stream), options.services[0].name, host, name, stream.peer)
+        self._join(pooled)
+        return pooled

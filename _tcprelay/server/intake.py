@@ -1,0 +1,321 @@
+"""Where a relay server's connections come from, and who else hears what becomes of them.
+
+`PortIntake` accepts them in this process:
+
+    acceptor   one thread; blocks in a selector over all listeners and `Runtime.stop`; hands every socket to a thread of
+               its own, and does nothing that could wait
+
+`ParentIntake`, in a worker process, gets them from the parent, which accepts for all (see `_tcprelay.server.workers`):
+
+    takers     there is always one that waits for the next connection: who takes one starts another first, if nobody
+               else waits.  So each connection wakes the thread that serves it, and no other
+
+What the parent has read of the account may be over when a service client arrives.  Then it is sent back, and so is one
+whose relay client cannot reach the service, with the bytes that it has sent: another worker may have a link of another
+relay client.  Only where the service port speaks TLS, a service client stays where its handshake was: it waits in the
+worker, new links go there first, and if idle links are elsewhere, one of them is closed to be opened anew.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ..addresses import show_address
+from ..events import AcceptPaused, ConnectionFailed
+from ..messages import MESSAGE_ROOM, MESSAGE_SIZE, adopt_socket, decode_message, encode_message, receive_message
+from ..options import ServerOptions
+from ..role import Runtime
+from ..system import ignore_oserror
+from ..tcp import set_timeout
+from ..text import connection_id, say_error
+from ..threads import JOIN_TIMEOUT, Threads, join
+from ..tls import TLSStream
+from .account import LINKS, WorkerAccount
+from .clients import NoLinkHere, Refusal, ServiceClient
+from .listeners import LOOK_FOR_ROOM, Listeners
+from .pool import Pool
+
+SPARE_TAKERS = 8
+"""Threads of a worker that wait for connections, at most."""
+
+
+class Intake:
+    """What the parts of a relay server know of where connections come from."""
+
+    serve_client: Callable[[ServiceClient], None]
+    serve_link: Callable[[socket.socket, Any], None]
+    """What serves a connection, up to its end, in a thread of its own."""
+
+    def __init__(self, runtime: Runtime[ServerOptions], pool: Pool, listeners: Listeners) -> None:
+        self._runtime = runtime
+        self._pool = pool
+        self._listeners = listeners
+        self.addresses = listeners.addresses
+        """Where each service is: its name, host and port."""
+
+    def start(self) -> list[threading.Thread]:
+        """Begin to take connections; returns the threads that live as long as the server."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Take no more; `Runtime.stop` has been requested."""
+        raise NotImplementedError
+
+    def settle(self, client: ServiceClient) -> None:
+        """A service client has found a link, or is gone; any number of times."""
+        raise NotImplementedError
+
+    def leave(self, service: str, address: Any) -> None:
+        """A connection from this address is gone: a service client's, or to the relay port under ""."""
+        raise NotImplementedError
+
+    def arrive(self, client: ServiceClient) -> None:
+        """A service client is ready to be served, which may be some time after its connection was accepted."""
+
+    def count_waiting(self, service: str) -> int:
+        """How many service clients wait for a link, in all processes."""
+        return self._pool.count_waiting(service) + self._pool.count_waiting_elsewhere(service)
+
+    def own_share(self, idle: int) -> int:
+        """How many idle links there should be here, of so many that a relay client keeps."""
+        return idle
+
+    def offer(self, service: str) -> None:
+        """A link is idle here."""
+
+    def pass_on(self, client: ServiceClient) -> None:
+        """There is no link for a service client here.  Raises `NoLinkHere` where somebody else has it now, and
+        `Refusal` where it cannot be passed on."""
+
+    def suspect(self, client: str) -> None:
+        """A relay client seems to be out of reach."""
+
+
+class PortIntake(Intake):
+    """Accepts connections on the server's ports."""
+
+    def __init__(self, runtime: Runtime[ServerOptions], pool: Pool, listeners: Listeners) -> None:
+        super().__init__(runtime, pool, listeners)
+        listeners.is_full, listeners.hand_on = pool.is_full, self._hand_on
+        self._acceptor = runtime.own_thread(self._accept, "acceptor", runtime.stop)
+
+    def start(self) -> list[threading.Thread]:
+        self._acceptor.start()
+        return [self._acceptor]
+
+    def stop(self) -> None:
+        join(self._acceptor, JOIN_TIMEOUT)
+        self._listeners.close()
+
+    def settle(self, client: ServiceClient) -> None:
+        if client.unsettled:
+            client.unsettled = False
+            self._pool.expect(client.service, -1)
+
+    def leave(self, service: str, address: Any) -> None:
+        self._listeners.share(service).leave(address)
+
+    def arrive(self, client: ServiceClient) -> None:
+        if not client.unsettled:
+            client.unsettled = True
+            self._pool.expect(client.service, 1)
+
+    def _accept(self) -> None:
+        """Accept until `Runtime.stop` is requested."""
+        runtime, listeners = self._runtime, self._listeners
+        pause, told = 0.005, 0.0
+        with selectors.DefaultSelector() as selector:
+            selector.register(runtime.stop.fileno(), selectors.EVENT_READ)
+            for listener in listeners.services:
+                selector.register(listener, selectors.EVENT_READ, listener)
+            full: list[socket.socket] = []
+            while not runtime.stop.requested:
+                for key, _ in selector.select(LOOK_FOR_ROOM if full else None):
+                    if key.data is None:
+                        continue
+                    try:
+                        listeners.accept(key.data)
+                        pause = 0.005
+                        if self._pool.is_full(listeners.services[key.data]):
+                            selector.unregister(key.data)
+                            full.append(key.data)
+                    except (OSError, RuntimeError, MemoryError) as error:
+                        # Out of descriptors, memory or threads: the connection stays queued, or is reset.
+                        if time.monotonic() - told >= 1.0:
+                            told = time.monotonic()
+                            runtime.emit(AcceptPaused(reason=say_error(error)))
+                        runtime.stop.wait(pause)
+                        pause = min(2 * pause, 1.0)
+                for listener in [one for one in full if not self._pool.is_full(listeners.services[one])]:
+                    full.remove(listener)
+                    selector.register(listener, selectors.EVENT_READ, listener)
+
+    def _hand_on(self, service: str, sock: socket.socket, address: Any) -> None:
+        """Serve a connection in a thread of its own.  Raises `RuntimeError` where there is none."""
+        threads = self._runtime.threads
+        if not service:
+            threads.start(self.serve_link, sock, address)
+            return
+        client = ServiceClient(service, sock, address, self._runtime.credentials.services)
+        if not isinstance(client.stream, TLSStream):  # or silent handshakes would keep others out
+            self.arrive(client)
+        try:
+            threads.start(self.serve_client, client)
+        except BaseException:
+            self.settle(client)
+            raise
+
+
+class ParentIntake(Intake):
+    """In a worker: takes the connections that the parent sends over a socket."""
+
+    def __init__(
+        self, runtime: Runtime[ServerOptions], pool: Pool, listeners: Listeners, source: socket.socket,
+        account: WorkerAccount,
+    ) -> None:  # fmt: skip
+        super().__init__(runtime, pool, listeners)
+        self._source = source
+        self._account = account
+        self._lock = threading.Lock()  # over the next
+        self._takers = 0
+        """The threads that wait for a connection."""
+        self._tell_at = 0.0
+        """When the next connection that cannot be taken is to be told."""
+        pool.show, pool.count_waiting_elsewhere = account.show, account.count_waiting_elsewhere
+
+    def start(self) -> list[threading.Thread]:
+        self._takers = 1
+        set_timeout(self._source, socket.SO_RCVTIMEO, Threads.PARKED)
+        self._runtime.threads.start(self._take)
+        return []
+
+    def stop(self) -> None:
+        ignore_oserror(self._source.shutdown, socket.SHUT_RD)  # wakes who waits there
+
+    def settle(self, client: ServiceClient) -> None:
+        if client.unsettled:
+            client.unsettled = False
+            self._account.settle(client.service)
+            self.offer(client.service)
+
+    def leave(self, service: str, address: Any) -> None:
+        self._account.leave(service)
+        if self._listeners.share(service).most:
+            self._runtime.tell_parent({"left": service, "address": address})
+
+    def own_share(self, idle: int) -> int:
+        return math.ceil(idle / self._account.workers)
+
+    def offer(self, service: str) -> None:
+        if self._account.count_waiting_elsewhere(service):
+            self._runtime.tell_parent({"look": service})
+
+    def pass_on(self, client: ServiceClient) -> None:
+        if isinstance(client.stream, TLSStream):
+            self._runtime.tell_parent({"look": client.service})
+            return
+        message = encode_message(client.state, bytes(client.early))
+        if len(message) > MESSAGE_SIZE - MESSAGE_ROOM:  # with the ids of hundreds of relay clients
+            raise Refusal(f"the service cannot be reached: {client.reason}")
+        try:
+            self._runtime.send_to_parent(message, [client.stream.fd])
+        except OSError as error:  # too many descriptors under way, say
+            raise Refusal(f"it cannot be passed on to another worker: {say_error(error)}") from error
+        client.passed_on = True
+        raise NoLinkHere
+
+    def suspect(self, client: str) -> None:
+        self._runtime.tell_parent({"suspect": client})
+
+    def _take(self) -> None:
+        """Serve what the parent sends, one connection after another; the top of its thread."""
+        while True:
+            try:
+                message, descriptors = receive_message(self._source)
+            except BlockingIOError:
+                with self._lock:
+                    if self._takers > 1:  # what a burst has left behind goes
+                        self._takers -= 1
+                        return
+                continue
+            except ConnectionResetError:
+                return  # the parent was killed
+            except Exception:  # out of memory, most likely; nobody else would take what comes
+                self._runtime.log.exception("unexpected error in the intake")
+                self._runtime.stop.wait(1.0)
+                if self._runtime.stop.requested:
+                    return
+                continue
+            if not message:
+                return  # it was, or `stop`
+            if not descriptors:  # the kernel had no number for it here
+                self._adopt(message, descriptors, os.strerror(errno.EMFILE).lower())
+                continue
+            with self._lock:
+                self._takers -= 1
+                alone = not self._takers
+                self._takers += alone
+            try:
+                if alone:
+                    self._runtime.threads.start(self._take)
+            except RuntimeError as error:
+                ending = self._runtime.stop.requested
+                self._adopt(message, descriptors, "the relay server is ending" if ending else str(error))
+                continue
+            self._adopt(message, descriptors)
+            with self._lock:
+                if self._takers == SPARE_TAKERS:
+                    return
+                self._takers += 1
+
+    def _adopt(self, message: bytes, descriptors: list[int], problem: str = "") -> None:
+        """Serve a connection that the parent has accepted; or refuse it, where there is a problem."""
+        fields, early = decode_message(message)
+        service, address = fields["service"], tuple(fields["address"])
+        sock, served = None, False
+        try:
+            if problem:
+                self._tell_refused(problem)
+                return
+            problem = "unexpected error"
+            sock = adopt_socket(descriptors[0], address)
+            if not service:
+                served = True
+                self.serve_link(sock, address)
+                return
+            client = ServiceClient(service, sock, address, self._runtime.credentials.services)
+            client.resume(fields, early)
+            client.unsettled = served = True
+            if isinstance(client.stream, TLSStream):
+                self.settle(client)  # or silent handshakes would seem to take all the links
+            self.serve_client(client)
+        finally:
+            if not served:  # it is reset
+                if sock is not None:
+                    sock.close()
+                elif descriptors:
+                    os.close(descriptors[0])
+                if service:
+                    self._account.settle(service)
+                self.leave(service, address)
+                if service:
+                    record = {"id": fields.get("id") or connection_id(), "service": service}
+                    seconds = time.monotonic() - fields["since"]
+                    failed = ConnectionFailed(peer=show_address(address), seconds=seconds, reason=problem, **record)
+                    self._runtime.emit(failed)
+            if not service:
+                self._account.settle(LINKS)  # while its handshake lasts it counts as under way, for the balance
+
+    def _tell_refused(self, reason: str) -> None:
+        """Tell that a connection is reset for want of something, once a second at most."""
+        if time.monotonic() >= self._tell_at:
+            self._tell_at = time.monotonic() + 1.0
+            self._runtime.log.warning("cannot take a connection: %s", reason)

@@ -1,0 +1,231 @@
+"""A relay client's links while no service client uses them.
+
+    serve        one thread each, from accept to the pool; then it is parked again
+    keeper       one thread; blocks in a selector over all idle links and `Runtime.stop`; hears PONG and BYE, sends
+                 PING, closes dead and surplus links, and sweeps over the connections
+
+Who holds a link out of the pool owns it: a service client's thread, or the keeper while it looks at it.
+"""
+
+from __future__ import annotations
+
+import selectors
+import socket
+import threading
+import time
+from typing import Any
+
+from ..addresses import show_address
+from ..events import ClientDown, ClientUp, LinkDown, LinkUp
+from ..options import ServerOptions
+from ..protocol import REFUSED, SILENCE, LinkFault
+from ..role import Runtime
+from ..system import ignore_oserror
+from ..tcp import path_is_dead
+from ..text import say_error, shown
+from ..waiting import Deadline
+from ..watch import in_batches
+from .clients import NOBODY, NoLinkHere, Refusal, make_stream
+from .greeting import Greeting
+from .intake import Intake
+from .limits import TOO_MANY_HANDSHAKES, Handshakes
+from .pool import Pool, PooledLink
+
+SURPLUS_TIME = 60.0
+"""Seconds after which an idle link beyond what its client asked for is retired."""
+
+
+class Links:
+    """Takes links in, keeps them while they are idle, and closes them.
+
+    Parameters: the runtime, the pool, where connections come from, and the handshakes under way.
+    """
+
+    def __init__(self, runtime: Runtime[ServerOptions], pool: Pool, intake: Intake, handshakes: Handshakes) -> None:
+        self._runtime = runtime
+        self._pool = pool
+        self._intake = intake
+        self._handshakes = handshakes
+        self._greeting = Greeting(runtime, intake, handshakes, self._join, self._forget)
+
+    def start(self) -> threading.Thread:
+        """Begin to keep what is idle.  Returns the thread, which lives as long as the server."""
+        self._pool.selector.register(self._runtime.stop.fileno(), selectors.EVENT_READ)
+        keeper = self._runtime.own_thread(self._keep, "keeper", self._runtime.cut)
+        keeper.start()
+        return keeper
+
+    def serve(self, sock: socket.socket, address: Any) -> None:
+        """A relay client's connection from accept to the pool; the top of its thread."""
+        stream, pooled = None, None
+        try:
+            stream = make_stream(sock, f"link with {show_address(address)}", address, self._runtime.credentials.links)
+            self._handshakes.enter(stream)
+            pooled = self._greeting.receive(stream)
+        finally:
+            if stream is not None:
+                self._handshakes.leave(stream)
+            if pooled is None:
+                (stream or sock).close()
+                self._intake.leave("", address)
+        if pooled is not None:
+            self.give_back(pooled)
+
+    def _join(self, pooled: PooledLink) -> None:
+        """Count a link in, before its client is told WELCOME.  Raises `Refusal`."""
+        if not self._handshakes.leave(pooled.link.stream):
+            raise Refusal(TOO_MANY_HANDSHAKES, "lost")
+        first = self._pool.join(pooled)
+        where = {"service": pooled.service, "client": pooled.client}
+        try:
+            if first:
+                self._runtime.emit(ClientUp(name=pooled.name, peer=pooled.host, **where))
+            self._runtime.emit(LinkUp(peer=pooled.peer, **where))
+        except BaseException as error:
+            self._forget(pooled, say_error(error))
+            raise
+
+    def _forget(self, pooled: PooledLink, reason: str) -> None:
+        """Count a link out, and tell that it is down."""
+        last = self._pool.leave(pooled)
+        where = {"service": pooled.service, "client": pooled.client, "reason": reason}
+        self._runtime.emit(LinkDown(peer=pooled.peer, **where))
+        if last:
+            self._runtime.emit(ClientDown(name=pooled.name, peer=pooled.host, **where))
+
+    # For whoever owns a link
+
+    def give_back(self, pooled: PooledLink, readable: bool = False) -> None:
+        """Hear what has come in on an idle link, and put it into the pool; or close it, where it has ended.
+
+        A frame can be in the link's own buffer already, where the keeper's selector does not see it: BYE right behind
+        END.  What is in its socket the keeper is told, unless somebody waits for a link and gets it at once.
+        """
+        link = pooled.link
+        try:
+            if pooled.blocked:
+                pooled.flush()
+            ask = readable or self._pool.has_waiting(pooled.service)
+            while (frame := link.receive_now() if ask else link.receive_held()) is not None:
+                if frame.kind == REFUSED:
+                    raise EOFError(f"the relay client gave it up: {shown(frame.text('reason'))}")
+                pooled.take_pong(frame.kind)
+            kept = self._pool.put(pooled)
+        except LinkFault as error:
+            link.refuse("protocol", str(error))
+            self.drop(pooled, str(error))
+        except (OSError, EOFError) as error:
+            self.drop(pooled, say_error(error))
+        except BaseException:
+            self.drop(pooled, "unexpected error")
+            raise
+        else:
+            if kept:
+                self._intake.offer(pooled.service)
+            elif link.spent:
+                self._retire(pooled, "it has lost packets, and a new one will be faster", again=True)
+            else:
+                self._retire(pooled, "the relay client gave it up" if link.leaving else "this relay server is ending")
+
+    def ping(self, pooled: PooledLink) -> None:
+        """PING on an idle link, and put it back."""
+        pooled.last_pinged = time.monotonic()
+        pooled.pongs_due += 1
+        try:
+            pooled.send(pooled.link.pack_ping())
+        except OSError as error:
+            self.drop(pooled, say_error(error))
+        else:
+            self.give_back(pooled)
+
+    def drop(self, pooled: PooledLink, reason: str, dead: bool = False) -> None:
+        """Close a link that is not in the pool.
+
+        A link between connections is closed normally, since bytes of the last one may still be on their way, unless
+        it is `dead`; otherwise it is reset.
+        """
+        link = pooled.link
+        if link.is_idle and not dead:
+            link.stream.close_normally()
+        link.close()
+        self._intake.leave("", pooled.address)
+        self._forget(pooled, reason)
+
+    def _retire(self, pooled: PooledLink, reason: str, again: bool = False) -> None:
+        """Close an idle link in peace, with BYE where the client has not said it; it may open one `again` at once."""
+        if not pooled.link.leaving:
+            ignore_oserror(lambda: pooled.send(pooled.link.pack_bye(again)))
+        self.drop(pooled, reason)
+
+    # From outside
+
+    def retire_all(self) -> None:
+        """Turn away who waits for a link, and close all idle ones in peace."""
+        for pooled in self._pool.close():
+            self._retire(pooled, "this relay server is ending")
+
+    def give_up_one(self, service: str) -> None:
+        """Close an idle link in peace, because service clients that cannot be passed on wait in another worker."""
+        try:
+            pooled, _ = self._pool.take(service, NOBODY, Deadline(0), wait=False)
+        except (Refusal, NoLinkHere):
+            return
+        self._retire(pooled, "another worker needs it")
+
+    def suspect(self, client: str) -> None:
+        """A relay client may be out of reach: have each of its idle links answer a PING before it is used."""
+        doubtful = self._pool.hold_all(client)
+        if doubtful:
+            self._runtime.log.warning(
+                "relay client %s at %s acknowledges nothing: its %d idle links are not used before they answer",
+                doubtful[0].name, doubtful[0].host, len(doubtful),
+            )  # fmt: skip
+        for pooled in doubtful:
+            pooled.unproven = True
+            self.ping(pooled)
+
+    # The keeper
+
+    def _keep(self) -> None:
+        """Watch idle links, and every so often look at the time, until `Runtime.cut` is requested."""
+        runtime, selector = self._runtime, self._pool.selector
+        splices = runtime.splices
+        interval = min(splices.interval, runtime.options.heartbeat / 5)
+        next_look = time.monotonic() + interval
+        while not runtime.stop.requested:
+            for key, _ in selector.select(max(0.0, next_look - time.monotonic())):
+                if key.data is not None and self._pool.hold(key.data):
+                    self.give_back(key.data, readable=True)
+            if time.monotonic() >= next_look:
+                splices.sweep()
+                runtime.emit.tell_floods()
+                for batch in in_batches(self._pool.idle_links()):
+                    for pooled in batch:
+                        self._look_after(pooled, interval)
+                next_look = time.monotonic() + interval
+        while not runtime.cut.requested:  # while connections drain, their time-outs still count
+            runtime.cut.wait(splices.interval)
+            splices.sweep()
+
+    def _look_after(self, pooled: PooledLink, interval: float) -> None:
+        """Close an idle link that is dead or surplus, and PING it when it is time: by the next look, `interval`
+        seconds from now, it would be too late."""
+        if not pooled.link.speaks:
+            return
+        now, heartbeat = time.monotonic() + interval, self._runtime.options.heartbeat
+        dead = now - pooled.last_heard > SILENCE * heartbeat
+        due = not pooled.blocked and now - max(pooled.last_pinged, pooled.last_heard) > heartbeat
+        if pooled.settling:  # silence says nothing: it may have to wait for a slow service before it reads on
+            dead, due = path_is_dead(pooled.link.sock, self._runtime.options.dead_path), False
+        unused = now - pooled.last_used >= SURPLUS_TIME and not pooled.settling
+        surplus = unused and self._pool.has_surplus(pooled)
+        if not (dead or due or surplus) or not self._pool.hold(pooled):
+            return
+        if dead and pooled.settling:
+            self.drop(pooled, "sent bytes are no longer acknowledged", dead=True)
+        elif dead:
+            self.drop(pooled, f"silent for {SILENCE * heartbeat:g} s", dead=True)
+        elif surplus:
+            self._retire(pooled, "surplus")
+        else:
+            self.ping(pooled)

@@ -1,0 +1,119 @@
+"""The ports of a relay server, and what each address may have of them.
+
+One thread accepts; whoever serves a connection tells `Shares` when it is gone.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from ..addresses import Endpoint, host_of, show_address
+from ..events import ConnectionFailed, LinkRefused, Listening
+from ..link import Link
+from ..options import ServerOptions
+from ..protocol import SERVER
+from ..role import Runtime
+from ..sockets import listen
+from ..streams import Stream
+from ..text import connection_id, say_error
+from ..waiting import Stopping, Wakes
+from .limits import Shares
+
+LOOK_FOR_ROOM = 0.002
+"""Seconds from one look to the next whether the queue of a service has room again, while the kernel holds who comes."""
+
+
+class Listeners:
+    """The listening sockets, and the counts of what each address has.
+
+    Parameters: the runtime; whether a service takes nobody for a moment, so that who comes is left to the kernel; and
+    what is done with a connection: its service ("" for the relay port), socket and address.  That may raise `OSError`,
+    `RuntimeError` and `MemoryError`, where the connection cannot be taken; then it is reset.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime[ServerOptions],
+        is_full: Callable[[str], bool] = lambda service: False,
+        hand_on: Callable[[str, socket.socket, Any], None] = lambda service, sock, address: sock.close(),
+    ) -> None:
+        self._runtime = runtime
+        self.is_full = is_full
+        self.hand_on = hand_on
+        self.services: dict[socket.socket, str] = {}
+        """Of each listener; "" for the relay port."""
+        self.addresses: dict[str, tuple[str, int]] = {}
+        """Of each service, and of the relay port under "": the first of several."""
+        options = runtime.options
+        self.of_clients = Shares(options.max_per_address)
+        self.of_links = Shares(options.max_links_per_address)
+
+    def bind(self, signals: Wakes | None) -> None:
+        """Listen on all ports.  Raises `OSError` that names the address, and `Stopping` at a signal."""
+        options = self._runtime.options
+        wanted = [("", options.hostname, options.relay_port or 0)]
+        wanted += [(service.name, service.host or options.hostname, service.port) for service in options.services]
+        for name, host, port in wanted:
+            try:
+                self.services.update(dict.fromkeys(listen(host, port, signals, self._runtime.probing), name))
+            except Stopping:
+                raise
+            except OSError as error:
+                where = Endpoint(host or "*", port)
+                raise OSError(error.errno, f"cannot listen on {where}: {say_error(error)}") from error
+        for listener, name in self.services.items():
+            address = listener.getsockname()
+            self.addresses.setdefault(name, (host_of(address), address[1]))
+            self._runtime.emit(Listening(service=name, address=show_address(address)))
+
+    def close(self) -> None:
+        for listener in self.services:
+            listener.close()
+
+    def share(self, service: str) -> Shares:
+        """What counts who connects to this service, or to the relay port."""
+        return self.of_clients if service else self.of_links
+
+    def accept(self, listener: socket.socket) -> None:
+        """Take what has connected, and hand it on.  Raises `OSError` and `RuntimeError` where that cannot be done."""
+        service = self.services[listener]
+        share = self.share(service)
+        for _ in range(64):  # then look at the other listeners
+            if self.is_full(service):
+                return
+            try:
+                sock, address = listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            counted = False
+            try:
+                sock.setblocking(True)  # whatever default a program has set, or the listener handed down
+                self._runtime.probing.spread(sock)
+                counted = share.enter(address)
+                if counted:
+                    self.hand_on(service, sock, address)
+                else:
+                    self._turn_away(service, sock, address)
+            except BaseException:
+                if counted:
+                    share.leave(address)
+                sock.close()
+                raise
+
+    def _turn_away(self, service: str, sock: socket.socket, address: Any) -> None:
+        """Close what an address may not have any more; a plain relay client is told why."""
+        runtime, peer = self._runtime, show_address(address)
+        if service:
+            sock.close()
+            reason = "too many connections from its address at once (--max-per-address)"
+            runtime.emit(ConnectionFailed(id=connection_id(), service=service, peer=peer, reason=reason, seconds=0.0))
+            return
+        code, reason = "limit", "there are too many links from its address (--max-links-per-address)"
+        if runtime.options.wire == "v1" and runtime.credentials.links is None:
+            stream = Stream(sock, f"link with {peer}", address)
+            Link(stream, SERVER).refuse(code, reason)
+            stream.close_normally()
+        sock.close()
+        runtime.emit(LinkRefused(peer=peer, code=code, reason=reason))

@@ -1,0 +1,248 @@
+"""A service client from accept to its closing record: paired with a link, started on it, and spliced.
+
+serve          the top of its thread, which from `Pool.take` on owns the link as well
+  _shake_hands     TLS, where the service port speaks it
+  _find_link       one idle link after another, until a service answers:
+    _start             START, the first bytes … READY or FAIL; alone on the link, in both directions
+  _carry           `Splice.run`; then the link goes back to the pool
+"""
+
+from __future__ import annotations
+
+import math
+import select
+
+from ..addresses import show_address
+from ..events import ConnectionClosed, ConnectionFailed, ConnectionOpened
+from ..link import Link, RawLink
+from ..options import ServerOptions
+from ..protocol import FAIL, READY, REFUSED, START
+from ..role import Runtime
+from ..splice import Splice
+from ..tcp import is_resent, path_is_dead, unsent_bytes
+from ..text import is_tls_error, say_error, shown
+from ..tls import TLSStream
+from ..waiting import Deadline, Stopping, wait_for
+from .clients import NoLinkHere, Refusal, ServiceClient, Unacknowledged
+from .greeting import HANDSHAKE_STEP
+from .intake import Intake
+from .limits import TOO_MANY_HANDSHAKES, Handshakes
+from .links import Links
+from .pool import Pool, PooledLink
+from .trust import explain_tls
+
+SUSPICION = 3.0
+"""Seconds without any acknowledgement of START after which its relay client's idle links are to be proven alive, where
+the kernel has sent it again by then: on a slow path an acknowledgement takes longer."""
+
+
+class Pairing:
+    """Serves service clients.
+
+    Parameters: the runtime, the pool, where connections come from, the TLS handshakes under way on service ports, and
+    the links.
+    """
+
+    def __init__(
+        self, runtime: Runtime[ServerOptions], pool: Pool, intake: Intake, handshakes: Handshakes, links: Links
+    ) -> None:
+        self._runtime = runtime
+        self._pool = pool
+        self._intake = intake
+        self._handshakes = handshakes
+        self._links = links
+
+    def serve(self, client: ServiceClient) -> None:
+        """A service client's connection, up to its end; the top of its thread."""
+        places, reason = self._runtime.places, "too many connections at once (--max-connections)"
+        admitted = places.enter()
+        try:
+            if admitted:
+                self._shake_hands(client)
+                self._intake.arrive(client)
+                self._carry(client, self._find_link(client))
+                return
+        except NoLinkHere:
+            return  # this process's descriptor is closed; the parent has another
+        except Refusal as error:
+            reason = str(error)
+        finally:
+            self._intake.settle(client)
+            client.stream.close()
+            if not client.passed_on:
+                self._intake.leave(client.service, client.address)
+            if admitted:
+                places.leave()
+        self._runtime.emit(ConnectionFailed(reason=reason, seconds=client.seconds, **client.record))
+
+    def _shake_hands(self, client: ServiceClient) -> None:
+        """TLS with a service client, where its port speaks it.  Raises `Refusal`."""
+        if not isinstance(client.stream, TLSStream):
+            return
+        reason = ""
+        self._handshakes.enter(client.stream)
+        try:
+            client.stream.handshake(Deadline(HANDSHAKE_STEP), self._runtime.stop)
+        except (OSError, EOFError) as error:
+            reason = explain_tls(error) if is_tls_error(error) else say_error(error)
+        finally:
+            if not self._handshakes.leave(client.stream):
+                reason = TOO_MANY_HANDSHAKES
+        if reason:
+            raise Refusal(f"no TLS handshake: {reason}")
+
+    def _find_link(self, client: ServiceClient) -> PooledLink:
+        """Offer the service client to one idle link after another until a service answers.  Raises `Refusal`."""
+        patience = self._runtime.options.pair_timeout
+        deadline, again = Deadline(max(0.0, patience - client.waited)), False
+        while True:
+            pooled, waited = self._take(client, deadline, again)
+            again = True
+            link = pooled.link
+            self._intake.settle(client)
+            pooled.use()
+            try:
+                client.look(waited or client.queued or not link.speaks)
+            except Refusal:
+                self._links.give_back(pooled)
+                raise
+            try:
+                if isinstance(link, RawLink):
+                    link.stream.send(client.early)
+                    return pooled
+                reason = self._start(pooled, link, client, deadline)
+            except (OSError, EOFError) as error:
+                unanswered = f"no answer from the service within {patience:g} s{say_received(pooled)}"
+                self._links.drop(pooled, say_error(error))
+                if isinstance(error, Unacknowledged):
+                    continue
+                if isinstance(error, TimeoutError):
+                    raise Refusal(unanswered) from error
+                if (client.early and client.exposed) or isinstance(error, Stopping):
+                    # Bytes that may have arrived are never delivered twice.
+                    raise Refusal(f"the link was lost before the service answered: {say_error(error)}") from error
+                continue
+            except BaseException:
+                self._links.drop(pooled, "unexpected error")
+                raise
+            pooled.hear()
+            if not reason:
+                return pooled
+            self._links.give_back(pooled)
+            if client.gone:
+                raise Refusal(client.gone)
+            client.reason = reason
+            client.failed |= {pooled.client}
+
+    def _take(self, client: ServiceClient, deadline: Deadline, first: bool) -> tuple[PooledLink, bool]:
+        """As `Pool.take`, unless another process has a link: raises `NoLinkHere`."""
+        wanted = client.service, client.failed, deadline, client.reason
+        try:
+            return self._pool.take(*wanted, wait=False)
+        except NoLinkHere:
+            self._intake.pass_on(client)
+        return self._pool.take(*wanted, first=first)
+
+    def _start(self, pooled: PooledLink, link: Link, client: ServiceClient, deadline: Deadline) -> str:
+        """START a connection on a link, with what the client has sent and goes on to send; wait for the answer.
+
+        Returns why the service could not be reached, "" when it answered.  Nothing here can block beyond the
+        deadline.  Raises `TimeoutError`, `Stopping`, `EOFError`, `LinkFault`, `OSError`: the link is lost.
+        """
+        cut, stream = self._runtime.cut, link.stream
+        fields = {"id": client.id, "client": client.peer, "port": show_address(self._intake.addresses[client.service]),
+                  "waiting": self._intake.count_waiting(client.service)}  # fmt: skip
+        out = bytearray(link.pack_control(START, fields))
+        client.pass_early(link, out, 0)
+        ready: dict[int, int] = {}
+        trust, suspicion = True, Deadline(SUSPICION)
+        client.exposed = isinstance(stream, TLSStream)  # which may fail after it has sent some
+        while True:
+            sent = stream.send_now(out)
+            client.exposed = True
+            frame = link.receive_now() if link.fd in ready else link.receive_held()
+            if frame is not None and frame.kind in (READY, FAIL):
+                break
+            if frame is not None and frame.kind == REFUSED:
+                raise EOFError(f"the relay client gave it up: {shown(frame.text('reason'))}")
+            if frame is not None:
+                pooled.take_pong(frame.kind)
+                continue
+            if sent and client.may_send_more and (client.stream.fd in ready or client.may_hold_more):
+                before = len(client.early)
+                client.read_early()
+                client.pass_early(link, out, before)
+                if out:
+                    continue
+            poller = select.poll()
+            poller.register(link.fd, select.POLLIN | (0 if sent else select.POLLOUT))
+            poller.register(cut.fileno(), select.POLLIN)
+            if sent and client.may_send_more:
+                poller.register(client.stream.fd, select.POLLIN)
+            left = min(deadline.remaining() or 0.0, suspicion.remaining() or 0.0 if trust else math.inf)
+            ready = dict(poller.poll(left * 1000))
+            if trust and suspicion.remaining() == 0:
+                trust = False
+                self._suspect(pooled, client)
+            if not ready and deadline.remaining() == 0:
+                raise TimeoutError("timed out")
+            if cut.fileno() in ready:
+                raise Stopping("the relay server is ending")
+        if frame.kind == FAIL:
+            out += link.pack_end()
+        while not stream.send_now(out):
+            wait_for(link.fd, select.POLLOUT, deadline, cut)
+        return "" if frame.kind == READY else shown(frame.text("reason")) or "no reason given"
+
+    def _suspect(self, pooled: PooledLink, client: ServiceClient) -> None:
+        """START has had no answer for a while: where it was not even acknowledged, its relay client may be out of
+        reach.
+
+        Raises `Unacknowledged` where another link is to be tried instead.
+        """
+        sock = pooled.link.sock
+        if path_is_dead(sock, SUSPICION) and is_resent(sock):
+            self._links.suspect(pooled.client)
+            self._intake.suspect(pooled.client)
+            if not client.early:
+                raise Unacknowledged("START is not acknowledged")
+
+    def _carry(self, client: ServiceClient, pooled: PooledLink) -> None:
+        """Carry a connection whose service has answered, tell its record, and give the link back."""
+        runtime, link = self._runtime, pooled.link
+        splice = Splice(client.id, client.service, client.stream, link)
+        splice.to_link.carried = len(client.early)
+        splice.to_link.done = link.has_ended
+        splice.said_end = link.has_ended and client.ended
+        if client.gone:
+            splice.break_off(client.gone)
+        client.early = bytearray()
+        runtime.splices.add(splice)
+        try:
+            runtime.emit(ConnectionOpened(via=f"{pooled.name} at {pooled.host}", **client.record))
+            splice.run(runtime.threads)
+        finally:
+            runtime.splices.remove(splice)
+            closed = ConnectionClosed(
+                bytes_in=splice.to_link.carried, bytes_out=splice.from_link.carried, seconds=client.seconds,
+                reason=splice.reason, **client.record,
+            )  # fmt: skip
+            client.stream.close()
+            if not link.is_idle:
+                self._links.drop(pooled, splice.reason or "its connection is over")
+            else:
+                pooled.use()
+                pooled.hear()
+                if link.passed < splice.to_link.carried or splice.reason:
+                    pooled.unproven = pooled.settling = True
+                    self._links.ping(pooled)
+                else:
+                    self._links.give_back(pooled)
+            runtime.emit(closed)
+
+
+def say_received(pooled: PooledLink) -> str:
+    """For the log, where a link brought no answer: an answer that is too large for the path never arrives."""
+    if unsent_bytes(pooled.link.sock):
+        return "; the relay client's host does not acknowledge what was sent to it"
+    return "; the relay client's host has received the request: is tcprelayc stopped there, or the path too narrow?"

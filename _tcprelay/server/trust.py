@@ -1,0 +1,118 @@
+"""What a relay server trusts, and what it shows: certificates, token, and the line to paste on the other side."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import socket
+from collections.abc import Iterable
+from typing import Any
+
+from ..addresses import is_loopback
+from ..certificates import make_context, make_self_signed, pin_of, trust
+from ..options import ServerOptions, read_secret
+from ..role import Credentials, Runtime
+from ..state import private_file, state_directory
+from ..streams import Stream
+from ..system import ssl
+from ..text import random_id, say_error
+from .clients import Refusal
+
+NOT_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "UNEXPECTED_MESSAGE", "NO_PROTOCOLS_AVAILABLE")
+"""OpenSSL's reasons for a peer whose first bytes are not a TLS ClientHello."""
+
+
+def load_credentials(options: ServerOptions) -> Credentials:
+    """Read what the options name; with TLS and without a certificate, what was made at the first start.
+
+    Raises `OSError` and `ValueError`.
+    """
+    token = options.read_token()
+    on_links = options.tls in ("relay", "both") or options.auth
+    on_services = options.tls in ("both", "service")
+    if not (on_links or on_services):
+        return Credentials(token)
+    cert, key, pin = options.cert, options.key, ""
+    if options.is_improvised:
+        directory = options.state_dir or state_directory()
+        cert, key = make_self_signed(directory), ""
+        with open(cert) as file:
+            certificate = file.read().partition("-----BEGIN CERTIFICATE")[1:]
+        pin = pin_of(ssl.PEM_cert_to_DER_cert("".join(certificate)))
+        open_to_all = options.auth or options.allow_unauthenticated or options.wire == "raw" or not on_links
+        if not (token or open_to_all):
+            path = private_file(os.path.join(directory, "token"), lambda: random_id(32).encode() + b"\n")
+            token = read_secret("--state-dir", path)
+    links = services = None
+    if on_links:
+        links = make_context(options, True, cert, key, options.pfx)
+    if links is not None and options.auth:
+        trust(links, options.ca_file)
+        links.verify_mode = ssl.CERT_REQUIRED
+    if on_services:
+        files, prefix = (cert, key, options.pfx), "--"
+        if options.service_cert or options.service_pfx:
+            files, prefix = (options.service_cert, options.service_key, options.service_pfx), "--service-"
+        services = make_context(options, True, *files, prefix=prefix)
+    return Credentials(token, links, services, pin)
+
+
+def invitation(options: ServerOptions, credentials: Credentials, port: int, with_secrets: bool) -> str:
+    """After a start with ``--tls`` alone: the command for the other side, which connects to this relay port."""
+    if not options.is_improvised or credentials.links is None:
+        return ""
+    directory = options.state_dir or state_directory()
+    host = socket.gethostname() if options.hostname in ("", "::", "0.0.0.0") else options.hostname
+    words = ["tcprelayc", "--relay-host", host, "--relay-port", str(port), "--tls", "--pin", credentials.pin]
+    copied = options.token_file
+    if not copied and credentials.token and with_secrets:
+        words += ["--token", credentials.token.decode(errors="replace")]
+    elif not copied and credentials.token and not options.token:
+        copied = os.path.join(directory, "token")
+    if copied:
+        words += ["--token-file", "FILE"]
+    note = f"  (FILE: a copy of {copied})" if copied else ""
+    if options.wire == "raw":
+        words += ["--wire", "raw"]
+    for service in options.services:
+        words += ["--port", "PORT"] if service.name == "default" else ["--publish", f"{service.name}=HOST:PORT"]
+    return f"on the other side, run:{note}\n  {shlex.join(words)}"
+
+
+def warn_about_trust(runtime: Runtime[ServerOptions], addresses: Iterable[Any]) -> None:
+    """Say at the start who can become a relay client, where neither a token nor certificates are asked for; the relay
+    port listens at these `addresses`."""
+    options, log = runtime.options, runtime.log
+    if runtime.credentials.token or options.auth:
+        return
+    if options.secret:
+        log.warning("--secret crosses the wire readable: whoever can listen in can become a relay client")
+    elif options.allow_unauthenticated:
+        log.warning("--allow-unauthenticated: any host that reaches the relay port can become a relay client")
+    else:
+        level = logging.INFO if all(is_loopback(address) for address in addresses) else logging.WARNING
+        log.log(level, "no token is set: links are accepted from this machine alone; others need --token-file")
+
+
+def check_protected_mode(runtime: Runtime[ServerOptions], stream: Stream) -> None:
+    """Without token and certificates only this machine may have links.  Raises `Refusal`.
+
+    To be asked before a byte is read, and before TLS, whose handshake costs the most.
+    """
+    options = runtime.options
+    guarded = runtime.credentials.token or options.auth or options.secret or options.allow_unauthenticated
+    if not (guarded or is_loopback(stream.peer)):
+        raise Refusal(
+            "this relay server asks for neither a token nor certificates, so it accepts links from its own machine "
+            "alone; set --token-file on both sides (or --allow-unauthenticated on the server)", "protected",
+        )  # fmt: skip
+
+
+def explain_tls(error: ssl.SSLError) -> str:
+    """What a failed TLS handshake means for whoever reads the log."""
+    if error.reason in NOT_TLS:
+        return "it does not speak TLS; if it is a tcprelayc, add --tls there"
+    if error.reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
+        return "it showed no certificate, which --auth asks for; give the client --cert and --key, or --pfx"
+    return say_error(error)

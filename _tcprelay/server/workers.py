@@ -1,0 +1,340 @@
+"""The parent of a relay server's worker processes: it accepts, and they serve.
+
+A link goes to the worker with the fewest idle ones, before its handshake, and stays there.  A service client goes to a
+worker that has an idle link for its service, and where none has it waits here, so that there is one queue.  How many
+links are idle where is read from the `Account`: no message is needed for that, and two for a connection in all.
+
+Everything here runs in the one thread of `Workers.run`.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import math
+import os
+import selectors
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from ..addresses import show_address
+from ..events import AcceptPaused, ClientDown, ClientUp, ConnectionFailed
+from ..messages import adopt_socket, encode_message
+from ..options import ServerOptions
+from ..processes import WorkerProcess, Workers
+from ..role import Relay
+from ..text import connection_id, say_error
+from .account import HANDED, LINKS, RETURNED, WAITING, Account, WorkerAccount
+from .listeners import LOOK_FOR_ROOM, Listeners
+from .pool import are_links_given
+
+
+class Visitor:
+    """A service client in the parent."""
+
+    __slots__ = ("address", "deadline", "early", "queued", "service", "since", "sock", "state", "visited")
+
+    def __init__(self, service: str, sock: socket.socket, address: Any, since: float, patience: float) -> None:
+        self.service = service
+        self.sock = sock
+        self.address = address
+        self.since = since
+        self.deadline = since + patience
+        self.queued = False
+        self.state: dict[str, Any] = {}
+        """What a worker that has sent it back knows of it."""
+        self.early = b""
+        self.visited: set[int] = set()
+        """The workers none of whose relay clients could reach the service."""
+
+
+class ServerWorkers(Workers):
+    """The parent of a relay server's workers.
+
+    Parameters: the server; how many workers; its listeners; and what has the server in a new process be one of them,
+    with its part of the account and the socket over which connections come.
+    """
+
+    LOOK_AGAIN = 0.25
+    """Seconds after which who waits is looked after even if no worker has said a word."""
+
+    def __init__(
+        self,
+        server: Relay[ServerOptions],
+        count: int,
+        listeners: Listeners,
+        become_one_of: Callable[[WorkerAccount, socket.socket], None],
+    ) -> None:
+        super().__init__(server, count)
+        self._options = server.options
+        self._listeners = listeners
+        self._become_one_of = become_one_of
+        services = [service.name for service in server.options.services]
+        self._account = Account(count, services)
+        self._queues: dict[str, deque[Visitor]] = {name: deque() for name in services}
+        self._present: dict[tuple[str, str], tuple[ClientUp, set[int]]] = {}
+        """The relay clients, and which workers have links of them."""
+        self._given_at = dict.fromkeys(services, 0.0)
+        """When a service client was last sent to a worker that has a link for it."""
+        self._watched: set[socket.socket] = set()
+        """The listeners that are accepted from now: not those of services whose queue is full."""
+        self._resume_at = 0.0
+        """When to accept again, after an error; 0 while nothing is wrong."""
+        self._accept_pause, self._told = 0.005, 0.0
+        self._next_give_up = 0.0
+        listeners.hand_on, listeners.is_full = self._receive_connection, self._is_full
+
+    def open(self) -> None:
+        self._watch_listeners()
+
+    def become(self, worker: WorkerProcess, intake: socket.socket) -> None:
+        for queue in self._queues.values():
+            for visitor in queue:
+                visitor.sock.close()
+        self._listeners.close()
+        self._become_one_of(WorkerAccount(self._account, worker.number), intake)
+
+    def stop_intake(self) -> None:
+        self._ignore_listeners()
+        self._resume_at = math.inf
+        self._listeners.close()
+        for service in self._queues:
+            while visitor := self._next(service):
+                self._refuse(visitor, "the relay server is ending")
+
+    # Accepting
+
+    def _watch_listeners(self) -> None:
+        """Accept from all listeners, without those of services whose queue is full."""
+        for listener, service in self._listeners.services.items():
+            if listener not in self._watched and not self._is_full(service):
+                self.selector.register(listener, selectors.EVENT_READ, functools.partial(self._accept, listener))
+                self._watched.add(listener)
+
+    def _ignore_listeners(self) -> None:
+        for listener in self._watched:
+            self.selector.unregister(listener)
+        self._watched.clear()
+
+    def _is_full(self, service: str) -> bool:
+        """As `Pool.is_full`."""
+        queue, most = self._queues.get(service, ()), self._options.max_pending
+        if not service or len(queue) < most or all(name != service for name, _ in self._present):
+            return False
+        return are_links_given(most, self._given_at[service], queue[0].since if queue else math.inf)
+
+    def _accept(self, listener: socket.socket) -> None:
+        if listener not in self._watched:
+            return  # since this round of events has begun
+        try:
+            self._listeners.accept(listener)
+            self._accept_pause = 0.005
+            if self._is_full(self._listeners.services[listener]):
+                self.selector.unregister(listener)
+                self._watched.discard(listener)
+        except (OSError, RuntimeError, MemoryError) as error:
+            if time.monotonic() - self._told >= 1.0:
+                self._told = time.monotonic()
+                self.emit(AcceptPaused(reason=say_error(error)))
+            self._ignore_listeners()
+            self._resume_at = time.monotonic() + self._accept_pause
+            self._accept_pause = min(2 * self._accept_pause, 1.0)
+
+    def _receive_connection(self, service: str, sock: socket.socket, address: Any) -> None:
+        """A connection was accepted.  Raises `RuntimeError` where it cannot be taken."""
+        if service:
+            self._receive_client(Visitor(service, sock, address, time.monotonic(), self._options.pair_timeout))
+            return
+
+        def load(worker: WorkerProcess) -> tuple[int, int]:
+            number, account = worker.number, self._account
+            balance = account.under_way(number, LINKS)
+            for name in self._queues:
+                balance += account.idle(number, name) - account.read(number, name, WAITING)
+            return balance, account.clients(number)
+
+        fields = {"service": "", "address": address}
+        if not any(self._hand(worker, fields, sock) for worker in sorted(self._living(), key=load)):
+            raise RuntimeError("no worker takes it")
+
+    def _hand(self, worker: WorkerProcess, fields: dict[str, Any], sock: socket.socket, early: bytes = b"") -> bool:
+        """Send a worker a connection, which this process then has no more; False where it does not take it."""
+        kind, address = fields["service"], fields["address"]
+        self._account.add(worker.number, kind, HANDED)
+        if not worker.hand(encode_message(fields, early), sock.fileno()):
+            self._account.add(worker.number, kind, HANDED, -1)
+            return False
+        self._account.hold(worker.number, self._listeners.share(kind), address, 1)
+        sock.close()
+        return True
+
+    def _living(self) -> list[WorkerProcess]:
+        return [worker for worker in self.workers if worker.pid]
+
+    # Service clients
+
+    def _receive_client(self, visitor: Visitor) -> None:
+        queue, options = self._queues[visitor.service], self._options
+        if options.max_connections and self._count_clients() >= options.max_connections:
+            self._refuse(visitor, "too many connections at once (--max-connections)")
+        elif queue or not self._send(visitor):
+            if len(queue) >= options.max_pending:
+                self._refuse(visitor, "too many service clients wait for a link (--max-pending)")
+                return
+            visitor.queued = True
+            queue.append(visitor)
+            self._guard(functools.partial(self._serve_queue, visitor.service))  # from here on it is not the acceptor's
+
+    def _count_clients(self) -> int:
+        waiting = sum(map(len, self._queues.values()))
+        return waiting + sum(self._account.clients(worker.number) for worker in self.workers)
+
+    def _send(self, visitor: Visitor) -> bool:
+        """Send a service client to a worker that has a link for it; False where there is none."""
+        service, best, most = visitor.service, None, (0, 0)
+        for worker in self._living():
+            if worker.number not in visitor.visited:
+                idle = self._account.idle(worker.number, service)
+                rank = idle, -self._account.clients(worker.number)
+                if idle > 0 and (best is None or rank > most):
+                    best, most = worker, rank
+        if best is None:
+            return False
+        fields = {**visitor.state, "service": service, "address": visitor.address, "since": visitor.since,
+                  "waited": time.monotonic() - visitor.since, "queued": visitor.queued}  # fmt: skip
+        if not self._hand(best, fields, visitor.sock, visitor.early):
+            return False
+        self._given_at[service] = time.monotonic()
+        return True
+
+    def _serve_queue(self, service: str) -> None:
+        """Pair who waits with what is idle; the queue's length is shown before that is looked at."""
+        queue = self._queues[service]
+        self._account.show_queue(service, len(queue))
+        while queue and self._send(queue[0]):
+            queue.popleft()
+            self._account.show_queue(service, len(queue))
+
+    def _next(self, service: str) -> Visitor | None:
+        queue = self._queues[service]
+        visitor = queue.popleft() if queue else None
+        self._account.show_queue(service, len(queue))
+        return visitor
+
+    def _refuse(self, visitor: Visitor, reason: str) -> None:
+        visitor.sock.close()
+        state = {"service": visitor.service, "since": visitor.since, **visitor.state}
+        self._note_refused(state, visitor.address, reason)
+
+    def _note_refused(self, state: dict[str, Any], address: Any, reason: str) -> None:
+        self._listeners.of_clients.leave(address)
+        record = {"id": state.get("id") or connection_id(), "service": state["service"]}
+        seconds = time.monotonic() - state["since"]
+        self.emit(ConnectionFailed(peer=show_address(address), seconds=seconds, reason=reason, **record))
+
+    def _balance(self, service: str) -> None:
+        """Where service clients wait in one worker, and links are idle in another: have one opened anew."""
+        now, account = time.monotonic(), self._account
+        if now < self._next_give_up:
+            return
+        waiting = {worker.number: account.read(worker.number, service, WAITING) for worker in self._living()}
+        if not any(waiting.values()):
+            return  # who is on its way to a link that was lost comes back
+        spare = {number: account.idle(number, service) - count for number, count in waiting.items()}
+        if min(spare.values()) < 0 < max(spare.values()):
+            richest = max(spare, key=lambda number: spare[number])
+            self.workers[richest].order(encode_message({"give_up": service}))
+            self._next_give_up = now + self.LOOK_AGAIN
+
+    # Workers
+
+    def hear(self, worker: WorkerProcess, message: dict[str, Any], payload: bytes, descriptors: list[int]) -> None:
+        if "look" in message:
+            self._serve_queue(message["look"])
+            self._balance(message["look"])
+        elif "suspect" in message:
+            for other in self._living():
+                if other is not worker:
+                    other.order(encode_message(message))
+        elif "left" in message:
+            share, address = self._listeners.share(message["left"]), tuple(message["address"])
+            self._account.hold(worker.number, share, address, -1)
+            share.leave(address)
+        else:
+            self._account.add(worker.number, message["service"], RETURNED)
+            self._account.hold(worker.number, self._listeners.of_clients, tuple(message["address"]), -1)
+            if descriptors:
+                self._take_back(worker, message, payload, descriptors)
+            else:  # the kernel had no number for it here, and has reset it
+                self._note_refused(message, tuple(message["address"]), os.strerror(errno.EMFILE).lower())
+
+    def _take_back(self, worker: WorkerProcess, state: dict[str, Any], early: bytes, descriptors: list[int]) -> None:
+        address = tuple(state["address"])
+        try:
+            sock, patience = adopt_socket(descriptors[0], address), self._options.pair_timeout
+            descriptors.clear()
+            visitor = Visitor(state["service"], sock, address, state["since"], patience)
+            visitor.state, visitor.early, visitor.visited = state, early, set(state["visited"])
+        except BaseException:
+            self._note_refused(state, address, "unexpected error")
+            raise
+        if self._kill is not None:
+            self._refuse(visitor, "the relay server is ending")
+            return
+        if state["failed"]:
+            visitor.visited.add(worker.number)
+            state["visited"] = list(visitor.visited)
+            if not self._send(visitor):
+                self._refuse(visitor, f"the service cannot be reached: {state['reason']}")
+            return
+        queue = self._queues[visitor.service]  # where it has its place by the moment at which it came
+        queue.insert(sum(other.since < visitor.since for other in queue), visitor)
+        self._serve_queue(visitor.service)
+
+    def tell(self, event: str, fields: dict[str, Any], worker: WorkerProcess) -> None:
+        """A relay client is connected while one of the workers has links of it."""
+        key = fields["service"], fields["client"]
+        if event == "ClientUp":
+            if key not in self._present:
+                self._present[key] = ClientUp(**fields), set()
+                self.emit(self._present[key][0])
+            self._present[key][1].add(worker.number)
+        elif key in self._present:
+            self._absent(key, worker, fields["reason"])
+
+    def _absent(self, key: tuple[str, str], worker: WorkerProcess, reason: str) -> None:
+        up, numbers = self._present[key]
+        numbers.discard(worker.number)
+        if not numbers:
+            del self._present[key]
+            self.emit(ClientDown(service=up.service, client=up.client, name=up.name, peer=up.peer, reason=reason))
+
+    def lost(self, worker: WorkerProcess) -> None:
+        self._account.strike(worker.number)
+        for key in [key for key, (_, numbers) in self._present.items() if worker.number in numbers]:
+            self._absent(key, worker, "its worker has died")
+
+    def look_at_time(self) -> float:
+        now, wait = time.monotonic(), 1.0
+        if now >= self._resume_at:
+            self._resume_at = 0.0
+            self._watch_listeners()
+            if len(self._watched) < len(self._listeners.services):
+                wait = LOOK_FOR_ROOM
+        else:
+            wait = min(wait, self._resume_at - now)
+        self.emit.tell_floods()
+        for service, queue in self._queues.items():
+            while queue and queue[0].deadline <= now:  # first of all: they leave whatever goes wrong with the queue
+                reason = "no link was idle in time (--pair-timeout); is a relay client connected?"
+                self._refuse(queue.popleft(), reason)
+            self._serve_queue(service)
+            self._balance(service)
+            if self._account.count_waiting(service):
+                wait = min(wait, self.LOOK_AGAIN)
+            if queue:
+                wait = min(wait, queue[0].deadline - now)
+        return wait
