@@ -12,11 +12,11 @@ demo: $(VENV)/.runtime  ## a web service through a relay on this machine; ONCE=1
 test: $(VENV)/.test  ## the fast tests, and those with real peers where the programs are installed
 	$(RUN) -m pytest $(ARGS)
 
-test-all:  ## the tests on every Python from 3.10 to 3.13 that is installed
-	@found=0; for version in 3.10 3.11 3.12 3.13; do \
+test-all:  ## the tests on every Python from 3.10 to 3.15 that is installed, free-threaded ones too
+	@found=0; for version in 3.10 3.11 3.12 3.13 3.14 3.15 3.13t 3.14t 3.15t; do \
 	  python$$version -c '' 2>/dev/null || continue; found=1; echo "== Python $$version"; \
 	  $(MAKE) --no-print-directory test VENV=.venv-$$version PYTHON=python$$version || exit 1; \
-	done; [ $$found = 1 ] || { echo "no Python from 3.10 to 3.13 found"; exit 1; }
+	done; [ $$found = 1 ] || { echo "no Python from 3.10 to 3.15 found"; exit 1; }
 
 lint: $(VENV)/.lint  ## ruff and mypy --strict
 	$(VENV)/bin/ruff check .

@@ -121,7 +121,8 @@ def make_wheel(output: Path) -> Path:
         for pattern in ("pyproject.toml", "README.md", "LICENSE", "tcprelay*.py"):
             for file in ROOT.glob(pattern):
                 shutil.copy(file, source)
-        shutil.copytree(ROOT / "_tcprelay", source / "_tcprelay", ignore=shutil.ignore_patterns("__pycache__"))
+        for folder in ("_tcprelay", "deploy/stubs"):
+            shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
         subprocess.run(
             [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps",
              "--wheel-dir", str(built), str(source)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -230,12 +231,27 @@ def networks_of(service: str) -> list[str]:
 
 
 def test_the_image_has_what_the_wheel_needs() -> None:
-    """Each file that the image copies is there, and all modules are among them."""
-    found = re.search(r"^COPY (.*) /src/$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    """Each file that the image copies is there, and all modules, rooms and stubs, of which pip is told as well."""
+    dockerfile, project = (DEPLOY / "Dockerfile").read_text(), (ROOT / "pyproject.toml").read_text()
+    found = re.search(r"^COPY (.*) /src/$", dockerfile, re.MULTILINE)
     assert found
     copied = found[1].split()
     assert [name for name in copied if not (ROOT / name).is_file()] == []
-    assert {path.name for path in ROOT.glob("tcprelay*.py")} <= set(copied)
+    doors = {path.name for path in ROOT.glob("tcprelay*.py")}
+    assert doors <= set(copied)
+    assert "\nCOPY _tcprelay /src/_tcprelay\nCOPY deploy/stubs /src/deploy/stubs\n" in dockerfile
+    rooms = {".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("_tcprelay/**/__init__.py")}
+    assert {f"{name}.py" for name in listed(project, "py-modules")} == doors
+    assert set(listed(project, "packages")) == rooms | {f"{path.name}-stubs" for path in (DEPLOY / "stubs").iterdir()}
+    for path in ROOT.glob("tcprelay*.py"):
+        assert (DEPLOY / "stubs" / path.stem / "__init__.pyi").resolve() == path
+
+
+def listed(project: str, key: str) -> list[str]:
+    """A list of strings in pyproject.toml."""
+    found = re.search(rf"^{key} = (\[.*\])$", project, re.MULTILINE)
+    assert found
+    return list(json.loads(found[1]))
 
 
 # --- systemd --------------------------------------------------------------------------------------------------

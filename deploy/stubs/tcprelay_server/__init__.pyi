@@ -1,0 +1,1 @@
+../../../tcprelay_server.py
