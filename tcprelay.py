@@ -23,7 +23,7 @@ The public names:
     Event                                what ``on_event`` is called with: the base of the ones that follow
     Listening, AcceptPaused              a relay server's: its ports
     ClientUp, ClientDown                 its relay clients
-    LinkRefused, LinkNotMade             who got no link there
+    LinkRefused, LinkNotMade             a connection that did not become a link there
     Published, Unpublished               a relay client's: whether its service can be reached through the relay
     LinkUp, LinkDown                     of both: a link
     ConnectionOpened, ConnectionClosed   a connection; the latter is its closing record
@@ -31,7 +31,7 @@ The public names:
     Draining                             the end has begun
 
 The command ``tcprelay server …`` or ``tcprelay client …``, also as ``python3 -m tcprelay``, is another way to say
-tcprelays and tcprelayc.  What all this stands on is in `_tcprelay`, which is nobody else's business.
+tcprelays and tcprelayc.  What all this stands on is in `_tcprelay`, which may change at any time.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ What it is made of: a `Stock` that counts its links and knows how many are missi
     keeper     opens links where some are missing, sweeps over the connections: see `Links`
     links      one each, from dialling to its end
     look-ups   one for each name at most, while a name server is asked; blocks in getaddrinfo, which nothing ends
-               early, so nobody joins it: see `Name`
+               early, so it is not joined: see `Name`
 
 With --workers, each worker process is a `RelayClient` that keeps its share of the links: see `ClientWorkers`.
 """
@@ -129,7 +129,9 @@ class RelayClient(Relay[ClientOptions]):
         if not self.runtime.is_worker:
             self.prepare()
         greeting = Greeting(self.runtime, self._most_idle, self._id, self._worker)
-        self._own_threads.append(Links(self.runtime, self._stock, greeting, self._id).start())
+        links = Links(self.runtime, self._stock, greeting, self._id)
+        self._own_threads.append(links.keeper)
+        links.keeper.start()
 
     def _stop_intake(self) -> None:
         self._stock.end()

@@ -15,8 +15,8 @@ Threads, beside one for each link in its handshake and one or two for each conne
 the keeper (`Links`), which watches all idle links.  With --workers, `ServerWorkers` accepts in a process of its own,
 and each worker is a `RelayServer` with a `ParentIntake`.
 
-Ending: stop the intake, drop who waits, say BYE on idle links, let connections finish until the drain deadline, wake
-the rest, join everything.
+Ending: stop the intake, turn waiting service clients away, say BYE on idle links, let connections finish until the
+drain deadline, wake the rest, join everything.
 """
 
 from __future__ import annotations
@@ -81,6 +81,8 @@ class RelayServer(Relay[ServerOptions]):
         self._account: WorkerAccount | None = None
         """In a worker, as is the next."""
         self._source: socket.socket
+        self._is_made = False
+        """The three that follow are there."""
         self._pool: Pool
         self._intake: Intake
         self._links: Links
@@ -135,18 +137,23 @@ class RelayServer(Relay[ServerOptions]):
         self._links = Links(runtime, pool, intake, of_links)
         pairing = Pairing(runtime, pool, intake, of_clients, self._links)
         intake.serve_link, intake.serve_client = self._links.serve, pairing.serve
+        self._is_made = True
         if account is None:
             self.prepare()
+        self._own_threads += [*intake.threads, self._links.keeper]
         if not runtime.stop.requested:  # a listener of the first events may have ended it
-            self._own_threads += [*intake.start(), self._links.start()]
+            intake.start()
+            self._links.start()
 
     def _stop_intake(self) -> None:
-        self._intake.stop()
-        self._links.retire_all()
+        if self._is_made:
+            self._intake.stop()
+            self._links.retire_all()
 
     def _close(self) -> None:
         super()._close()
-        self._pool.selector.close()
+        if self._is_made:
+            self._pool.selector.close()
 
     # With workers
 

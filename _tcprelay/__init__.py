@@ -4,7 +4,7 @@ Each room imports only rooms that stand above it in this list (tests/test_house.
 
     system          what systems and Pythons differ in; how this process uses the machine
     text            what is said to people: strings made safe, errors in words, ids
-    waiting         waiting for a descriptor, with a deadline, until somebody asks to stop
+    waiting         waiting for a descriptor, with a deadline, and cut short by a stop
     addresses       endpoints and socket addresses: parsed, shown, grouped
     names           host names looked up, with a thread of their own
     tcp             what is set on TCP sockets, and what Linux tells of them
@@ -18,7 +18,7 @@ Each room imports only rooms that stand above it in this list (tests/test_house.
     splice          a stream and a link that carry one connection
     watch           what looks after all of them
     events          what happens, told once
-    logs            a log that nobody waits for
+    logs            a log that keeps no thread waiting
     values          what an option is, and what its value may be
     options         the options of both roles
     parser          what reads the command line and the configuration files
@@ -39,7 +39,7 @@ Each room imports only rooms that stand above it in this list (tests/test_house.
     server.intake     where connections come from: the ports, or a parent process
     server.trust      certificates, token, the line to paste
     server.greeting   how a connection to the relay port becomes a link
-    server.links      links while nobody uses them
+    server.links      links while they carry no connection
     server.pairing    a service client from accept to its closing record
     server.workers    the parent of worker processes
     client.stock      links by their state, and how many are missing

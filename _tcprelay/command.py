@@ -66,7 +66,7 @@ def _run_role(prog: str, options: OptionsT, make: Callable[[OptionsT], Relay[Any
 
 
 def open_standard_files() -> None:
-    """Open what whoever started us has left closed of descriptors 0 to 2: else connections would get these numbers,
+    """Open what of descriptors 0 to 2 is closed at the start: else connections would get these numbers,
     and what is said on standard error would go to one of them."""
     for number in range(3):
         try:

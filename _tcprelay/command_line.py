@@ -93,10 +93,10 @@ def service_variables(environ: Mapping[str, str]) -> set[str]:
     """The variables that Kubernetes, or ``docker --link``, has made for a Service named tcprelay, or tcprelay-relay and
     the like: some have the names of options.
 
-    What nobody sets by hand tells that they are there: ``TCPRELAY_PORT=tcp://10.0.0.1:1080``, or the same address in
-    ``TCPRELAY_PORT_1080_TCP``.  A variable of the pod's own replaces a made one of that name.  It can be told from it
-    unless both have the same value: ``TCPRELAY_PORT=22`` is no address, and in ``TCPRELAY_SERVICE_PORT`` Kubernetes
-    puts the port that is in the address of ``TCPRELAY_PORT``, the Service's first.
+    A value that is never set by hand shows that they are there: ``TCPRELAY_PORT=tcp://10.0.0.1:1080``, or the same
+    address in ``TCPRELAY_PORT_1080_TCP``.  A variable of the pod's own replaces a made one of that name.  It can be
+    told from it unless both have the same value: ``TCPRELAY_PORT=22`` is no address, and in ``TCPRELAY_SERVICE_PORT``
+    Kubernetes puts the port that is in the address of ``TCPRELAY_PORT``, the Service's first.
     """
     address = re.compile(r"(?:tcp|udp|sctp)://.+:(\d+)")
     ports: dict[str, set[str]] = {}

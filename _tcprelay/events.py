@@ -146,7 +146,7 @@ class ClientDown(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkRefused(Event):
-    """Somebody who connected to the relay port got no link."""
+    """A connection to the relay port did not become a link."""
 
     level = logging.WARNING
     says = "link from {peer} refused: {reason}"
@@ -158,7 +158,7 @@ class LinkRefused(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkNotMade(LinkRefused):
-    """Its client, or the path, gave the link up before the handshake was complete; nobody here has refused it."""
+    """Its client, or the path, gave the link up before the handshake was complete; it was not refused."""
 
     level = logging.INFO
     says = "link from {peer} did not come about: {reason}"

@@ -1,7 +1,7 @@
 """Links: framed ones, which speak protocol 1 and carry one connection after another, and raw ones, which carry one.
 
-Between connections one thread uses a link (on the server, whoever has taken it out of the pool).  While it is spliced
-one thread sends, one receives, and others may only break the connection off.  The last of them closes it.
+Between connections one thread uses a link (on the server, the one that has taken it out of the pool).  While it is
+spliced one thread sends, one receives, and others may only break the connection off.  The last of them closes it.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Link:
 
     def send_now(self, kind: int, fields: dict[str, Any] | None = None) -> None:
         """Send a control frame on an idle link.  Raises `OSError`, also where it would have to wait: a peer that
-        does not even read that much is as good as dead, and must not hold up who looks after many links."""
+        does not even read that much is as good as dead, and must not hold up the keeper, which has many links."""
         if not self.stream.send_now(bytearray(self.pack_control(kind, fields))):
             raise TimeoutError("the other side does not read")
 
@@ -277,7 +277,7 @@ class Link:
         self.spent = is_held_back(self.sock, sent)
 
     def wake(self) -> None:
-        """Make blocked calls of other threads return.  A FIN here deceives nobody: only END is an end."""
+        """Make blocked calls of other threads return.  A FIN here is no false end: only END is an end."""
         ignore_oserror(self.sock.shutdown, socket.SHUT_RDWR)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The log of the commands: a handler that never waits for whoever reads it."""
+"""The log of the commands: a handler that never waits for its reader."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .waiting import Deadline, wait_for
 
 
 class LogWriter(logging.Handler):
-    """Writes the log to standard error in a thread of its own, the only one that ever waits for whoever reads it.
+    """Writes the log to standard error in a thread of its own, the only one that ever waits for its reader.
 
     Everybody else leaves a record here, in about a microsecond, and goes on.  Where `MOST` of them wait, further ones
     are dropped and counted, and the count is told when lines can be written again.
@@ -30,7 +30,7 @@ class LogWriter(logging.Handler):
     MOST = 8192
     """Records that wait: some 8 MiB (measured: 0.5 to 1 KiB each), the lines of a busy relay for two seconds."""
     PIECE = 4096
-    """Bytes that are written at once: so many a pipe takes whole, whoever else writes to it."""
+    """Bytes that are written at once: so many a pipe takes whole, even if others write to it."""
     LAST_LINES = 1.0
     """Seconds that the last lines have to be written when a process ends."""
 

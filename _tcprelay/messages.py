@@ -2,7 +2,7 @@
 
 to the parent, over the channel     "up": it serves now
                                     "event", "fields": what is about the role as a whole
-                                    "look": a service has an idle link, or somebody who waits
+                                    "look": a service has an idle link, or a waiting client
                                     "suspect": a relay client that seems to be out of reach
                                     "left", "address": a connection of that service (links: "") is gone
                                     "id", "failed", …: a service client comes back, with its descriptor

@@ -1,4 +1,4 @@
-"""Looking host names up, beside: nobody waits for a name server longer than he means to."""
+"""Looking host names up in a thread beside, so that no wait for a name server is longer than it should be."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ NO_ANSWER = "the name server does not answer"
 
 
 def resolve_here(host: str, port: int) -> Addresses:
-    """The addresses of a host for which nobody has to be asked: numeric ones, and those of localhost (RFC 6761).
-    None for other hosts."""
+    """The addresses of a host for which no name server has to be asked: numeric ones, and those of localhost (RFC
+    6761). None for other hosts."""
     numbers = ["::1", "127.0.0.1"] if host.lower().removesuffix(".") == "localhost" else [host]
     try:
         found = [socket.getaddrinfo(number, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
@@ -60,7 +60,7 @@ class Name:
     """The addresses of a host, as far as they are known.
 
     The name server is asked beside, in a thread of its own: getaddrinfo takes as long as that lets it, and cannot be
-    interrupted.  Nobody waits for this thread longer than he means to, not even the interpreter at its end, and there
+    interrupted.  No wait for this thread is longer than it should be, not even the interpreter's at its end, and there
     is one for each name at most.  Addresses that need no name server never come near it.
     """
 
@@ -81,7 +81,7 @@ class Name:
         self._asking = False
         """A look-up is under way."""
         self._waiters: set[Stop] = set()
-        """Who waits for it; each owns what wakes it."""
+        """What wakes those that wait for it; each is owned by one of them."""
 
     def addresses(self, deadline: Deadline, patience: float, stop: Wakes | None = None) -> Addresses:
         """What is known, at once; where that is nothing, what the name server says.

@@ -33,7 +33,7 @@ REMEDIES = {
     (PFX, CERT): "give PEM files with {prefix}cert and {prefix}key",
     (PFX, KEY): "give PEM files with {prefix}cert and {prefix}key",
 }
-"""What helps whoever has given the second where the first belongs."""
+"""What helps where the second was given and the first is wanted."""
 
 
 def new_context(server_side: bool) -> ssl.SSLContext:

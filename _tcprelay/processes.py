@@ -163,7 +163,7 @@ class Workers:
         """The life of the parent; returns the exit status.  Raises `OSError` where the role cannot begin."""
         self._signals = signals
         self.role.prepare()
-        signals.begin()  # without that, whoever started us may have made it impossible to wait for one
+        signals.begin()  # without that, the process that started us may have made it impossible to wait for one
         self.selector.register(signals, selectors.EVENT_READ, lambda: self._obey(signals.wait()))
         self.open()
         gc.collect()
@@ -184,7 +184,7 @@ class Workers:
             self._guard(key.data)
 
     def _guard(self, function: Callable[[], ResultT]) -> ResultT | None:
-        """Have an unexpected error in one matter be the end of none: nobody else looks after the workers."""
+        """Keep an unexpected error in one matter from ending the others: nothing else looks after the workers."""
         try:
             return function()
         except Exception:
@@ -202,7 +202,7 @@ class Workers:
         """A worker has died."""
 
     def hear(self, worker: WorkerProcess, message: dict[str, Any], payload: bytes, descriptors: list[int]) -> None:
-        """A message from a worker.  Who takes a descriptor removes it from the list; the others are closed."""
+        """A message from a worker.  A descriptor that is taken is removed from the list; the others are closed."""
 
     def become(self, worker: WorkerProcess, intake: socket.socket) -> None:
         """In the new process: have the role be this worker, which is sent connections over `intake`."""
@@ -345,7 +345,7 @@ class Workers:
         try:
             self._hear(worker, message, descriptors)
         finally:
-            for number in descriptors:  # nobody has taken it
+            for number in descriptors:  # what is left was not taken
                 os.close(number)
 
     def _hear(self, worker: WorkerProcess, message: bytes, descriptors: list[int]) -> None:
@@ -367,7 +367,7 @@ class Workers:
         worker.intake.close()
         try:
             _, status = os.waitpid(worker.pid, 0)
-        except ChildProcessError:  # somebody else has collected it; its number may be another process's by now
+        except ChildProcessError:  # it was collected elsewhere; its number may be another process's by now
             status = 0
         pid, worker.pid, was_up, worker.up, worker.orders = worker.pid, 0, worker.up, False, b""
         self._reap()  # what it may have stood before

@@ -76,8 +76,13 @@ class Runtime(Generic[OptionsT]):
         """In a worker process, to its parent; see `_tcprelay.processes`."""
 
     def begin(self) -> None:
-        """Make what threads wait on; in a worker that is not before the fork.  Raises `OSError`."""
-        self.stop, self.cut = Stop(), Stop()
+        """Make what threads wait on; in a worker that is not before the fork.  Raises `OSError`, and leaves nothing."""
+        self.stop = Stop()
+        try:
+            self.cut = Stop()
+        except BaseException:
+            self.stop.close()
+            raise
 
     def close(self) -> None:
         """Give that back, when there are no threads any more."""
@@ -104,7 +109,7 @@ class Runtime(Generic[OptionsT]):
         return self._channel is not None
 
     def become_worker(self, channel: socket.socket) -> None:
-        """Have a parent at the other end of the channel, who hears of the events that are about the role as a whole."""
+        """Have a parent at the other end of the channel: it hears of the events that are about the role as a whole."""
         self._channel = channel
         self.emit.pass_on = lambda event: self.tell_parent({"event": type(event).__name__, "fields": asdict(event)})
 
@@ -131,7 +136,7 @@ class Relay(abc.ABC, Generic[OptionsT]):
         self.signals: Signals | None = None
         """In a command: those that come while `prepare` waits end it."""
         self._own_threads: list[threading.Thread] = []
-        """The threads that live as long as the role."""
+        """The threads that live as long as the role, from before they start."""
         self._lock = threading.Lock()  # over the three below
         self._started = False
         self._closed = False
@@ -144,8 +149,8 @@ class Relay(abc.ABC, Generic[OptionsT]):
         with self._lock:
             if self._started or self._drain is not None:
                 raise RuntimeError("this relay was started or ended before")
-            self._started = True
             self.runtime.begin()
+            self._started = True
         try:
             self._open()
         except BaseException:
@@ -268,7 +273,7 @@ class Relay(abc.ABC, Generic[OptionsT]):
         """Begin nothing new, and give up what is idle; `Runtime.stop` has been requested."""
 
     def _wake_all(self) -> None:
-        """Wake whoever may still wait for a peer, when all connections are broken off."""
+        """Wake the threads that may still wait for a peer, when all connections are broken off."""
 
     def _close(self) -> None:
         """Give back what threads were waiting on, when there are none any more."""

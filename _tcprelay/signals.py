@@ -82,12 +82,12 @@ def is_terminal_gone() -> bool:
 
 
 def reap(own: Collection[int] = ()) -> None:
-    """Collect the children that have ended, but for `own`, which somebody else waits for.
+    """Collect the children that have ended, but for `own`, which are waited for elsewhere.
 
-    Whoever runs as process 1 of a container inherits orphans; others, what the shell that they replaced had started.
+    Process 1 of a container inherits orphans; another process, what the shell that it replaced had started.
     """
     if not hasattr(os, "waitid"):
-        return  # on macOS, where nobody is process 1
+        return  # on macOS, where this is never process 1
     with contextlib.suppress(ChildProcessError):
         while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid not in own:
             os.waitpid(ended.si_pid, 0)

@@ -29,7 +29,7 @@ def listen(host: str, port: int, stop: Wakes | None = None, probing: Probing | N
     port; host "" is every address, IPv6 and IPv4 together where both exist.
 
     Accepted sockets inherit their options (Linux and BSD copy them): no delay, keepalive (see `Probing.spread`),
-    and RST on close until somebody disarms it.  Raises `OSError`, and `Stopping` while a name is looked up.
+    and RST on close until that is disarmed.  Raises `OSError`, and `Stopping` while a name is looked up.
     """
     if not host:
         both = socket.has_dualstack_ipv6()
@@ -284,7 +284,7 @@ class Race:
             raise OSError(code, os.strerror(code))
         if sock.gettimeout() is not None:
             sock.setblocking(True)
-        # A port of the ephemeral range on this host where nobody listens can connect to itself.
+        # A port of the ephemeral range on this host where nothing listens can connect to itself.
         if to[1][1] in EPHEMERAL_PORTS and connected_to_itself(sock):
             raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
         set_tcp_options(sock, self._probing)
@@ -310,5 +310,5 @@ EPHEMERAL_PORTS = ephemeral_ports()
 def connected_to_itself(sock: socket.socket) -> bool:
     try:
         return bool(sock.getpeername() == sock.getsockname())
-    except OSError:  # reset already: whoever uses it will see
+    except OSError:  # reset already, as its user will see
         return False

@@ -4,8 +4,8 @@
                 _carry_to_link     then two, if there is more to carry: a pump for each direction (see `Flow.pump`)
                 _carry_from_link
 
-Each direction ends by itself.  Where one breaks, the other is woken, what was read before is still sent, and nobody
-sees a clean end: the stream gets an RST, the link an ABORT or its own end.
+Each direction ends by itself.  Where one breaks, the other is woken, what was read before is still sent, and neither
+peer sees a clean end: the stream gets an RST, the link an ABORT or its own end.
 """
 
 from __future__ import annotations
@@ -277,7 +277,7 @@ class Splice:
     def _clear_link(self) -> None:
         """After a broken connection: drop what still comes on the link, up to its end, or else have it closed."""
         if self.link.peer_has_ended:
-            return  # whoever is behind the link has said all: it is whole, and maybe idle already
+            return  # the other relay has said all: it is whole, and maybe idle already
         try:
             if self._stream_has_ended():
                 raise ConnectionResetError("after END only the link's own end says that something went wrong")

@@ -74,7 +74,7 @@ def _locked(directory: str) -> Iterator[None]:
         return
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # nobody holds it for longer than it takes to write a small file
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # held for no longer than it takes to write a small file
         yield
     finally:
         os.close(descriptor)

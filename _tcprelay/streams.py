@@ -81,7 +81,7 @@ class Stream:
     """A byte stream over one TCP or Unix socket; a source and a sink.
 
     While it carries a connection it is to be reset when it is closed, or when the process dies, until
-    `conclude` says that both directions are whole: nobody must take a part for the whole.  What a relay
+    `conclude` says that both directions are whole: a part must not be taken for the whole.  What a relay
     accepts is like that from the start (see `listen`), what it dials from `reset_on_close` on.
     """
 
@@ -201,7 +201,7 @@ class Stream:
             ignore_oserror(self.sock.setsockopt, socket.SOL_SOCKET, socket.SO_LINGER, CLOSE_NORMALLY)
 
     def abort(self, hurry: bool = False) -> None:
-        """Have `close` reset the connection, and wake whoever uses it; with `hurry`, blocked senders too."""
+        """Have `close` reset the connection, and wake the threads that use it; with `hurry`, blocked senders too."""
         self.reset_on_close()
         if hurry:
             self.hurry()

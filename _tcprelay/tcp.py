@@ -119,7 +119,8 @@ def hold_much(sock: socket.socket) -> None:
 
 
 def unsent_bytes(sock: socket.socket) -> int:
-    """How many sent bytes the peer has not acknowledged (SIOCOUTQ); 0 where nobody can tell, or it is closed."""
+    """How many sent bytes the peer has not acknowledged (SIOCOUTQ); 0 where the system does not tell, or it is
+    closed."""
     try:
         return int(struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0\0\0\0"))[0])
     except (AttributeError, OSError, ValueError):
@@ -127,7 +128,7 @@ def unsent_bytes(sock: socket.socket) -> int:
 
 
 def waiting_bytes(sock: socket.socket) -> int:
-    """How many bytes a socket has taken and not sent yet (SIOCOUTQNSD); 0 where nobody can tell."""
+    """How many bytes a socket has taken and not sent yet (SIOCOUTQNSD); 0 where the system does not tell."""
     try:
         return int(struct.unpack("i", fcntl.ioctl(sock, 0x894B, b"\0\0\0\0"))[0]) if LINUX else 0
     except (OSError, ValueError):
@@ -141,7 +142,8 @@ BYTES_RECEIVED, _LEAST_ROUND_TRIP = ("Q", 128), ("I", 148)
 
 
 def tcp_info(sock: socket.socket, *fields: tuple[str, int]) -> list[int] | None:
-    """Fields of a connection's struct tcp_info; ``None`` where nobody can tell, or this Linux has not all of them."""
+    """Fields of a connection's struct tcp_info; ``None`` where the system does not tell, or this Linux has not all of
+    them."""
     try:
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
         return [struct.unpack_from(form, info, place)[0] for form, place in fields]
@@ -165,7 +167,7 @@ def is_resent(sock: socket.socket) -> bool:
 
 
 def round_trip(sock: socket.socket) -> float:
-    """Seconds of a connection's round trip; 0 where nobody can tell."""
+    """Seconds of a connection's round trip; 0 where the system does not tell."""
     [microseconds] = tcp_info(sock, _ROUND_TRIP) or [0]
     return microseconds / 1e6
 
@@ -173,8 +175,8 @@ def round_trip(sock: socket.socket) -> float:
 def is_near(sock: socket.socket) -> bool:
     """Whether a connection's shortest round trip, of the last five minutes, is below `NEAR`.
 
-    The mean has delayed acknowledgements in it, some 40 ms even on loopback.  True where nobody can tell, False before
-    the first sample.
+    The mean has delayed acknowledgements in it, some 40 ms even on loopback.  True where the system does not tell,
+    False before the first sample.
     """
     [microseconds] = tcp_info(sock, _LEAST_ROUND_TRIP) or [0]
     return microseconds < NEAR * 1e6
@@ -185,7 +187,7 @@ SLOW_PATH = 1.0
 
 
 def say_path(sock: socket.socket) -> str:
-    """A remark for the log where a connection's path is slow; "" where it is not, or nobody can tell."""
+    """A remark for the log where a connection's path is slow; "" where it is not, or the system does not tell."""
     seconds = round_trip(sock)
     return f"; the path is slow: a round trip takes {seconds:.1f} s" if seconds >= SLOW_PATH else ""
 

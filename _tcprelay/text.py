@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 from typing import TypeGuard
 
 from .system import ssl
@@ -53,17 +54,16 @@ def random_id(count: int) -> str:
 
 def connection_id() -> str:
     """A name for a connection in the log: eight hexadecimal digits, from a random one on."""
-    return f"{next(_connection_ids) & 0xFFFFFFFF:08x}"
+    with _ids_lock:
+        return f"{next(_connection_ids) & 0xFFFFFFFF:08x}"
 
 
 def _begin_ids() -> None:
-    global _connection_ids
-    _connection_ids = itertools.count(int.from_bytes(os.urandom(4), "big"))
+    global _connection_ids, _ids_lock
+    _connection_ids, _ids_lock = itertools.count(int.from_bytes(os.urandom(4), "big")), threading.Lock()
 
 
-_connection_ids = itertools.count()
-
-
+_connection_ids, _ids_lock = itertools.count(), threading.Lock()
 _begin_ids()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_begin_ids)  # each process from another one on

@@ -26,8 +26,8 @@ class Threads:
     PARKED = 2.0
     """Seconds that a thread waits for a function before it goes."""
     LOOK, LOOKS = 0.1, 12
-    """Seconds of a look at who has not left at the end, and how many such looks: more than `Stream.linger` takes.  A
-    process that was stopped meanwhile has slept through one of them."""
+    """Seconds of a look at the threads that are left at the end, and how many such looks: more than `Stream.linger`
+    takes.  A process that was stopped meanwhile has slept through one of them."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()  # over the three below
@@ -94,8 +94,8 @@ class Threads:
     def end(self, deadline: Deadline) -> list[str]:
         """Start nothing more, wait for all threads but the caller's own, and name those that did not leave.
 
-        It does not wait for the deadline where `LOOKS` times in a row nobody has left: in a look-up of a name, say,
-        nobody can be woken.
+        It does not wait for the deadline where `LOOKS` times in a row no thread has left: one in a look-up of a name,
+        say, cannot be woken.
         """
         with self._condition:
             self._ended = True

@@ -150,7 +150,8 @@ class TLSStream(Stream):
                 return False
             super().end()
         except OSError as error:
-            # Who has sent close_notify may close without waiting for ours, which its system answers with an RST.
+            # A peer that has sent close_notify may close without waiting for ours, which its system answers with an
+            # RST.
             if not peer_ended or error.errno not in (errno.ENOTCONN, errno.EPIPE, errno.ECONNRESET):
                 raise
         return True

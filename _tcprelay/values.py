@@ -24,8 +24,8 @@ class Option:
     many: bool
     secret: bool
     secures: bool
-    """It keeps somebody out.  A variable that is there and empty is then a mistake: whoever set it does not rely on the
-    default.  Other empty variables count as not given (Compose passes on what is not set as empty)."""
+    """It restricts access.  A variable that is there and empty is then a mistake: where it was set, the default is not
+    what is meant.  Other empty variables count as not given (Compose passes on what is not set as empty)."""
     default: str
     """The default in words."""
 

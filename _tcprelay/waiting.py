@@ -1,4 +1,4 @@
-"""Waiting for a descriptor, with a deadline, until somebody asks to stop."""
+"""Waiting for a descriptor, with a deadline, and cut short by a stop."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Stop:
         return self._reader.fileno()
 
     def request(self) -> None:
-        """Set the flag and wake everybody who waits for it; any thread, any number of times."""
+        """Set the flag and wake all that wait for it; any thread, any number of times."""
         self.requested = True
         self._writer.send(b"\0", socket.MSG_DONTWAIT)
 

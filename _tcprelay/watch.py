@@ -38,7 +38,7 @@ class Places:
         self._taken = 0
 
     def enter(self) -> bool:
-        """Take a place; False where all are taken.  Whoever has one calls `leave`."""
+        """Take a place, up to `leave`; False where all are taken."""
         with self._condition:
             if self._taken >= self.most:
                 return False

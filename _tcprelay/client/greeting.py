@@ -147,7 +147,7 @@ def refused(frame: Frame) -> RefusedByServer:
 
 
 def explain_tls(error: BaseException) -> str:
-    """What to do about a failed TLS handshake that somebody has to do something about; "" for other errors."""
+    """What to do about a failed TLS handshake that will not succeed by itself; "" for other errors."""
     if not is_tls_error(error):
         return ""
     if isinstance(error, ssl.SSLCertVerificationError):

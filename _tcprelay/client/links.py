@@ -12,7 +12,6 @@ the connections.  An idle link's thread blocks in ``poll`` on its link and on `R
 from __future__ import annotations
 
 import select
-import threading
 import time
 
 from ..addresses import Endpoint
@@ -47,12 +46,8 @@ class Links:
         self._greeting = greeting
         self._relay = str(greeting.relay)
         self._id = id
-
-    def start(self) -> threading.Thread:
-        """Begin to open links.  Returns the keeper, which lives as long as the client."""
-        keeper = self._runtime.own_thread(self._keep, "keeper", self._runtime.stop)
-        keeper.start()
-        return keeper
+        self.keeper = runtime.own_thread(self._keep, "keeper", runtime.stop)
+        """The thread that opens links, once it is started; it lives as long as the client."""
 
     def _keep(self) -> None:
         """Open the links that are missing, and look at the time every so often, until `Runtime.stop` is requested."""
@@ -166,7 +161,7 @@ class Links:
     def _leave_to_server(self, link: Link, service: Service) -> None:
         """Give up a link after a connection, however long that takes; it no longer counts as idle.
 
-        The server may still be passing bytes on to somebody who reads slowly, and has nothing to say meanwhile: it
+        The server may still be passing bytes on to a slow reader, and has nothing to say meanwhile: it
         alone can close this link without losing them.
         """
         self._stock.shift(service, idle=-1)
@@ -197,7 +192,7 @@ class Links:
         began = time.monotonic()
         self._stock.use(service, int(start.number("waiting", 0, 1e6)), idle)
         try:
-            if is_lost(link):  # START was read late: whoever it is for has been refused, and must not be served now
+            if is_lost(link):  # START was read late: its service client has been refused, and must not be served now
                 raise EOFError("the link was lost before its connection began")
             if stream := self._dial(service, link, record, began):
                 self._splice(stream, link, service, record, link.pack_control(READY))

@@ -23,9 +23,9 @@ FIRST_BACKOFF = 1.0
 """Seconds of the span after a first failure; a random moment within it is taken, and each further one doubles it."""
 LAST_BACKOFF = 4.0
 """Seconds at which that span stops growing while the relay server cannot be reached: a single packet every few
-seconds burdens nobody, and when the way is free again the service is back soon."""
+seconds is no burden, and when the way is free again the service is back soon."""
 REFUSED_BACKOFF = 30.0
-"""The same where the relay server refuses: somebody has to change something first.  And where a link is lost in its
+"""The same where the relay server refuses: a setting has to be changed first.  And where a link is lost in its
 handshake: the server may have more of them than it can do, and trying again soon would keep that up."""
 REFILL_TIME, REFILL_RATE = 5.0, 4.0
 """Idle links that were lost are replaced within so many seconds, at so many a second where that is faster."""
@@ -253,7 +253,7 @@ class Stock:
             self._condition.notify_all()
 
     def wake_all(self) -> None:
-        """Wake whoever waits for something on a link."""
+        """Wake the threads that wait for something on a link."""
         with self._condition:  # a link is closed after it has left the set
             for link in self._links:
                 link.wake()

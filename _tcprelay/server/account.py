@@ -12,8 +12,8 @@ grows, but for those of how many are idle or wait now:
 
 The first four are of service clients, for each service, and of links, under "" (a link is settled when its handshake is
 over).  So HANDED - SETTLED are on their way to a link, and HANDED - RETURNED - LEFT are there.  It is true at each
-moment, in this order: who hands something over counts it first; who takes a link shows first that there is one less,
-and then that the service client is settled.  What is read in the opposite order is never more than there is.
+moment, in this order: a connection is counted before it is handed over; a link that is taken is shown to be gone
+before its service client is shown to be settled.  What is read in the opposite order is never more than there is.
 
 A worker that has died is struck out, with all that it had.
 """

@@ -32,7 +32,7 @@ from .trust import NOT_TLS, check_protected_mode, explain_tls
 
 HANDSHAKE_TIMEOUT, HANDSHAKE_STEP = 20.0, 10.0
 """Seconds that a server gives a handshake as a whole, and each answer in it: three round trips of a saturated uplink
-take that long, and who says nothing is not waited for longer."""
+take that long, and a silent peer is not waited for longer."""
 ACCESS_DENIED = b"\x15\x03\x03\x00\x02\x02\x31"
 """A TLS alert before the handshake: fatal, access_denied (RFC 8446, 6)."""
 
@@ -93,8 +93,8 @@ class Greeting:
         """Tell why there is no link, in the log and, as far as it can be told there, to the relay client, unless that
         (or the path) gave it up."""
         stream = link.stream
-        # Who has not said a byte may be a raw client, which would take REFUSED for a connection's bytes; or
-        # only looked whether the port is open, which is nobody's refusal.
+        # A peer that has sent nothing may be a raw client, which would take REFUSED for bytes of a connection; or a
+        # port scan, which is no refusal.
         silent = type(stream) is Stream and not link.unread() and link.machine.state == NEW
         kind = LinkNotMade if gave_up else LinkRefused
         event = kind(peer=show_address(stream.peer), code=refusal.code, reason=str(refusal))

@@ -1,4 +1,4 @@
-"""Where a relay server's connections come from, and who else hears what becomes of them.
+"""Where a relay server's connections come from, and where it is told what becomes of them.
 
 `PortIntake` accepts them in this process:
 
@@ -7,8 +7,8 @@
 
 `ParentIntake`, in a worker process, gets them from the parent, which accepts for all (see `_tcprelay.server.workers`):
 
-    takers     there is always one that waits for the next connection: who takes one starts another first, if nobody
-               else waits.  So each connection wakes the thread that serves it, and no other
+    takers     one of them always waits for the next connection: the last one that waits starts another before it
+               serves what it has taken.  So each connection wakes the thread that serves it, and no other
 
 What the parent has read of the account may be over when a service client arrives.  Then it is sent back, and so is one
 whose relay client cannot reach the service, with the bytes that it has sent: another worker may have a link of another
@@ -60,9 +60,11 @@ class Intake:
         self._listeners = listeners
         self.addresses = listeners.addresses
         """Where each service is: its name, host and port."""
+        self.threads: list[threading.Thread] = []
+        """Those that live as long as the server."""
 
-    def start(self) -> list[threading.Thread]:
-        """Begin to take connections; returns the threads that live as long as the server."""
+    def start(self) -> None:
+        """Begin to take connections."""
         raise NotImplementedError
 
     def stop(self) -> None:
@@ -92,7 +94,7 @@ class Intake:
         """A link is idle here."""
 
     def pass_on(self, client: ServiceClient) -> None:
-        """There is no link for a service client here.  Raises `NoLinkHere` where somebody else has it now, and
+        """There is no link for a service client here.  Raises `NoLinkHere` where another process has it now, and
         `Refusal` where it cannot be passed on."""
 
     def suspect(self, client: str) -> None:
@@ -106,10 +108,10 @@ class PortIntake(Intake):
         super().__init__(runtime, pool, listeners)
         listeners.is_full, listeners.hand_on = pool.is_full, self._hand_on
         self._acceptor = runtime.own_thread(self._accept, "acceptor", runtime.stop)
+        self.threads.append(self._acceptor)
 
-    def start(self) -> list[threading.Thread]:
+    def start(self) -> None:
         self._acceptor.start()
-        return [self._acceptor]
 
     def stop(self) -> None:
         join(self._acceptor, JOIN_TIMEOUT)
@@ -191,14 +193,13 @@ class ParentIntake(Intake):
         """When the next connection that cannot be taken is to be told."""
         pool.show, pool.count_waiting_elsewhere = account.show, account.count_waiting_elsewhere
 
-    def start(self) -> list[threading.Thread]:
+    def start(self) -> None:
         self._takers = 1
         set_timeout(self._source, socket.SO_RCVTIMEO, Threads.PARKED)
         self._runtime.threads.start(self._take)
-        return []
 
     def stop(self) -> None:
-        ignore_oserror(self._source.shutdown, socket.SHUT_RD)  # wakes who waits there
+        ignore_oserror(self._source.shutdown, socket.SHUT_RD)  # wakes the takers
 
     def settle(self, client: ServiceClient) -> None:
         if client.unsettled:
@@ -248,7 +249,7 @@ class ParentIntake(Intake):
                 continue
             except ConnectionResetError:
                 return  # the parent was killed
-            except Exception:  # out of memory, most likely; nobody else would take what comes
+            except Exception:  # out of memory, most likely; there is no other taker
                 self._runtime.log.exception("unexpected error in the intake")
                 self._runtime.stop.wait(1.0)
                 if self._runtime.stop.requested:

@@ -4,14 +4,13 @@
     keeper       one thread; blocks in a selector over all idle links and `Runtime.stop`; hears PONG and BYE, sends
                  PING, closes dead and surplus links, and sweeps over the connections
 
-Who holds a link out of the pool owns it: a service client's thread, or the keeper while it looks at it.
+A link out of the pool is owned by the thread that took it: a service client's, or the keeper while it looks at it.
 """
 
 from __future__ import annotations
 
 import selectors
 import socket
-import threading
 import time
 from typing import Any
 
@@ -46,14 +45,14 @@ class Links:
         self._pool = pool
         self._intake = intake
         self._handshakes = handshakes
+        self.keeper = runtime.own_thread(self._keep, "keeper", runtime.cut)
+        """The thread that keeps what is idle; it lives as long as the server."""
         self._greeting = Greeting(runtime, intake, handshakes, self._join, self._forget)
 
-    def start(self) -> threading.Thread:
-        """Begin to keep what is idle.  Returns the thread, which lives as long as the server."""
+    def start(self) -> None:
+        """Begin to keep what is idle."""
         self._pool.selector.register(self._runtime.stop.fileno(), selectors.EVENT_READ)
-        keeper = self._runtime.own_thread(self._keep, "keeper", self._runtime.cut)
-        keeper.start()
-        return keeper
+        self.keeper.start()
 
     def serve(self, sock: socket.socket, address: Any) -> None:
         """A relay client's connection from accept to the pool; the top of its thread."""
@@ -93,13 +92,14 @@ class Links:
         if last:
             self._runtime.emit(ClientDown(name=pooled.name, peer=pooled.host, **where))
 
-    # For whoever owns a link
+    # For the owner of a link
 
     def give_back(self, pooled: PooledLink, readable: bool = False) -> None:
         """Hear what has come in on an idle link, and put it into the pool; or close it, where it has ended.
 
         A frame can be in the link's own buffer already, where the keeper's selector does not see it: BYE right behind
-        END.  What is in its socket the keeper is told, unless somebody waits for a link and gets it at once.
+        END.  What is in its socket the keeper hears later, unless a service client waits for a link and gets it at
+        once.
         """
         link = pooled.link
         try:
@@ -160,7 +160,7 @@ class Links:
     # From outside
 
     def retire_all(self) -> None:
-        """Turn away who waits for a link, and close all idle ones in peace."""
+        """Turn waiting service clients away, and close all idle links in peace."""
         for pooled in self._pool.close():
             self._retire(pooled, "this relay server is ending")
 

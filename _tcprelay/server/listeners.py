@@ -1,6 +1,6 @@
 """The ports of a relay server, and what each address may have of them.
 
-One thread accepts; whoever serves a connection tells `Shares` when it is gone.
+One thread accepts; the thread that serves a connection tells `Shares` when it is gone.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from ..waiting import Stopping, Wakes
 from .limits import Shares
 
 LOOK_FOR_ROOM = 0.002
-"""Seconds from one look to the next whether the queue of a service has room again, while the kernel holds who comes."""
+"""Seconds from one look to the next whether the queue of a service has room again, while the kernel holds new
+connections."""
 
 
 class Listeners:
     """The listening sockets, and the counts of what each address has.
 
-    Parameters: the runtime; whether a service takes nobody for a moment, so that who comes is left to the kernel; and
+    Parameters: the runtime; whether a service is full, so that new connections are left to the kernel for a moment; and
     what is done with a connection: its service ("" for the relay port), socket and address.  That may raise `OSError`,
     `RuntimeError` and `MemoryError`, where the connection cannot be taken; then it is reset.
     """
@@ -73,7 +74,7 @@ class Listeners:
             listener.close()
 
     def share(self, service: str) -> Shares:
-        """What counts who connects to this service, or to the relay port."""
+        """What counts the connections to this service, or to the relay port, by address."""
         return self.of_clients if service else self.of_links
 
     def accept(self, listener: socket.socket) -> None:

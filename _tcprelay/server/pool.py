@@ -70,8 +70,8 @@ class PooledLink:
         self.last_heard = time.monotonic()
 
     def take_pong(self, kind: int) -> None:
-        """Note a frame between connections.  Raises `LinkFault` for a PONG that nobody asked for: a flood of
-        them would keep the keeper busy."""
+        """Note a frame between connections.  Raises `LinkFault` for a PONG without a PING: a flood of them
+        would keep the keeper busy."""
         self.hear()
         if kind == PONG:
             self.pongs_due -= 1
@@ -136,7 +136,8 @@ class Pool:
             return True
 
     def put(self, pooled: PooledLink) -> bool:
-        """Hand an idle link to the first who waits for one, or keep it; False where it is not wanted any more."""
+        """Hand an idle link to the first service client that waits for one, or keep it; False where it is to be
+        closed."""
         with self._lock:
             link = pooled.link
             if self._closed or link.leaving or (link.spent and not pooled.unproven):
@@ -173,8 +174,8 @@ class Pool:
     ) -> tuple[PooledLink, bool]:
         """An idle link of a relay client that is not in `failed`, waited for until the deadline; and whether it was.
 
-        Where one has failed already nobody waits: `reason` says why the last one did.  Who had a link before, in
-        vain, is `first` in the queue.  Raises `Refusal`, and without `wait` `NoLinkHere`.
+        There is no waiting after a failure: `reason` says why the last link failed.  A service client that had a
+        link before, in vain, is `first` in the queue.  Raises `Refusal`, and without `wait` `NoLinkHere`.
         """
         with self._lock:
             if self._closed:
@@ -211,7 +212,7 @@ class Pool:
 
     def is_full(self, service: str) -> bool:
         """Whether as many service clients have no link as may wait for one, while others still get theirs: then the
-        kernel holds who comes next.  Where nobody is served they are refused instead (see `take`)."""
+        kernel holds the next ones.  Where none is served they are refused instead (see `take`)."""
         if not service or self._expected[service] < self._max_pending:
             return False
         with self._lock:
@@ -251,7 +252,7 @@ class Pool:
             return held
 
     def idle_links(self) -> list[PooledLink]:
-        """All links that nobody uses, settling ones included."""
+        """All idle links, settling ones included."""
         with self._lock:
             return self._all_idle()
 
@@ -326,8 +327,8 @@ class Pool:
 
 
 def are_links_given(max_pending: int, last: float, oldest: float) -> bool:
-    """Whether those who wait for a link of a service can hope for one: somebody was given one of late, or nobody has
-    waited for long.  Where nobody may wait, nobody can."""
+    """Whether waiting for a link of a service makes sense: one was given out of late, or none has been waited for long.
+    Where `max_pending` is 0 it makes none."""
     return max_pending > 0 and time.monotonic() - max(last, oldest) < STANDSTILL
 
 

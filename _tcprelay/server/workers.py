@@ -59,7 +59,7 @@ class ServerWorkers(Workers):
     """
 
     LOOK_AGAIN = 0.25
-    """Seconds after which who waits is looked after even if no worker has said a word."""
+    """Seconds after which the queues are looked at even if no worker has sent a message."""
 
     def __init__(
         self,
@@ -211,7 +211,7 @@ class ServerWorkers(Workers):
         return True
 
     def _serve_queue(self, service: str) -> None:
-        """Pair who waits with what is idle; the queue's length is shown before that is looked at."""
+        """Pair waiting service clients with idle links; the queue's length is shown before the account is read."""
         queue = self._queues[service]
         self._account.show_queue(service, len(queue))
         while queue and self._send(queue[0]):
@@ -242,7 +242,7 @@ class ServerWorkers(Workers):
             return
         waiting = {worker.number: account.read(worker.number, service, WAITING) for worker in self._living()}
         if not any(waiting.values()):
-            return  # who is on its way to a link that was lost comes back
+            return  # a service client on its way to a link that was lost comes back
         spare = {number: account.idle(number, service) - count for number, count in waiting.items()}
         if min(spare.values()) < 0 < max(spare.values()):
             richest = max(spare, key=lambda number: spare[number])
