@@ -1045,7 +1045,7 @@ def server_that_raises_once(peers: Peers, place: str, *options: str) -> RelayPro
         "_tcprelay.server.intake.adopt_socket",
         "_tcprelay.server.listeners.Listeners.accept",
         "_tcprelay.server.workers.ServerWorkers.look_at_time",
-        "_tcprelay.server.workers.ServerWorkers._accept",
+        "_tcprelay.server.listeners.Listeners._accept",
         "_tcprelay.server.workers.ServerWorkers._receive_connection",
         "_tcprelay.server.workers.ServerWorkers._send",
         "_tcprelay.server.workers.ServerWorkers._serve_queue",

@@ -29,7 +29,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..addresses import show_address
-from ..events import AcceptPaused, ConnectionFailed
+from ..events import ConnectionFailed
 from ..messages import MESSAGE_ROOM, MESSAGE_SIZE, adopt_socket, decode_message, encode_message, receive_message
 from ..options import ServerOptions
 from ..role import Runtime
@@ -40,7 +40,7 @@ from ..threads import JOIN_TIMEOUT, Threads, join
 from ..tls import TLSStream
 from .account import LINKS, WorkerAccount
 from .clients import NoLinkHere, Refusal, ServiceClient
-from .listeners import LOOK_FOR_ROOM, Listeners
+from .listeners import Listeners
 from .pool import Pool
 
 SPARE_TAKERS = 8
@@ -132,33 +132,14 @@ class PortIntake(Intake):
 
     def _accept(self) -> None:
         """Accept until `Runtime.stop` is requested."""
-        runtime, listeners = self._runtime, self._listeners
-        pause, told = 0.005, 0.0
+        stop, listeners = self._runtime.stop, self._listeners
         with selectors.DefaultSelector() as selector:
-            selector.register(runtime.stop.fileno(), selectors.EVENT_READ)
-            for listener in listeners.services:
-                selector.register(listener, selectors.EVENT_READ, listener)
-            full: list[socket.socket] = []
-            while not runtime.stop.requested:
-                for key, _ in selector.select(LOOK_FOR_ROOM if full else None):
-                    if key.data is None:
-                        continue
-                    try:
-                        listeners.accept(key.data)
-                        pause = 0.005
-                        if self._pool.is_full(listeners.services[key.data]):
-                            selector.unregister(key.data)
-                            full.append(key.data)
-                    except (OSError, RuntimeError, MemoryError) as error:
-                        # Out of descriptors, memory or threads: the connection stays queued, or is reset.
-                        if time.monotonic() - told >= 1.0:
-                            told = time.monotonic()
-                            runtime.emit(AcceptPaused(reason=say_error(error)))
-                        runtime.stop.wait(pause)
-                        pause = min(2 * pause, 1.0)
-                for listener in [one for one in full if not self._pool.is_full(listeners.services[one])]:
-                    full.remove(listener)
-                    selector.register(listener, selectors.EVENT_READ, listener)
+            selector.register(stop.fileno(), selectors.EVENT_READ, lambda: None)
+            listeners.watch(selector)
+            while not stop.requested:
+                wait = listeners.look()
+                for key, _ in selector.select(None if wait == math.inf else wait):
+                    key.data()
 
     def _hand_on(self, service: str, sock: socket.socket, address: Any) -> None:
         """Serve a connection in a thread of its own.  Raises `RuntimeError` where there is none."""

@@ -5,12 +5,16 @@ One thread accepts; the thread that serves a connection tells `Shares` when it i
 
 from __future__ import annotations
 
+import functools
+import math
+import selectors
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
 from ..addresses import Endpoint, host_of, show_address
-from ..events import ConnectionFailed, LinkRefused, Listening
+from ..events import AcceptPaused, ConnectionFailed, LinkRefused, Listening
 from ..link import Link
 from ..options import ServerOptions
 from ..protocol import SERVER
@@ -24,6 +28,9 @@ from .limits import Shares
 LOOK_FOR_ROOM = 0.002
 """Seconds from one look to the next whether the queue of a service has room again, while the kernel holds new
 connections."""
+
+FIRST_PAUSE = 0.005
+"""Seconds for which none is accepted after an error; after the next one twice as many, up to one."""
 
 
 class Listeners:
@@ -47,6 +54,12 @@ class Listeners:
         """Of each listener; "" for the relay port."""
         self.addresses: dict[str, tuple[str, int]] = {}
         """Of each service, and of the relay port under "": the first of several."""
+        self._selector: selectors.BaseSelector
+        self._watched: set[socket.socket] = set()
+        """Those that are accepted from now."""
+        self._resume_at = 0.0
+        """When to accept again, after an error; 0 while nothing is wrong."""
+        self._pause, self._told = FIRST_PAUSE, 0.0
         options = runtime.options
         self.of_clients = Shares(options.max_per_address)
         self.of_links = Shares(options.max_links_per_address)
@@ -69,9 +82,51 @@ class Listeners:
             self.addresses.setdefault(name, (host_of(address), address[1]))
             self._runtime.emit(Listening(service=name, address=show_address(address)))
 
+    def watch(self, selector: selectors.BaseSelector) -> None:
+        """Accept when this selector says so: the data of its keys are what to call then.  See `look`, too."""
+        self._selector = selector
+        self._watched.clear()
+        self._resume_at, self._pause = 0.0, FIRST_PAUSE
+
+    def look(self) -> float:
+        """Accept from the listeners where that is possible now: not from those of full services, and from none for a
+        moment after an error.  Returns the seconds after which this is to be called again."""
+        now = time.monotonic()
+        if now < self._resume_at:
+            return self._resume_at - now
+        for listener, service in self.services.items():
+            if listener not in self._watched and not self.is_full(service):
+                self._selector.register(listener, selectors.EVENT_READ, functools.partial(self._accept, listener))
+                self._watched.add(listener)
+        return LOOK_FOR_ROOM if len(self._watched) < len(self.services) else math.inf
+
+    def ignore(self, seconds: float = math.inf) -> None:
+        """Accept from none of them for so many seconds."""
+        for listener in self._watched:
+            self._selector.unregister(listener)
+        self._watched.clear()
+        self._resume_at = time.monotonic() + seconds
+
     def close(self) -> None:
         for listener in self.services:
             listener.close()
+
+    def _accept(self, listener: socket.socket) -> None:
+        if listener not in self._watched:
+            return  # since this round of events has begun
+        try:
+            self.accept(listener)
+            self._pause = FIRST_PAUSE
+            if self.is_full(self.services[listener]):
+                self._selector.unregister(listener)
+                self._watched.discard(listener)
+        except (OSError, RuntimeError, MemoryError) as error:
+            # Out of descriptors, memory or threads: the connection stays queued, or is reset.
+            if time.monotonic() - self._told >= 1.0:
+                self._told = time.monotonic()
+                self._runtime.emit(AcceptPaused(reason=say_error(error)))
+            self.ignore(self._pause)
+            self._pause = min(2 * self._pause, 1.0)
 
     def share(self, service: str) -> Shares:
         """What counts the connections to this service, or to the relay port, by address."""

@@ -13,7 +13,6 @@ import errno
 import functools
 import math
 import os
-import selectors
 import socket
 import time
 from collections import deque
@@ -21,14 +20,14 @@ from collections.abc import Callable
 from typing import Any
 
 from ..addresses import show_address
-from ..events import AcceptPaused, ClientDown, ClientUp, ConnectionFailed
+from ..events import ClientDown, ClientUp, ConnectionFailed
 from ..messages import adopt_socket, encode_message
 from ..options import ServerOptions
 from ..processes import WorkerProcess, Workers
 from ..role import Relay
-from ..text import connection_id, say_error
+from ..text import connection_id
 from .account import HANDED, LINKS, RETURNED, WAITING, Account, WorkerAccount
-from .listeners import LOOK_FOR_ROOM, Listeners
+from .listeners import Listeners
 from .pool import are_links_given
 
 
@@ -79,16 +78,11 @@ class ServerWorkers(Workers):
         """The relay clients, and which workers have links of them."""
         self._given_at = dict.fromkeys(services, 0.0)
         """When a service client was last sent to a worker that has a link for it."""
-        self._watched: set[socket.socket] = set()
-        """The listeners that are accepted from now: not those of services whose queue is full."""
-        self._resume_at = 0.0
-        """When to accept again, after an error; 0 while nothing is wrong."""
-        self._accept_pause, self._told = 0.005, 0.0
         self._next_give_up = 0.0
         listeners.hand_on, listeners.is_full = self._receive_connection, self._is_full
 
     def open(self) -> None:
-        self._watch_listeners()
+        self._listeners.watch(self.selector)
 
     def become(self, worker: WorkerProcess, intake: socket.socket) -> None:
         for queue in self._queues.values():
@@ -98,8 +92,7 @@ class ServerWorkers(Workers):
         self._become_one_of(WorkerAccount(self._account, worker.number), intake)
 
     def stop_intake(self) -> None:
-        self._ignore_listeners()
-        self._resume_at = math.inf
+        self._listeners.ignore()
         self._listeners.close()
         for service in self._queues:
             while visitor := self._next(service):
@@ -107,41 +100,12 @@ class ServerWorkers(Workers):
 
     # Accepting
 
-    def _watch_listeners(self) -> None:
-        """Accept from all listeners, without those of services whose queue is full."""
-        for listener, service in self._listeners.services.items():
-            if listener not in self._watched and not self._is_full(service):
-                self.selector.register(listener, selectors.EVENT_READ, functools.partial(self._accept, listener))
-                self._watched.add(listener)
-
-    def _ignore_listeners(self) -> None:
-        for listener in self._watched:
-            self.selector.unregister(listener)
-        self._watched.clear()
-
     def _is_full(self, service: str) -> bool:
         """As `Pool.is_full`."""
         queue, most = self._queues.get(service, ()), self._options.max_pending
         if not service or len(queue) < most or all(name != service for name, _ in self._present):
             return False
         return are_links_given(most, self._given_at[service], queue[0].since if queue else math.inf)
-
-    def _accept(self, listener: socket.socket) -> None:
-        if listener not in self._watched:
-            return  # since this round of events has begun
-        try:
-            self._listeners.accept(listener)
-            self._accept_pause = 0.005
-            if self._is_full(self._listeners.services[listener]):
-                self.selector.unregister(listener)
-                self._watched.discard(listener)
-        except (OSError, RuntimeError, MemoryError) as error:
-            if time.monotonic() - self._told >= 1.0:
-                self._told = time.monotonic()
-                self.emit(AcceptPaused(reason=say_error(error)))
-            self._ignore_listeners()
-            self._resume_at = time.monotonic() + self._accept_pause
-            self._accept_pause = min(2 * self._accept_pause, 1.0)
 
     def _receive_connection(self, service: str, sock: socket.socket, address: Any) -> None:
         """A connection was accepted.  Raises `RuntimeError` where it cannot be taken."""
@@ -318,14 +282,7 @@ class ServerWorkers(Workers):
             self._absent(key, worker, "its worker has died")
 
     def look_at_time(self) -> float:
-        now, wait = time.monotonic(), 1.0
-        if now >= self._resume_at:
-            self._resume_at = 0.0
-            self._watch_listeners()
-            if len(self._watched) < len(self._listeners.services):
-                wait = LOOK_FOR_ROOM
-        else:
-            wait = min(wait, self._resume_at - now)
+        wait, now = min(1.0, self._listeners.look()), time.monotonic()
         self.emit.tell_floods()
         for service, queue in self._queues.items():
             while queue and queue[0].deadline <= now:  # first of all: they leave whatever goes wrong with the queue
