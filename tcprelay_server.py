@@ -107,7 +107,8 @@ class RelayServer(Relay[ServerOptions]):
 
     def invitation(self, with_secrets: bool) -> str:
         """After a start with ``--tls`` alone: the command for the other side; with the token, or where that is."""
-        return invitation(self.options, self.runtime.credentials, self.relay_address[1], with_secrets)
+        port = self._listeners.addresses.get("", ("", self.options.relay_port))[1]
+        return invitation(self.options, self.runtime.credentials, port or 0, with_secrets)
 
     # How it begins and ends
 
@@ -117,8 +118,8 @@ class RelayServer(Relay[ServerOptions]):
     def prepare(self) -> None:
         """Bind all ports.  Raises `OSError` that names the address, and `Stopping` at a signal."""
         self._listeners.bind(self.signals)
-        of_relay_port = [sock.getsockname() for sock, name in self._listeners.services.items() if not name]
-        warn_about_trust(self.runtime, of_relay_port)
+        services = self._listeners.services
+        warn_about_trust(self.runtime, (sock.getsockname() for sock, name in services.items() if not name))
 
     def _open(self) -> None:
         """Make the parts, and begin to take connections."""

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 from .protocol import (
-    ABORT, BYE, CLIENT, CLOSED, DATA, END, HEADER, IDLE, MAX_CONTROL, PING, REFUSED, START, Frame, LinkFault,
+    ABORT, BYE, CLIENT, CLOSED, DATA, END, FAIL, HEADER, IDLE, MAX_CONTROL, PING, REFUSED, START, Frame, LinkFault,
     LinkMachine, decode_fields, encode_frame, encode_header,
 )  # fmt: skip
-from .streams import BULK, Sink, Source, Stream
+from .streams import BULK, FLUSH_TIMEOUT, Sink, Source, Stream
 from .system import ignore_oserror
 from .tcp import is_held_back, round_trip
 from .text import shown
@@ -58,7 +58,12 @@ class Link:
 
     @property
     def is_idle(self) -> bool:
-        """It carries no connection, and nothing of one is to come."""
+        """It carries no connection, and may carry another one."""
+        return self.machine.state == IDLE
+
+    @property
+    def is_between(self) -> bool:
+        """It carries no connection: it is idle, or has been ended in peace."""
         return self.machine.state in (IDLE, CLOSED)
 
     @property
@@ -234,6 +239,16 @@ class Link:
         if not self.has_ended:
             self.send(ABORT, {"reason": shown(reason)})
 
+    def fail(self, reason: str, stop: Stop) -> None:
+        """Answer START: the service cannot be reached; and drop what still comes.  Raises `OSError`."""
+        self.send(FAIL, {"reason": shown(reason, 400)})
+        try:
+            self.discard(Deadline(FLUSH_TIMEOUT), stop)
+        except ConnectionAbortedError:
+            pass  # the service client has gone; the link is idle
+        except TimeoutError:
+            raise ConnectionResetError("the relay server did not end the connection after FAIL") from None
+
     def lose(self) -> None:
         """Sending has failed, maybe in the midst of a frame, which nothing can follow: the link is of no more use.
 
@@ -325,7 +340,9 @@ class RawLink:
     END_EVENTS = 0
     heartbeat = 0.0
     passed = 0
-    spent = leaving = is_idle = has_ended = peer_has_ended = False
+    spent = leaving = is_idle = is_between = has_ended = False
+    peer_has_ended = True
+    """There is nothing that would have to be heard to its end."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
@@ -349,6 +366,9 @@ class RawLink:
     def refuse(self, code: str, reason: str) -> None:
         """There are no words for that."""
 
+    def fail(self, reason: str, stop: Stop) -> None:
+        """Nor for this."""
+
     def pack_ping(self) -> bytes:
         return b""
 
@@ -356,7 +376,7 @@ class RawLink:
         return b""
 
     def abort(self, reason: str) -> None:
-        self.stream.abort()
+        """Its close says that: `break_off` has armed it."""
 
     def lose(self) -> None:
         """What it holds can still be received."""

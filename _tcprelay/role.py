@@ -281,8 +281,9 @@ class Relay(abc.ABC, Generic[OptionsT]):
 
     def _count(self, inbound_is_to_link: bool) -> dict[str, int]:
         """The counts so far, those of open connections included."""
+        counts = dict(self.runtime.emit.counts)  # first: a connection that ends meanwhile is not counted twice
         splices = self.runtime.splices.snapshot()
-        counts = {**self.runtime.emit.counts, "open": len(splices)}
+        counts["open"] = len(splices)
         counts["connections"] += len(splices)
         for splice in splices:
             flows = splice.to_link, splice.from_link

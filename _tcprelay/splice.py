@@ -220,7 +220,10 @@ class Splice:
             if self.said_end:
                 self.to_link.end(self._passed())
         except SourceError as error:
-            self._note(str(error))
+            if self.link.speaks:
+                self._note(str(error))
+            else:  # nothing tells the other side but an RST of the link
+                self.break_off(str(error))
         except SinkError as error:
             self._note(str(error))
             self.link.lose()  # the other pump still reads what it holds
@@ -229,9 +232,10 @@ class Splice:
 
     def _carry_from_link(self) -> None:
         """The direction from the link, up to its end."""
-        flow = self.from_link
+        flow, ending = self.from_link, False
         try:
             flow.pump()
+            ending = True
             if not self.reason:
                 flow.end(0)
         except SourceError as error:
@@ -239,7 +243,7 @@ class Splice:
             self.break_off(str(error), close_link=not isinstance(error.cause, ConnectionAbortedError))
         except SinkError as error:
             # The stream was reset.  If it has not ended by itself, the other pump still reads what came before the RST.
-            if not (self._stream_has_ended() if flow.ended else self._hear_out(error.held)):
+            if not (self._stream_has_ended() if ending else self._hear_out(error.held)):
                 self._note(str(error))
         except BaseException:
             self.break_off("unexpected error", hurry=True, close_link=True)
@@ -253,7 +257,7 @@ class Splice:
 
         With TLS none of them, before the end of that direction: ending it takes a message, which may have to wait.
         """
-        return self.from_link.carried if self.stream.ends_at_once or self.from_link.done else 0
+        return self.from_link.carried if self.from_link.done or not self.stream.secure else 0
 
     def _stream_has_ended(self) -> bool:
         """Whether the link was told that the stream has ended: what then takes no more has been closed by its peer."""

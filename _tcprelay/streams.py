@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from .system import ignore_oserror
 from .tcp import BYTES_RECEIVED, CLOSE_NORMALLY, RESET_ON_CLOSE, STATE, tcp_info, unsent_bytes
-from .waiting import Deadline, wait_for
+from .waiting import Deadline, Stop, wait_for
 
 FLUSH_TIMEOUT = 5.0
 """Seconds that the bytes sent before an abort have to leave, before the RST that would discard them."""
@@ -86,8 +86,8 @@ class Stream:
     """
 
     spliceable = hasattr(os, "splice")
-    ends_at_once = True
-    """Its end takes no message, which might have to wait."""
+    secure = False
+    """It speaks TLS: there is a handshake, bytes may have left although a send has failed, and its end is a message."""
 
     def __init__(self, sock: socket.socket, name: str, peer: Any = None) -> None:
         self.sock = sock
@@ -101,6 +101,9 @@ class Stream:
         self._fin_sent = False
         self.received = 0
         """Bytes that were taken from the socket, in whichever process, for `_believe_end`."""
+
+    def handshake(self, deadline: Deadline, stop: Stop | None = None) -> None:
+        """What comes before the first byte.  Raises `OSError`, `TimeoutError`, `EOFError` and `Stopping`."""
 
     # The source
 

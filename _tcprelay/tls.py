@@ -50,7 +50,7 @@ class TLSStream(Stream):
     """
 
     spliceable = False
-    ends_at_once = False
+    secure = True
 
     def __init__(
         self,

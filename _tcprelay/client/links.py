@@ -18,11 +18,11 @@ from ..addresses import Endpoint
 from ..events import ConnectionClosed, ConnectionFailed, ConnectionOpened, LinkDown, LinkUp, Published, Unpublished
 from ..link import AnyLink, Link, RawLink
 from ..options import ClientOptions
-from ..protocol import BYE, FAIL, IDLE, PING, PONG, READY, SILENCE, START, Frame
+from ..protocol import BYE, IDLE, PING, PONG, READY, SILENCE, START, Frame
 from ..role import Runtime
 from ..sockets import DIAL_TIMEOUT
 from ..splice import Splice
-from ..streams import FLUSH_TIMEOUT, Stream
+from ..streams import Stream
 from ..tcp import is_near, say_path
 from ..text import connection_id, say_error, shown
 from ..tls import TLSStream
@@ -70,7 +70,7 @@ class Links:
             self._note_failure(service, time.monotonic(), say_error(error))
 
     def _note_failure(self, service: Service, began: float, reason: str, longest: float = LAST_BACKOFF) -> None:
-        if self._stock.fail(service, began, reason, longest) and not self._runtime.stop.requested:
+        if self._stock.fail(service, began, reason, longest, self._runtime.stop.requested):
             self._runtime.emit(Unpublished(service=service.name, relay=self._relay, reason=reason))
 
     # A link
@@ -228,8 +228,7 @@ class Links:
         except (OSError, EOFError) as error:
             reason = f"cannot reach {service.target}: {say_error(error)}"
             self._runtime.emit(ConnectionFailed(reason=reason, seconds=time.monotonic() - began, **record))
-            if isinstance(link, Link):
-                self._fail(link, reason)
+            link.fail(reason, self._runtime.cut)
         return None
 
     def _dial_service(self, service: Service, link: AnyLink) -> Stream:
@@ -249,16 +248,6 @@ class Links:
             sock.close()
             raise
         return secure
-
-    def _fail(self, link: Link, reason: str) -> None:
-        """Answer that the service cannot be reached, and drop what still comes.  Raises `OSError`."""
-        link.send(FAIL, {"reason": shown(reason, 400)})
-        try:
-            link.discard(Deadline(FLUSH_TIMEOUT), self._runtime.cut)
-        except ConnectionAbortedError:
-            pass  # the service client has gone; the link is idle
-        except TimeoutError:
-            raise ConnectionResetError("the relay server did not end the connection after FAIL") from None
 
     def _splice(
         self,

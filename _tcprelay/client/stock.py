@@ -165,12 +165,14 @@ class Stock:
 
     # For a link's thread
 
-    def fail(self, service: Service, began: float, reason: str, longest: float = LAST_BACKOFF) -> bool:
+    def fail(
+        self, service: Service, began: float, reason: str, longest: float = LAST_BACKOFF, ending: bool = False
+    ) -> bool:
         """An attempt that began then has failed: wait, longer each time.  True where that is to be told."""
         with self._condition:
             service.connecting -= 1
             self._back_off(service, began, longest)
-            tell = service.idle + service.busy == 0 and service.told != reason
+            tell = service.idle + service.busy == 0 and service.told != reason and not ending
             if tell:
                 service.told = reason
             return tell

@@ -22,7 +22,6 @@ from ..streams import Stream
 from ..system import ignore_oserror
 from ..tcp import say_path
 from ..text import is_tls_error, say_error, shown
-from ..tls import TLSStream
 from ..waiting import Deadline, Stopping, wait_for
 from .clients import Refusal
 from .intake import Intake
@@ -60,8 +59,7 @@ class Greeting:
         gave_up = False
         try:
             check_protected_mode(self._runtime, stream)
-            if isinstance(stream, TLSStream):
-                stream.handshake(deadline.within(HANDSHAKE_STEP), self._runtime.stop)
+            stream.handshake(deadline.within(HANDSHAKE_STEP), self._runtime.stop)
             raw = self._runtime.options.wire == "raw"
             return self._greet_raw(stream, deadline) if raw else self._greet(link, deadline)
         except Refusal as error:
@@ -102,7 +100,7 @@ class Greeting:
             self._runtime.log.debug("%s", event)
         else:
             self._runtime.emit(event)
-        if isinstance(stream, TLSStream) and refusal.code == "protected":
+        if stream.secure and refusal.code == "protected":
             ignore_oserror(link.sock.sendall, ACCESS_DENIED)
             stream.linger()
             return

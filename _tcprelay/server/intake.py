@@ -37,7 +37,6 @@ from ..system import ignore_oserror
 from ..tcp import set_timeout
 from ..text import connection_id, say_error
 from ..threads import JOIN_TIMEOUT, Threads, join
-from ..tls import TLSStream
 from .account import LINKS, WorkerAccount
 from .clients import NoLinkHere, Refusal, ServiceClient
 from .listeners import Listeners
@@ -148,7 +147,7 @@ class PortIntake(Intake):
             threads.start(self.serve_link, sock, address)
             return
         client = ServiceClient(service, sock, address, self._runtime.credentials.services)
-        if not isinstance(client.stream, TLSStream):  # or silent handshakes would keep others out
+        if not client.stream.secure:  # or silent handshakes would keep others out
             self.arrive(client)
         try:
             threads.start(self.serve_client, client)
@@ -201,7 +200,7 @@ class ParentIntake(Intake):
             self._runtime.tell_parent({"look": service})
 
     def pass_on(self, client: ServiceClient) -> None:
-        if isinstance(client.stream, TLSStream):
+        if client.stream.secure:
             self._runtime.tell_parent({"look": client.service})
             return
         message = encode_message(client.state, bytes(client.early))
@@ -276,7 +275,7 @@ class ParentIntake(Intake):
             client = ServiceClient(service, sock, address, self._runtime.credentials.services)
             client.resume(fields, early)
             client.unsettled = served = True
-            if isinstance(client.stream, TLSStream):
+            if client.stream.secure:
                 self.settle(client)  # or silent handshakes would seem to take all the links
             self.serve_client(client)
         finally:

@@ -145,7 +145,7 @@ class Links:
         it is `dead`; otherwise it is reset.
         """
         link = pooled.link
-        if link.is_idle and not dead:
+        if link.is_between and not dead:
             link.stream.close_normally()
         link.close()
         self._intake.leave("", pooled.address)

@@ -21,7 +21,6 @@ from ..role import Runtime
 from ..splice import Splice
 from ..tcp import is_resent, path_is_dead, unsent_bytes
 from ..text import is_tls_error, say_error, shown
-from ..tls import TLSStream
 from ..waiting import Deadline, Stopping, wait_for
 from .clients import NoLinkHere, Refusal, ServiceClient, Unacknowledged
 from .greeting import HANDSHAKE_STEP
@@ -77,7 +76,7 @@ class Pairing:
 
     def _shake_hands(self, client: ServiceClient) -> None:
         """TLS with a service client, where its port speaks it.  Raises `Refusal`."""
-        if not isinstance(client.stream, TLSStream):
+        if not client.stream.secure:
             return
         reason = ""
         self._handshakes.enter(client.stream)
@@ -156,7 +155,7 @@ class Pairing:
         client.pass_early(link, out, 0)
         ready: dict[int, int] = {}
         trust, suspicion = True, Deadline(SUSPICION)
-        client.exposed = isinstance(stream, TLSStream)  # which may fail after it has sent some
+        client.exposed = stream.secure  # which may fail after it has sent some
         while True:
             sent = stream.send_now(out)
             client.exposed = True

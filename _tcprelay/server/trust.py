@@ -82,7 +82,7 @@ def invitation(options: ServerOptions, credentials: Credentials, port: int, with
 
 def warn_about_trust(runtime: Runtime[ServerOptions], addresses: Iterable[Any]) -> None:
     """Say at the start who can become a relay client, where neither a token nor certificates are asked for; the relay
-    port listens at these `addresses`."""
+    port listens at these `addresses`, which are looked at where that counts."""
     options, log = runtime.options, runtime.log
     if runtime.credentials.token or options.auth:
         return

@@ -126,10 +126,15 @@ class ServerWorkers(Workers):
 
     def _hand(self, worker: WorkerProcess, fields: dict[str, Any], sock: socket.socket, early: bytes = b"") -> bool:
         """Send a worker a connection, which this process then has no more; False where it does not take it."""
-        kind, address = fields["service"], fields["address"]
+        kind, address, message = fields["service"], fields["address"], encode_message(fields, early)
         self._account.add(worker.number, kind, HANDED)
-        if not worker.hand(encode_message(fields, early), sock.fileno()):
-            self._account.add(worker.number, kind, HANDED, -1)
+        taken = False
+        try:
+            taken = worker.hand(message, sock.fileno())
+        finally:
+            if not taken:
+                self._account.add(worker.number, kind, HANDED, -1)
+        if not taken:
             return False
         self._account.hold(worker.number, self._listeners.share(kind), address, 1)
         sock.close()
