@@ -24,6 +24,7 @@ from .wire import Wire, without_wire
 
 if TYPE_CHECKING:
     from .peers import Peers
+    from .rigs import Rig
 
 PATIENCE = 10.0
 """Seconds within which anything that a test waits for must happen."""
@@ -200,6 +201,34 @@ def files(tmp_path: Path) -> Iterator[Path]:
     yield path
     for file in path.iterdir():
         file.unlink()
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    """A connection that is being carried."""
+    from .rigs import Rig
+
+    with ExitStack() as stack:
+        made = Rig(stack)
+        stack.callback(made.close)
+        yield made
+
+
+@pytest.fixture
+def later_rig() -> Iterator[Rig]:
+    """One that the test starts."""
+    from .rigs import Rig
+
+    with ExitStack() as stack:
+        made = Rig(stack, start=False)
+        stack.callback(made.close)
+        yield made
+
+
+@pytest.fixture
+def long_opening(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The opening exchange does not end because of the time."""
+    replace(monkeypatch, "OPENING_TIME", 6 * PATIENCE)
 
 
 @pytest.fixture

@@ -5,16 +5,23 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
+
+import pytest
 
 from _tcprelay.server.account import HANDED, IDLE, LEFT, LINKS, RETURNED, SETTLED, WAITING, Account, WorkerAccount
 from _tcprelay.server.limits import Shares
+from _tcprelay.server.workers import ServerWorkers
+from tcprelay import RelayServer
 
-from .conftest import PATIENCE, echo, read_exactly, wait_until
+from .conftest import PATIENCE, echo, read_exactly, replace, wait_until
 from .peers import HOST, Peers, RelayProcess, free_port, workers_of
 
 
@@ -63,6 +70,22 @@ def test_a_dead_worker_is_struck_out() -> None:
     assert (account.present(1, "web"), account.read(1, "web", IDLE)) == (1, 5)
     assert shares.enter("192.0.2.1")
     assert not shares.enter("192.0.2.1")
+
+
+@pytest.mark.parametrize("error", [MemoryError("no"), OSError("no")])
+def test_what_cannot_be_handed_over_does_not_count(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the error is, and wherever it strikes on the way."""
+    server = RelayServer(0, 0, max_per_address=1)
+    parent = ServerWorkers(server, 1, server._listeners, lambda account, intake: None)
+    [worker] = parent.workers
+    for place in ("send_message", "encode_message"):
+        with monkeypatch.context() as patch, socket.socket() as sock:
+            replace(patch, place, Mock(side_effect=error))
+            worker.intake = sock
+            with suppress(MemoryError, OSError):
+                assert not parent._hand(worker, {"service": "default", "address": ("192.0.2.1", 5)}, sock)
+        assert (parent._account.read(0, "default", HANDED), parent._account._held[0]) == (0, Counter())
+    parent.selector.close()
 
 
 AUDIT = """

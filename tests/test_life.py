@@ -515,3 +515,26 @@ def test_a_flood_does_not_fill_the_log(bench: Bench, caplog: pytest.LogCaptureFi
     assert told + left_out == 25
     assert told in (10, 20), "in one second, or in two"
     assert server.counters["failed"] == 25
+
+
+@pytest.mark.parametrize("trust", [{"token": "t"}, {"allow_unauthenticated": True}])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_server_may_be_ended_by_who_hears_that_it_listens(last: bool, trust: dict[str, Any]) -> None:
+    """Of the first port or of the last: `start` returns, and nothing is left."""
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, Listening) and bool(event.service) == last:
+            server.end(0)
+
+    server = RelayServer(0, 0, hostname="127.0.0.1", on_event=on_event, **trust)
+    if not last:
+        with contextlib.suppress(OSError):  # the other port's listener is closed by now
+            server.start()
+    else:
+        server.start()
+    assert server.end() == []
+
+
+def test_the_invitation_before_the_start() -> None:
+    """There is none where nothing was made, and the port is the option's where it is not bound yet."""
+    assert RelayServer(10080, 0, token="t").invitation(with_secrets=True) == ""

@@ -1182,3 +1182,18 @@ def test_who_gives_a_handshake_up_was_not_refused(bench: Bench) -> None:
     [event] = bench.server_events.wait(LinkRefused)
     assert type(event) is LinkNotMade
     assert event.level < LinkRefused.level
+
+
+def test_a_link_that_is_given_up_in_a_connection_is_down_for_that_reason(bench: Bench) -> None:
+    """REFUSED may come at any time: the connection is broken, and the link does not count as idle."""
+    link = fake(bench)
+    bench.connect(link.server)
+    assert link.next().kind == START
+    link.send(READY)
+    bench.server_events.wait(ConnectionOpened)
+    link.stream.send(encode_frame(REFUSED, {"reason": "no more"}))
+    link.close()
+    [closed] = bench.server_events.wait(ConnectionClosed)
+    [down] = bench.server_events.wait(LinkDown)
+    assert closed.reason
+    assert down.reason == closed.reason
