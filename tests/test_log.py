@@ -223,9 +223,9 @@ def lines() -> Iterator[Lines]:
 
 def test_what_nobody_reads_is_dropped_and_counted(lines: Lines) -> None:
     """The first lines are there, whole and in order, then how many are not, and what comes later."""
-    lines.writer.begin()
     for number in range(2000):
         lines.writer.put(f"{number} {'x' * 92}\n")
+    lines.writer.begin()
     first = os.read(lines.reader, 4096)
     wait_until(lambda: not lines.writer._queue.qsize())
     lines.writer.put("later\n")

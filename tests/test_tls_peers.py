@@ -448,7 +448,7 @@ def test_sighup_with_a_certificate_that_does_not_load(peers: Peers, files: Path,
     installed.install("rsa")
     server.signal(signal.SIGHUP)
     server.wait_message("certificates and token are reloaded")
-    assert name_shown(server.service_port, trust) == "rsa"
+    wait_until(lambda: name_shown(server.service_port, trust) == "rsa")  # workers have it a moment later
 
 
 def test_sighup_gives_a_client_a_new_token(peers: Peers, trust: Trust) -> None:
