@@ -14,19 +14,22 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from .events import Draining, Event, Events
 from .messages import encode_message, send_message
 from .options import OptionsT
 from .protocol import prove
 from .signals import Signals
-from .system import choose_processor, from_descriptor_limit, ssl
+from .system import choose_processor, from_descriptor_limit
 from .tcp import Probing
 from .text import say_error
 from .threads import JOIN_TIMEOUT, Threads, join
 from .waiting import Deadline, Stop
 from .watch import Places, Splices
+
+if TYPE_CHECKING:  # by its own name: dataclasses would look into a module, which imports it
+    from ssl import SSLContext
 
 
 class Parent(Protocol):
@@ -41,9 +44,9 @@ class Credentials:
     """What a role read from its files: replaced as a whole when they are read again."""
 
     token: bytes = field(default=b"", repr=False)
-    links: ssl.SSLContext | None = None
+    links: SSLContext | None = None
     """For TLS on the links; ``None`` for plain ones."""
-    services: ssl.SSLContext | None = None
+    services: SSLContext | None = None
     """For TLS on the service ports, or to the service."""
     pin: str = ""
     """Of the certificate that was made here."""

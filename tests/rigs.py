@@ -63,11 +63,13 @@ class Rig:
         self.threads.start(self._run)
 
     def _run(self) -> None:
-        self.splice.run(self.threads)
-        self.stream.close()
-        if self.link.machine.state != IDLE:
-            self.link.close()
-        self.done.set()
+        try:
+            self.splice.run(self.threads)
+        finally:
+            self.stream.close()
+            if self.link.machine.state != IDLE:
+                self.link.close()
+            self.done.set()
 
     def close(self) -> None:
         self.splice.break_off("the test is over", hurry=True, close_link=True)

@@ -12,13 +12,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import pytest
 
 from _tcprelay.server.account import HANDED, IDLE, LEFT, LINKS, RETURNED, SETTLED, WAITING, Account, WorkerAccount
+from _tcprelay.server.intake import ParentIntake
 from _tcprelay.server.limits import Shares
+from _tcprelay.server.pool import Pool
 from _tcprelay.server.workers import ServerWorkers
+from _tcprelay.tls import TLSStream
 from tcprelay import RelayServer
 
 from .conftest import PATIENCE, echo, read_exactly, replace, wait_until
@@ -70,6 +73,8 @@ def test_a_dead_worker_is_struck_out() -> None:
     assert (account.present(1, "web"), account.read(1, "web", IDLE)) == (1, 5)
     assert shares.enter("192.0.2.1")
     assert not shares.enter("192.0.2.1")
+    account.strike(0)
+    assert not shares.enter("192.0.2.1"), "once"
 
 
 @pytest.mark.parametrize("error", [MemoryError("no"), OSError("no")])
@@ -182,3 +187,32 @@ def test_the_account_is_true_under_load(peers: Peers, tmp_path: Path) -> None:
         os.kill(workers_of(server)[0], signal.SIGKILL)
         assert sum(done.result(6 * PATIENCE) for done in load) > 0
     audit.wait_quiet(0)
+
+
+@pytest.mark.parametrize("waits", [0, 1])
+def test_what_a_worker_tells_its_parent(waits: int) -> None:
+    """That a link may be free, where somebody waits elsewhere; that an address has less, where that is counted."""
+    runtime, listeners, account = Mock(), Mock(), Account(3, ["web"])
+    listeners.share.return_value = Shares(waits)
+    pool = Pool(["web"], 1, 1)
+    intake = ParentIntake(runtime, pool, listeners, Mock(), WorkerAccount(account, 0))
+    account.show_queue("web", waits)
+    client = Mock(service="web", unsettled=True)
+    for _ in range(2):
+        intake.settle(client)
+    intake.leave("web", ("192.0.2.1", 5))
+    assert (account.read(0, "web", SETTLED), account.read(0, "web", LEFT)) == (1, 1)
+    told = [call({"look": "web"}), call({"left": "web", "address": ("192.0.2.1", 5)})]
+    assert runtime.tell_parent.mock_calls == told[: 2 * waits]
+    assert (intake.own_share(8), intake.count_waiting("web")) == (3, waits)
+    pool.selector.close()
+
+
+def test_who_has_shaken_hands_waits_where_it_is() -> None:
+    """TLS cannot be passed on; the parent is told, so that a link comes here."""
+    runtime, pool = Mock(), Pool(["web"], 1, 1)
+    intake = ParentIntake(runtime, pool, Mock(), Mock(), WorkerAccount(Account(1, ["web"]), 0))
+    client = Mock(service="web", stream=Mock(spec=TLSStream))
+    intake.pass_on(client)
+    assert runtime.mock_calls == [call.tell_parent({"look": "web"})]
+    pool.selector.close()

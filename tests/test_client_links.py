@@ -9,13 +9,15 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 
 import tcprelay
+from _tcprelay.addresses import Endpoint
+from _tcprelay.client import stock as stock_room
 from _tcprelay.client.greeting import DIAL_AGAIN, RELAY_DIAL_TIMEOUT, Greeting
 from _tcprelay.client.stock import LAST_BACKOFF, Pace, Stock, Unreachable, longest_backoff
 from _tcprelay.events import Events
@@ -26,10 +28,11 @@ from _tcprelay.protocol import (
     encode_frame, encode_header, prove,
 )  # fmt: skip
 from _tcprelay.sockets import Race
-from _tcprelay.tcp import unsent_bytes
+from _tcprelay.tcp import Probing, unsent_bytes
 from _tcprelay.text import say_error
 from _tcprelay.threads import Threads
 from _tcprelay.waiting import Deadline
+from _tcprelay.watch import Places
 from tcprelay import (
     ConnectionClosed, ConnectionFailed, ConnectionOpened, LinkDown, LinkUp, Published, RelayClient, RelayServer,
     Unpublished,
@@ -853,3 +856,60 @@ def test_each_service_may_try_one_link() -> None:
         for service in client._stock.services * 10:
             client._stock._back_off(service, time.monotonic())
     assert client._stock._handshakes == 3
+
+
+def make_stock(places: int = 8) -> tuple[Stock, stock_room.Service]:
+    service = stock_room.Service(tcprelay.Publication("web", Endpoint("localhost", 1)), 4, Probing())
+    return Stock([service], 4, Places(places), 8), service
+
+
+@pytest.mark.parametrize("change", ["add", "use", "shift", "fail", "leave", "end"])
+def test_the_keeper_is_woken(change: str) -> None:
+    """By whatever may have links to be opened, or make it end: it would find out a second later by itself."""
+    stock, service = make_stock()
+    stock._condition = condition = MagicMock()
+    changes: dict[str, Callable[[], object]] = {
+        "add": lambda: stock.add(Mock(), service, 0), "use": lambda: stock.use(service, 0),
+        "shift": lambda: stock.shift(service, idle=-1), "fail": lambda: stock.fail(service, 0.0, "no"),
+        "leave": stock.leave, "end": stock.end,
+    }  # fmt: skip
+    changes[change]()
+    condition.notify_all.assert_called_once_with()
+
+
+def test_nothing_is_waited_for_at_the_end() -> None:
+    """The keeper has to go."""
+    stock, _ = make_stock(places=0)
+    stock._condition = condition = MagicMock()
+    stock.end()
+    stock.wait_for_missing(time.monotonic() + 1000)
+    condition.wait.assert_not_called()
+
+
+def test_a_link_that_is_gone_leaves_its_place_and_is_not_woken() -> None:
+    """Its descriptor may already be another's."""
+    stock, service = make_stock(places=1)
+    link = Mock()
+    assert stock.wait_for_missing(0.0) == [(service, 1)]
+    assert not stock._places.enter()
+    stock.add(link, service, 0)
+    stock.wake_all()
+    link.wake.assert_called_once_with()
+    stock.remove(link, service, time.monotonic(), 0, was_idle=False)
+    stock.leave()
+    stock.wake_all()
+    link.wake.assert_called_once_with()
+    assert service.pace.level(time.monotonic()) == 4, "it was lost with its connection"
+    assert stock._places.enter()
+
+
+def test_a_failure_is_told_where_no_other_link_is_up() -> None:
+    """And that a service is published, once."""
+    stock, service = make_stock()
+    assert [stock.tell_up(service), stock.tell_up(service)] == [True, False]
+    service.busy = 1
+    assert not stock.fail(service, 0.0, "no")
+    service.busy = 0
+    assert [stock.fail(service, 0.0, "no"), stock.fail(service, 0.0, "no")] == [True, False]
+    stock.add(Mock(), service, 0)
+    assert service.pace.wanted(time.monotonic())[0] == 1, "others follow at a measured pace"

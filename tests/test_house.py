@@ -71,6 +71,12 @@ def test_rooms_use_only_what_stands_above_them() -> None:
         assert not [room for room in own if any(used.startswith(f"{other}.") for used in arrows[room])]
 
 
+def test_packages_import_nothing_themselves() -> None:
+    """What stands in an `__init__.py` is in no list of rooms."""
+    for path in (ROOT / "_tcprelay").rglob("__init__.py"):
+        assert not list(imported(path)), path
+
+
 def test_a_wrong_arrow_is_named() -> None:
     """Downwards, to itself, and to what is in no list."""
     arrows = {"a": ["b", "a"], "b": ["a"], "c": ["x"]}
@@ -91,9 +97,14 @@ def test_the_size_of_a_room(room: str) -> None:
 @pytest.mark.parametrize("room", [*ROOMS, *DOORS])
 def test_rooms_use_public_names_alone(room: str) -> None:
     """What begins with an underscore is the room's own affair."""
-    for node in ast.walk(ast.parse(path_of(room).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("_tcprelay")):
-            assert not [name.name for name in node.names if re.match("_(?!_version)", name.name)]
+    nodes = list(ast.walk(ast.parse(path_of(room).read_text(encoding="utf-8"))))
+    taken = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    taken = [node for node in taken if node.level or (node.module or "").startswith("_tcprelay")]
+    names = {name.asname or name.name for node in taken for name in node.names}
+    assert not [name for name in names if re.match("_(?!_version)", name)]
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names & set(ROOMS):
+            assert not re.match("_(?!_)", node.attr)
 
 
 def test_the_public_names() -> None:

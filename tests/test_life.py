@@ -538,3 +538,17 @@ def test_a_server_may_be_ended_by_who_hears_that_it_listens(last: bool, trust: d
 def test_the_invitation_before_the_start() -> None:
     """There is none where nothing was made, and the port is the option's where it is not bound yet."""
     assert RelayServer(10080, 0, token="t").invitation(with_secrets=True) == ""
+
+
+@pytest.mark.parametrize("wire", ["v1", "raw"])
+def test_nobody_takes_a_part_for_the_whole(bench: Bench, wire: str) -> None:
+    """While a connection lives, the death of either relay resets its ends."""
+    server = bench.server(wire=wire)
+    client = bench.client(server, bench.service().port, wire=wire)
+    sock = bench.connect(server)
+    sock.sendall(b"x")
+    assert read_exactly(sock, 1) == b"x"
+    for role in (server, client):
+        [splice] = role.runtime.splices.snapshot()
+        for leg in [splice.stream, *([splice.link] if wire == "raw" else [])]:
+            assert leg.sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8) == RESET_ON_CLOSE

@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import pytest
 
 from _tcprelay.protocol import DATA, END, IDLE, MAX_DATA, encode_frame, encode_header
-from _tcprelay.pump import LARGE_BUFFER, SMALL_BUFFER, SPARSE_READS, Queue
-from _tcprelay.streams import PIPE_SIZE
+from _tcprelay.pump import LARGE_BUFFER, SMALL_BUFFER, SPARSE_READS, Flow, Queue, SinkError
+from _tcprelay.streams import PIPE_SIZE, Stream
 from _tcprelay.tcp import UNSENT, hold_little, limit_unsent
 from _tcprelay.tls import LARGE_TLS_BUFFER
 
@@ -355,3 +355,37 @@ def test_copying_looks_for_a_pipe_again(rig: Rig, monkeypatch: pytest.MonkeyPatc
         writing.result()
     assert got == data
     assert 2 in refused
+
+
+def make_flow() -> tuple[Flow, socket.socket, socket.socket, list[socket.socket]]:
+    near, far = tcp_pair()
+    sink, far_sink = tcp_pair()
+    return Flow(Stream(near, "source"), Stream(sink, "sink")), far, far_sink, [near, far, sink, far_sink]
+
+
+def test_a_halted_flow_carries_nothing_more() -> None:
+    """Although there are bytes to carry."""
+    flow, far, far_sink, socks = make_flow()
+    far.sendall(b"too late")
+    far.shutdown(socket.SHUT_WR)
+    wait_until(lambda: bytes_waiting(flow.source.sock) == 8)
+    flow.halted = True
+    flow.pump()
+    assert (flow.carried, flow.ended) == (0, False)
+    assert bytes_waiting(far_sink) == 0
+    for sock in socks:
+        sock.close()
+
+
+def test_what_a_broken_sink_has_not_taken_is_told() -> None:
+    """Of the bytes that the opening exchange has left, too."""
+    flow, far, _, socks = make_flow()
+    far.sendall(b"12345")
+    wait_until(lambda: bytes_waiting(flow.source.sock) == 5)
+    flow.take(memoryview(bytearray(100)))
+    flow.sink.stream.sock.shutdown(socket.SHUT_WR)
+    with pytest.raises(SinkError, match="sink: broken pipe") as caught:
+        flow.pump()
+    assert (caught.value.held, flow.carried) == (5, 0)
+    for sock in socks:
+        sock.close()

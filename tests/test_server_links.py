@@ -1197,3 +1197,11 @@ def test_a_link_that_is_given_up_in_a_connection_is_down_for_that_reason(bench: 
     [down] = bench.server_events.wait(LinkDown)
     assert closed.reason
     assert down.reason == closed.reason
+
+
+def test_who_got_no_link_is_expected_no_longer(bench: Bench) -> None:
+    """It takes no place of those who may wait."""
+    server = bench.server(pair_timeout=0.05)
+    bench.connect(server)
+    bench.server_events.wait(ConnectionFailed)
+    assert server._pool._expected == {"default": 0}

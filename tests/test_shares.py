@@ -246,6 +246,12 @@ def test_how_many_handshakes_there_may_be(connections: int, processes: int, link
     assert bounds_of_handshakes(connections, processes) == (links, clients)
 
 
+def test_each_port_has_its_bound_of_handshakes(bench: Bench) -> None:
+    server = bench.server(max_connections=100)
+    kept = server._links._handshakes._most, server._intake.serve_client.__self__._handshakes._most  # type: ignore[attr-defined]
+    assert kept == bounds_of_handshakes(100, 1) == (256, 50)
+
+
 def test_a_flood_of_handshakes_hits_itself(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A slow one of another address stays, and a real relay client gets in."""
     replace(monkeypatch, "bounds_of_handshakes", lambda *_: (4, 4))

@@ -8,12 +8,14 @@ import select
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from unittest.mock import Mock
 
 import pytest
 
 from _tcprelay.link import RawLink
-from _tcprelay.protocol import DATA, END, IDLE, PING, encode_frame, encode_header
+from _tcprelay.protocol import ABORT, DATA, END, IDLE, MAX_DATA, PING, encode_frame, encode_header
 from _tcprelay.splice import Splice
 from _tcprelay.streams import Stream
 from _tcprelay.tcp import RESET_ON_CLOSE, unsent_bytes
@@ -671,3 +673,107 @@ def test_what_a_closed_peer_did_not_take_counts_as_carried(monkeypatch: pytest.M
         reset(rig.far_stream)
         assert rig.done.wait(PATIENCE)
         assert (rig.splice.reason, rig.splice.from_link.carried) == ("", 15_000)
+
+
+def test_breaking_off_carries_no_further_byte(rig: Rig, long_opening: None) -> None:
+    """What the link still brings is dropped up to its end, and the link is whole."""
+    send_data(rig.far, b"greeting")
+    assert read_exactly(rig.far_stream, 8) == b"greeting"
+    rig.splice.break_off("enough")
+    assert rig.far.receive(Deadline(PATIENCE)).kind == ABORT
+    send_data(rig.far, b"late")
+    send_data(rig.far, b"later")
+    send_end(rig.far)
+    assert rig.done.wait(PATIENCE)
+    assert (rig.splice.from_link.carried, rig.splice.reason) == (8, "enough")
+    assert rig.link.machine.state == IDLE
+
+
+@pytest.mark.parametrize("ended", ["stream", "link"])
+def test_a_pump_s_end_counts_for_the_half_close_timeout(rig: Rig, monkeypatch: pytest.MonkeyPatch, ended: str) -> None:
+    """As that of the opening exchange does."""
+    wait_until(lambda: len(rig.threads) == 2)
+    if ended == "stream":
+        rig.far_stream.shutdown(socket.SHUT_WR)
+    else:
+        send_end(rig.far)
+    splices = Splices(idle_timeout=0, half_close_timeout=0.05)
+    splices.add(rig.splice)
+    sweep_until_broken(splices)
+    assert rig.splice.reason == "half closed and idle for 0.05 s"
+    assert rig.stream.hurried
+
+
+def test_bulk_traffic_that_nobody_takes_can_be_hurried(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pump that is blocked inside the kernel looks again, as one that is blocked in a send does."""
+    blocked, keep_trying = threading.Event(), rig.stream.keep_trying
+
+    def note() -> None:
+        blocked.set()
+        keep_trying()
+
+    monkeypatch.setattr(rig.stream, "keep_trying", note)
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(send_data, rig.far, bytes(MAX_DATA))
+        assert blocked.wait(PATIENCE)
+        rig.splice.break_off("enough", hurry=True, close_link=True)
+        ended = rig.done.wait(PATIENCE)
+        reset(rig.far_stream)
+        with pytest.raises(OSError):
+            writing.result()
+    assert ended
+
+
+def test_a_splice_that_is_over_is_hurried(rig: Rig) -> None:
+    """What was sent on the stream is waited for no longer; the link is left alone."""
+    send_end(rig.far)
+    rig.far_stream.shutdown(socket.SHUT_WR)
+    assert rig.done.wait(PATIENCE)
+    rig.splice.break_off("too late", hurry=True)
+    assert (rig.stream.hurried, rig.link.stream.hurried) == (True, False)
+
+
+@pytest.mark.parametrize("how", ["patient", "hasty"])
+def test_a_raw_link_is_broken_off_by_rst(how: str) -> None:
+    """Who receives is woken, and who sends is hurried only where that is asked for."""
+    near, far = tcp_pair()
+    link = RawLink(Stream(near, "link"))
+    link.stream.close_normally()
+    with far:
+        link.break_off(how == "hasty", False)
+        assert near.recv(1, socket.MSG_DONTWAIT) == b""
+        assert link.stream.hurried is (how == "hasty")
+        link.close()
+        with pytest.raises(ConnectionResetError):
+            far.recv(1)
+
+
+def test_a_raw_link_is_woken_hurried_and_never_drained() -> None:
+    """It has no end behind which it could be used again."""
+    near, far = tcp_pair()
+    link = RawLink(Stream(near, "link"))
+    with near, far:
+        link.wake()
+        assert near.recv(1, socket.MSG_DONTWAIT) == b""
+        assert not link.stream.hurried
+        link.hurry()
+        assert link.stream.hurried
+        assert link.hear_out_time() == 0.0
+        with pytest.raises(ConnectionResetError, match="no end but its own"):
+            link.discard(Deadline(0))
+
+
+@pytest.mark.parametrize(("leg", "name"), [("stream", "recv_now"), ("stream", "recv_into"), ("link", "recv_into")])
+def test_an_unexpected_error_ends_the_connection(
+    later_rig: Rig, monkeypatch: pytest.MonkeyPatch, leg: str, name: str
+) -> None:
+    """In whichever thread it happens: nobody waits for the other direction, and nobody sees a clean end."""
+    rig = later_rig
+    replace(monkeypatch, "OPENING_TIME", 0.0 if name == "recv_into" else 6 * PATIENCE)
+    monkeypatch.setattr(getattr(rig, leg), name, Mock(side_effect=MemoryError))
+    rig.far_stream.sendall(b"x")
+    rig.start()
+    assert rig.done.wait(PATIENCE)
+    assert rig.splice.reason == "unexpected error"
+    with pytest.raises(ConnectionResetError):
+        rig.far_stream.recv(1)

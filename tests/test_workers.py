@@ -16,9 +16,11 @@ import ssl
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -30,7 +32,7 @@ from _tcprelay.server.account import HANDED
 from _tcprelay.server.workers import ServerWorkers
 from _tcprelay.streams import Stream
 from _tcprelay.waiting import Deadline
-from tcprelay import ConnectionFailed, RelayServer
+from tcprelay import ClientDown, ClientUp, ConnectionFailed, RelayServer
 
 from .certificates import Certificates, tls_context
 from .conftest import PATIENCE, Recorder, echo, read_all, read_exactly, wait_until
@@ -1043,6 +1045,7 @@ def server_that_raises_once(peers: Peers, place: str, *options: str) -> RelayPro
         "_tcprelay.processes.Workers._fork",
         "_tcprelay.processes.receive_message",
         "_tcprelay.server.intake.adopt_socket",
+        "_tcprelay.server.intake.receive_message",
         "_tcprelay.server.listeners.Listeners.accept",
         "_tcprelay.server.workers.ServerWorkers.look_at_time",
         "_tcprelay.server.listeners.Listeners._accept",
@@ -1146,6 +1149,8 @@ def test_a_service_client_that_cannot_be_taken_back_is_counted_out() -> None:
     assert shares.enter(address)
     assert parent._account.clients(0) == 0
     assert [event.reason for event in events.of(ConnectionFailed)] == ["unexpected error"]
+    parent._account.strike(0)
+    assert not shares.enter(address), "what is back is the worker's no longer"
     parent.selector.close()
 
 
@@ -1163,3 +1168,72 @@ def test_a_message_that_is_too_long_is_not_sent_and_not_taken() -> None:
         with pytest.raises(BrokenPipeError):
             os.write(writer, b"x")
     os.close(writer)
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_who_is_handed_over_is_counted_first(taken: bool) -> None:
+    """The worker may be done with it before the parent goes on; and where it takes nobody, nobody is counted."""
+    server = RelayServer(0, 0, max_per_address=1)
+    parent = ServerWorkers(server, 1, server._listeners, lambda account, intake: None)
+    shares, address, seen = server._listeners.of_clients, ("192.0.2.1", 5), []
+    near, far = socket.socketpair()
+    assert shares.enter(address)
+
+    def hand(message: bytes, descriptor: int) -> bool:
+        seen.append((parent._account.under_way(0, "default"), near.fileno() == descriptor))
+        return taken
+
+    worker = Mock(number=0, hand=hand)
+    with far, near:
+        assert parent._hand(worker, {"service": "default", "address": address}, near) is taken
+        assert (near.fileno() == -1) is taken
+    assert seen == [(1, True)]
+    assert parent._account.present(0, "default") == taken
+    parent._account.strike(0)
+    assert shares.enter(address) is taken
+    parent.selector.close()
+
+
+@pytest.fixture
+def parent() -> Iterator[tuple[ServerWorkers, Recorder]]:
+    """The parent of two workers that are played, and its events."""
+    events = Recorder()
+    server = RelayServer(0, 0, max_pending=1, on_event=events)
+    made = ServerWorkers(server, 2, server._listeners, lambda account, intake: None)
+    made.workers[:] = [Mock(number=number, pid=1) for number in range(2)]
+    yield made, events
+    made.selector.close()
+
+
+def test_a_relay_client_is_there_while_a_worker_has_links_of_it(parent: tuple[ServerWorkers, Recorder]) -> None:
+    """It goes with the last one that had some, also where that has died."""
+    made, events = parent
+    fields = {"service": "default", "client": "id", "name": "n", "peer": "p"}
+    for worker in made.workers:
+        made.tell("ClientUp", fields, worker)
+    made.lost(made.workers[0])
+    assert events.of(ClientDown) == []
+    made.lost(made.workers[1])
+    assert [event.reason for event in events.of(ClientDown)] == ["its worker has died"]
+    assert len(events.of(ClientUp)) == 1
+
+
+def test_a_suspicion_is_passed_on_to_the_others(parent: tuple[ServerWorkers, Recorder]) -> None:
+    """Who has it needs no message."""
+    made, _ = parent
+    made.hear(made.workers[0], {"suspect": "id"}, b"", [])
+    orders: list[Any] = [worker.order for worker in made.workers]
+    orders[0].assert_not_called()
+    orders[1].assert_called_once_with(encode_message({"suspect": "id"}))
+
+
+def test_a_queue_is_full_while_others_are_served(parent: tuple[ServerWorkers, Recorder]) -> None:
+    """Then the kernel holds who comes; without a relay client, or at a standstill, it is refused."""
+    made, _ = parent
+    made._queues["default"].append(Mock(since=time.monotonic()))
+    assert not made._is_full("default")
+    made.tell("ClientUp", {"service": "default", "client": "id", "name": "n", "peer": "p"}, made.workers[0])
+    made._given_at["default"] = time.monotonic()
+    assert made._is_full("default")
+    made._queues["default"][0].since = made._given_at["default"] = 0.0
+    assert not made._is_full("default")
