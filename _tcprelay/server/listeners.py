@@ -87,6 +87,7 @@ class Listeners:
         self._selector = selector
         self._watched.clear()
         self._resume_at, self._pause = 0.0, FIRST_PAUSE
+        self.look()
 
     def look(self) -> float:
         """Accept from the listeners where that is possible now: not from those of full services, and from none for a
