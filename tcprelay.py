@@ -17,8 +17,9 @@ The public names:
 
     RelayServer, create_relay_server     the relay server; the latter begins at once, as node-tcp-relay's does
     RelayClient, create_relay_client     the relay client, likewise
+    Relay                                what both are: start, end, reload, counters, options
     ServerOptions, ServicePort           what `RelayServer.options` is: all options, as the commands have them
-    ClientOptions, Publication           what `RelayClient.options` is
+    ClientOptions, Publication, Endpoint what `RelayClient.options` is
 
     Event                                what ``on_event`` is called with: the base of the ones that follow
     Listening, AcceptPaused              a relay server's: its ports
@@ -46,21 +47,24 @@ from collections.abc import Sequence
 import tcprelay_client
 import tcprelay_server
 from _tcprelay import __version__
+from _tcprelay.addresses import Endpoint
 from _tcprelay.events import (
     AcceptPaused, ClientDown, ClientUp, ConnectionClosed, ConnectionFailed, ConnectionOpened, Draining, Event, LinkDown,
     LinkNotMade, LinkRefused, LinkUp, Listening, Published, Unpublished,
 )  # fmt: skip
 from _tcprelay.logs import fail
 from _tcprelay.options import ClientOptions, ServerOptions
+from _tcprelay.role import Relay
+from _tcprelay.text import shown
 from _tcprelay.values import Publication, ServicePort
 from tcprelay_client import RelayClient, create_relay_client
 from tcprelay_server import RelayServer, create_relay_server
 
 __all__ = [
     "AcceptPaused", "ClientDown", "ClientOptions", "ClientUp", "ConnectionClosed", "ConnectionFailed",
-    "ConnectionOpened", "Draining", "Event", "LinkDown", "LinkNotMade", "LinkRefused", "LinkUp", "Listening",
-    "Publication", "Published", "RelayClient", "RelayServer", "ServerOptions", "ServicePort", "Unpublished",
-    "__version__", "create_relay_client", "create_relay_server",
+    "ConnectionOpened", "Draining", "Endpoint", "Event", "LinkDown", "LinkNotMade", "LinkRefused", "LinkUp",
+    "Listening", "Publication", "Published", "Relay", "RelayClient", "RelayServer", "ServerOptions", "ServicePort",
+    "Unpublished", "__version__", "create_relay_client", "create_relay_server",
 ]  # fmt: skip
 
 
@@ -74,7 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] in (["-h"], ["--help"]):
         print("tcprelay server|client [options]: the commands tcprelays and tcprelayc; each has --help")
         return 0
-    return fail("tcprelay", 2, "say server or client, as in tcprelay server --help")
+    if words[:1] == ["--version"]:
+        print(f"tcprelay {__version__}")
+        return 0
+    unknown = f"unknown word {shown(words[0])}: " if words else ""
+    return fail("tcprelay", 2, f"{unknown}say server or client, as in tcprelay server --help")
 
 
 if __name__ == "__main__":

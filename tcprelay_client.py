@@ -95,7 +95,8 @@ class RelayClient(Relay[ClientOptions]):
 
     @property
     def counters(self) -> dict[str, int]:
-        """What has been counted since the start, and how many connections and links there are now."""
+        """What has been counted since the start: ``connections``, ``failed``, ``broken``, ``bytes_in`` and
+        ``bytes_out``; and how many there are now: ``open`` connections and ``links_idle``."""
         return {**self._count(inbound_is_to_link=False), "links_idle": self._stock.count_idle()}
 
     def _load_credentials(self) -> Credentials:

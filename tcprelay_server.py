@@ -91,19 +91,27 @@ class RelayServer(Relay[ServerOptions]):
 
     @property
     def relay_address(self) -> tuple[str, int]:
-        """The bound host and port for relay clients, after `start`; the first of several (see `Listening`)."""
-        return self._listeners.addresses[""]
+        """The bound host and port for relay clients; the first of several (see `Listening`).  Raises `RuntimeError`
+        before `start`, as does the next."""
+        return self._bound()[""]
 
     @property
     def service_addresses(self) -> dict[str, tuple[str, int]]:
-        """The bound host and port of each service, after `start`; the first of several (see `Listening`)."""
-        return {name: address for name, address in self._listeners.addresses.items() if name}
+        """The bound host and port of each service; the first of several."""
+        return {name: address for name, address in self._bound().items() if name}
+
+    def _bound(self) -> dict[str, tuple[str, int]]:
+        if not self._listeners.addresses:
+            raise RuntimeError("this relay server has not been started")
+        return self._listeners.addresses
 
     @property
     def counters(self) -> dict[str, int]:
-        """What has been counted since the start, and how many connections and links there are now."""
-        waiting = {"links_idle": self._pool.count_idle(), "waiting": self._pool.count_waiting()}
-        return {**self._count(inbound_is_to_link=True), **waiting}
+        """What has been counted since the start: ``connections``, ``failed``, ``broken``, ``bytes_in`` and
+        ``bytes_out``; and how many there are now: ``open`` connections, ``links_idle``, and service clients that are
+        ``waiting``."""
+        idle, waiting = (self._pool.count_idle(), self._pool.count_waiting()) if self._is_made else (0, 0)
+        return {**self._count(inbound_is_to_link=True), "links_idle": idle, "waiting": waiting}
 
     def invitation(self, with_secrets: bool) -> str:
         """After a start with ``--tls`` alone: the command for the other side; with the token, or where that is."""

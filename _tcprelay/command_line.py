@@ -22,8 +22,12 @@ def parse_options(
     Ends the process for ``--help`` and ``--version``, with status 2 for a wrong option (one line that names the
     option, the value, where it came from and what is accepted), and 1 for a file that cannot be read.
     """
-    from .parser import find_origins, make_parser  # not before: see there
-
+    try:
+        from .parser import find_origins, make_parser  # not before: see there
+    except ModuleNotFoundError:
+        fail(
+            prog, 1, "ConfigArgParse is not installed: pip install ConfigArgParse, or use the single file of make dist"
+        )
     argv = list(sys.argv[1:] if argv is None else argv)
     environment, warnings = read_environment(cls)
     parser = make_parser(prog, usage, cls, argv, warnings)

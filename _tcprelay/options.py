@@ -203,7 +203,7 @@ class ServerOptions(Options):
         15.0, parse_heartbeat, "seconds between two PINGs on an idle link; it is dead after 2.5 silent ones",
         group="Links", metavar="SECONDS")  # fmt: skip
     max_links_per_address: int = option(
-        0, parse_count, "connections to the relay port at once from one address (as above); 0 is no limit",
+        0, parse_count, "connections to the relay port at once from one address (IPv6: one /64 network); 0 is no limit",
         group="Links", metavar="N", secures=True)  # fmt: skip
     auth: bool = option(
         False, parse_flag, "ask relay clients for a certificate, verified against --ca-file; implies --tls",

@@ -239,7 +239,7 @@ class Relay(abc.ABC, Generic[OptionsT]):
         return True
 
     def invitation(self, with_secrets: bool) -> str:
-        """What to say at the start for the other side; "" for nothing."""
+        """For the commands: what to say at the start for the other side; "" for nothing."""
         return ""
 
     @abc.abstractmethod
@@ -248,7 +248,8 @@ class Relay(abc.ABC, Generic[OptionsT]):
 
     @abc.abstractmethod
     def prepare(self) -> None:
-        """What comes before anything is served and needs no thread; with workers their parent does it for all.
+        """For the commands: what comes before anything is served and needs no thread; with workers their parent does it
+        for all of them.
 
         Raises `OSError`.
         """
@@ -259,16 +260,17 @@ class Relay(abc.ABC, Generic[OptionsT]):
 
     @abc.abstractmethod
     def make_workers(self, count: int) -> Parent | None:
-        """The parent of so many workers that do what this object would do alone; ``None`` where it should."""
+        """For the commands: the parent of so many workers that do what this object would do alone; ``None`` where it
+        should."""
 
     def obey(self, order: dict[str, Any]) -> None:
-        """In a worker: the parent asks for something."""
+        """For the commands, in a worker: the parent asks for something."""
 
     FIRST_PROCESSOR, NEXT_PROCESSOR = 0, 1
     """Which processors the role's processes run on, of those that there are; -1 is the last."""
 
     def choose_processor(self, number: int) -> None:
-        """Have the threads of this process, one of several, run on one processor."""
+        """For the commands: have the threads of this process, one of several, run on one processor."""
         choose_processor(self.FIRST_PROCESSOR + number * self.NEXT_PROCESSOR)
 
     @abc.abstractmethod

@@ -35,17 +35,18 @@ Where the service speaks TLS it does not wait: whether there are bytes is known 
 class Splice:
     """A stream and a link that carry one connection, and the record that its threads share."""
 
-    def __init__(self, id: str, service: str, stream: Stream, link: AnyLink, greeting: bytes = b"") -> None:
-        """The `greeting` goes to the link first, with the stream's first bytes or soon."""
+    def __init__(self, id: str, service: str, stream: Stream, link: AnyLink, first: bytes = b"") -> None:
+        """What is `first`, a relay client's READY, goes to the link before all else, with the stream's first bytes or
+        soon."""
         self.id = id
         self.service = service
         self.stream = stream
         self.link = link
-        self.to_link = Flow(stream, link.sink, greeting)
+        self.to_link = Flow(stream, link.sink, first)
         self.from_link = Flow(link.source, stream)
         self.opened = time.monotonic()
         self.thread = threading.get_ident()
-        self._lock = threading.Lock()  # over the five that follow
+        self._lock = threading.Lock()  # over the four that follow
         self.reason = ""
         """Why it was broken off; empty while all is well."""
         self.said_end = False
@@ -166,7 +167,7 @@ class Splice:
         poller = select.poll()
         for fd in flows:
             poller.register(fd, select.POLLIN)
-        view, greeting = memoryview(bytearray(OPENING_BUFFER)), self.to_link.out
+        view, first = memoryview(bytearray(OPENING_BUFFER)), self.to_link.out
         soon, until = time.monotonic() + GREETING_DELAY, time.monotonic() + OPENING_TIME
         ready = [fd for fd, flow in flows.items() if flow.source.holds_bytes()]
         try:
@@ -177,8 +178,8 @@ class Splice:
                 now = time.monotonic()
                 if now >= until or self.to_link.halted:
                     return
-                ready = [fd for fd, _ in poller.poll(1000 * max(0.0, (soon if greeting else until) - now))]
-                if greeting and self.stream.fd not in ready and time.monotonic() >= soon:
+                ready = [fd for fd, _ in poller.poll(1000 * max(0.0, (soon if first else until) - now))]
+                if first and self.stream.fd not in ready and time.monotonic() >= soon:
                     ready.append(self.stream.fd)
         except BaseException:
             self.break_off("unexpected error", hurry=True, close_link=True)
@@ -283,10 +284,11 @@ class Splice:
         if self.link.peer_has_ended:
             return  # the other relay has said all: it is whole, and maybe idle already
         try:
-            if self._stream_has_ended():
-                raise ConnectionResetError("after END only the link's own end says that something went wrong")
-            self.link.discard(Deadline(FLUSH_TIMEOUT))
+            if not self._stream_has_ended():  # after that only the link's own end says that something went wrong
+                self.link.discard(Deadline(FLUSH_TIMEOUT))
+                return
         except ConnectionAbortedError:
-            pass  # the end that was waited for
+            return  # the end that was waited for
         except OSError:
-            self.link.wake()
+            pass
+        self.link.wake()

@@ -386,7 +386,7 @@ def test_a_client_bounds_its_own_handshakes() -> None:
     is up.  Nobody who waits at the server is forgotten meanwhile."""
     client = RelayClient("127.0.0.1", 1, "127.0.0.1", 1, 8, max_conn=1000)
     [service] = client._stock.services
-    service.probing = False
+    service.trying = False
 
     def take() -> int:
         return client._stock._take_missing(service, time.monotonic())[0]
@@ -410,7 +410,7 @@ def test_the_bound_delays_no_usual_burst(waiting: int) -> None:
     """The first links of a client, and those for a burst of service clients, are all opened in one go."""
     client = RelayClient("127.0.0.1", 1, "127.0.0.1", 1, 8, max_conn=1000)
     [service] = client._stock.services
-    service.probing, service.asked, service.busy = False, waiting, 50
+    service.trying, service.asked, service.busy = False, waiting, 50
     assert client._stock._take_missing(service, time.monotonic())[0] == 8 + waiting
     assert service.asked == 0
 
@@ -725,7 +725,7 @@ def test_who_waits_is_not_forgotten_while_links_are_bounded() -> None:
     """What could not be opened at once is opened later, without the server saying it again."""
     client = RelayClient("127.0.0.1", 1, "127.0.0.1", 1, 8, max_conn=1000)
     [service] = client._stock.services
-    service.probing, service.asked, service.busy = False, 300, 100
+    service.trying, service.asked, service.busy = False, 300, 100
     assert client._stock._take_missing(service, time.monotonic())[0] == 256
     client._stock._handshakes = 1000
     assert client._stock._take_missing(service, time.monotonic())[0] == 8 + 300 - 256

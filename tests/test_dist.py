@@ -75,9 +75,12 @@ def test_one_file_holds_both_roles(dist: Path, empty: Path, prog: str) -> None:
     role = ROLES[prog].removeprefix("tcprelay_")
     version = run_bare([*BARE, str(dist / "tcprelay"), role, "--version"], empty)
     assert (version.returncode, version.stdout, version.stderr) == (0, f"{prog} {tcprelay.__version__}\n", "")
-    neither = run_bare([*BARE, str(dist / "tcprelay")], empty)
-    assert (neither.returncode, neither.stdout, neither.stderr.count("\n")) == (2, "", 1)
-    assert "tcprelay server" in neither.stderr
+    for words, said in (([], "say server"), (["servr"], "unknown word servr: say server")):
+        neither = run_bare([*BARE, str(dist / "tcprelay"), *words], empty)
+        assert (neither.returncode, neither.stdout) == (2, "")
+        assert neither.stderr == f"tcprelay: {said} or client, as in tcprelay server --help\n"
+    version = run_bare([*BARE, str(dist / "tcprelay"), "--version"], empty)
+    assert (version.returncode, version.stdout) == (0, f"tcprelay {tcprelay.__version__}\n")
 
 
 @pytest.mark.parametrize("prog", ROLES)
@@ -215,3 +218,13 @@ def test_a_program_that_embeds_the_relay_needs_the_standard_library_alone(empty:
     """Neither the import nor the running of both roles loads anything else; nor does the import what few need."""
     result = run_bare([*BARE, "-B", "-c", BLOCKED, str(ROOT)], empty)
     assert (result.returncode, result.stdout, result.stderr) == (0, "both run\n", "")
+
+
+def test_a_checkout_without_configargparse_says_what_it_needs(empty: Path) -> None:
+    """In one line, as everything that goes wrong."""
+    for role, prog in (("server", "tcprelays"), ("client", "tcprelayc")):
+        code = f"import sys; sys.path.insert(0, sys.argv[1]); import tcprelay_{role}; tcprelay_{role}.main(['--help'])"
+        result = run_bare([*BARE, "-B", "-c", code, str(ROOT)], empty)
+        assert (result.returncode, result.stdout) == (1, "")
+        assert result.stderr.startswith(f"{prog}: ConfigArgParse is not installed: pip install ConfigArgParse")
+        assert result.stderr.count("\n") == 1

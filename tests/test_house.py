@@ -12,6 +12,7 @@ import pytest
 
 import _tcprelay
 import tcprelay
+from _tcprelay import events
 
 from .peers import ROOT
 
@@ -111,7 +112,7 @@ def test_the_public_names() -> None:
     """All that is public is listed, and hardly anything else is there."""
     assert sorted(tcprelay.__all__, key=str.lower) == sorted(set(tcprelay.__all__), key=str.lower)
     beside = {name for name in dir(tcprelay) if not name.startswith("__")} - set(tcprelay.__all__)
-    assert beside == {"Sequence", "annotations", "fail", "main", "sys", "tcprelay_client", "tcprelay_server"}
+    assert beside == {"Sequence", "annotations", "fail", "main", "shown", "sys", "tcprelay_client", "tcprelay_server"}
     for name in tcprelay.__all__:
         value = getattr(tcprelay, name)
         assert isinstance(value, str) or (value.__doc__ and not value.__doc__.startswith(f"{name}("))
@@ -131,3 +132,11 @@ def test_names_in_the_internals_are_there() -> None:
     for room, function in re.findall(r"`((?:[a-z_]+\.)*[a-z_]+)\.([a-z_]+)`", text):
         if room in rooms and function != "py":
             assert hasattr(rooms[room], function), f"{room}.{function}"
+
+
+def test_every_event_is_public() -> None:
+    """In the list of names, and in the docstring that explains them."""
+    for name, value in vars(events).items():
+        if isinstance(value, type) and issubclass(value, tcprelay.Event):
+            assert name in tcprelay.__all__, name
+            assert re.search(rf"\b{name}\b", tcprelay.__doc__ or ""), name

@@ -552,3 +552,13 @@ def test_nobody_takes_a_part_for_the_whole(bench: Bench, wire: str) -> None:
         [splice] = role.runtime.splices.snapshot()
         for leg in [splice.stream, *([splice.link] if wire == "raw" else [])]:
             assert leg.sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8) == RESET_ON_CLOSE
+
+
+def test_what_a_relay_tells_before_its_start() -> None:
+    """Counters are there, addresses not yet."""
+    server, client = RelayServer(0, 0, token="t"), RelayClient("localhost", 1, "localhost", 1)
+    assert {**server.counters, "waiting": 0} == {**client.counters, "waiting": 0}
+    assert set(server.counters.values()) == {0}
+    for name in ("relay_address", "service_addresses"):
+        with pytest.raises(RuntimeError, match="has not been started"):
+            getattr(server, name)

@@ -255,15 +255,15 @@ class Links:
         link: AnyLink,
         service: Service,
         record: dict[str, str],
-        greeting: bytes = b"",
+        first: bytes = b"",
         early: bytes = b"",
     ) -> None:
         """Carry a connection between a link and the service that was dialled, and tell its record.
 
-        The link gets the `greeting` first, and the service what came `early`.
+        The link gets what is `first`, and the service what came `early`.
         """
         runtime = self._runtime
-        splice = Splice(record["id"], service.name, stream, link, greeting)
+        splice = Splice(record["id"], service.name, stream, link, first)
         splice.from_link.carried = len(early)
         runtime.splices.add(splice)
         try:

@@ -33,8 +33,8 @@ MOST_HANDSHAKES = 256
 """Links that are being opened at once: as many handshakes as each relay server takes."""
 GROWTH = 4
 """Links that may be opened at once for each one in use, beyond the idle ones, where the server says that more service
-clients wait: 200 that come together have theirs after two rounds from a pool of 8, and a number that the server merely
-says opens a second pool at most."""
+clients wait: 200 that come together have theirs after two rounds from a pool of 8, and a number that is
+not true opens a second pool at most."""
 STABLE_TIME = 10.0
 """Seconds that a link must have been up for its loss to count as the first."""
 
@@ -88,7 +88,7 @@ class Pace:
 
 
 class Service:
-    """A published service and the state of its links; all but the first three under `RelayClient._condition`."""
+    """A published service and the state of its links; all but the first three under `Stock._condition`."""
 
     def __init__(self, publication: Publication, most_idle: int, probing: Probing, workers: int = 1) -> None:
         self.name = publication.name
@@ -104,7 +104,7 @@ class Service:
         """When the last one was, and the moment of the next attempt."""
         self.span = 0.0
         """Seconds within which that moment was drawn."""
-        self.probing = True
+        self.trying = True
         """At the start and after a failure, until a link is up: one attempt at a time."""
         self.carried = 0
         """Connections that its links have begun to carry."""
@@ -153,7 +153,7 @@ class Stock:
         wanted, moment = service.pace.wanted(now)
         wanted += min(service.asked, self._most_idle + GROWTH * service.busy) - service.idle - service.connecting
         room = self._handshakes - sum(other.connecting for other in self.services)
-        if service.probing:
+        if service.trying:
             wanted = min(wanted, 1 - service.connecting)
         elif wanted <= room:
             service.asked = 0
@@ -185,9 +185,9 @@ class Stock:
             self._handshakes = min(self._most_handshakes, self._handshakes + 1)
             service.idle += 1
             service.asked = max(0, waiting - 1)  # this one serves the first
-            if service.probing and service.failures:
+            if service.trying and service.failures:
                 service.pace.begin(time.monotonic())
-            service.probing = False
+            service.trying = False
             self._condition.notify_all()
 
     def tell_up(self, service: Service) -> bool:
@@ -237,7 +237,7 @@ class Stock:
             service.span = FIRST_BACKOFF if service.failures == 1 else min(longest, 2 * service.span)
             # Measured from its beginning: one that took long to fail has been waiting already.
             service.retry_at = max(service.failed_at, began + service.span * random_fraction())
-            service.probing = True
+            service.trying = True
         self._condition.notify_all()
 
     # The end

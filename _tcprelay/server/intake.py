@@ -10,10 +10,11 @@
     takers     one of them always waits for the next connection: the last one that waits starts another before it
                serves what it has taken.  So each connection wakes the thread that serves it, and no other
 
-What the parent has read of the account may be over when a service client arrives.  Then it is sent back, and so is one
-whose relay client cannot reach the service, with the bytes that it has sent: another worker may have a link of another
-relay client.  Only where the service port speaks TLS, a service client stays where its handshake was: it waits in the
-worker, new links go there first, and if idle links are elsewhere, one of them is closed to be opened anew.
+The parent chooses a worker by figures that may be out of date when the service client arrives there.  Then it is sent
+back, and so is one whose relay client cannot reach the service, with the bytes that it has sent: another worker may
+have a link of another relay client.  Only where the service port speaks TLS, a service client stays where its handshake
+was: it waits in the worker, new links go there first, and if idle links are elsewhere, one of them is closed to be
+opened anew.
 """
 
 from __future__ import annotations
@@ -236,7 +237,7 @@ class ParentIntake(Intake):
                     return
                 continue
             if not message:
-                return  # it was, or `stop`
+                return  # the end: the parent is gone, or `stop` was called
             if not descriptors:  # the kernel had no number for it here
                 self._adopt(message, descriptors, os.strerror(errno.EMFILE).lower())
                 continue
