@@ -26,13 +26,13 @@ from _tcprelay.client.links import Links
 from _tcprelay.client.stock import MOST_HANDSHAKES, Service, Stock
 from _tcprelay.command import run_command
 from _tcprelay.events import Event, Published, Unpublished
-from _tcprelay.options import ClientOptions
+from _tcprelay.options import ClientOptions, make_options
 from _tcprelay.processes import WorkerProcess, Workers
 from _tcprelay.role import Credentials, Relay, Runtime
 from _tcprelay.system import ssl
 from _tcprelay.text import random_id
 from _tcprelay.threads import JOIN_TIMEOUT, join
-from _tcprelay.values import Publication, parse_publication
+from _tcprelay.values import Publication
 
 __all__ = ["ClientOptions", "Publication", "RelayClient", "create_relay_client", "main"]
 
@@ -70,12 +70,8 @@ class RelayClient(Relay[ClientOptions]):
         on_event: Callable[[Event], object] | None = None,
         **options: Any,
     ) -> None:
-        options["publish"] = tuple(
-            parse_publication(item) if isinstance(item, str) else item for item in options.get("publish", ())
-        )
-        checked = ClientOptions(
-            host=host, port=port, relay_host=relay_host, relay_port=relay_port, num_conn=num_conn, **options
-        )
+        given = {"host": host, "port": port, "relay_host": relay_host, "relay_port": relay_port, "num_conn": num_conn}
+        checked = make_options(ClientOptions, **given, **options)
         super().__init__(Runtime("tcprelay.client", checked, checked.max_conn, on_event))
         self._id = random_id(8)
         self._become_one_of(0, 1)

@@ -28,7 +28,7 @@ from typing import Any
 
 from _tcprelay.command import run_command
 from _tcprelay.events import Event
-from _tcprelay.options import ServerOptions
+from _tcprelay.options import ServerOptions, make_options
 from _tcprelay.role import Credentials, Relay, Runtime
 from _tcprelay.server.account import WorkerAccount
 from _tcprelay.server.intake import Intake, ParentIntake, PortIntake
@@ -39,7 +39,7 @@ from _tcprelay.server.pairing import Pairing
 from _tcprelay.server.pool import Pool
 from _tcprelay.server.trust import invitation, load_credentials, warn_about_trust
 from _tcprelay.server.workers import ServerWorkers
-from _tcprelay.values import ServicePort, parse_service
+from _tcprelay.values import ServicePort
 
 __all__ = ["RelayServer", "ServerOptions", "ServicePort", "create_relay_server", "main"]
 
@@ -72,10 +72,7 @@ class RelayServer(Relay[ServerOptions]):
         on_event: Callable[[Event], object] | None = None,
         **options: Any,
     ) -> None:
-        options["service"] = tuple(
-            parse_service(item) if isinstance(item, str) else item for item in options.get("service", ())
-        )
-        checked = ServerOptions(relay_port=relay_port, service_port=service_port, **options)
+        checked = make_options(ServerOptions, relay_port=relay_port, service_port=service_port, **options)
         super().__init__(Runtime("tcprelay.server", checked, checked.max_connections, on_event))
         self._listeners = Listeners(self.runtime)
         self._account: WorkerAccount | None = None

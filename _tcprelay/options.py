@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .addresses import Endpoint, parse_endpoint, parse_host, parse_port
 from .text import say_error, shown, trim
@@ -162,6 +162,28 @@ def repeated(items: list[ItemT]) -> ItemT | None:
 
 ItemT = TypeVar("ItemT")
 OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+def make_options(cls: type[OptionsT], **values: Any) -> OptionsT:
+    """Options as a program gives them, by their names with underscores; of those that may be repeated one or several,
+    as text or as objects.  Raises `ValueError`."""
+    infos = dict(options_of(cls))
+    for name, value in values.items():
+        if name not in infos:
+            raise ValueError(f"there is no option {name}")
+        if infos[name].many:
+            items = [value] if isinstance(value, str) else value or ()
+            values[name] = tuple(
+                _parse_one(name, infos[name], item) if isinstance(item, str) else item for item in items
+            )
+    return cls(**values)
+
+
+def _parse_one(name: str, info: Option, text: Any) -> Any:
+    try:
+        return info.parse(trim(text)) if isinstance(text, str) else text
+    except ValueError as error:
+        raise ValueError(f"{name} {shown(text)!r}: expected {error}") from None
 
 
 def options_of(cls: type[Options]) -> list[tuple[str, Option]]:
