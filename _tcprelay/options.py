@@ -173,9 +173,7 @@ def make_options(cls: type[OptionsT], **values: Any) -> OptionsT:
             raise ValueError(f"there is no option {name}")
         if infos[name].many:
             items = [value] if isinstance(value, str) else value or ()
-            values[name] = tuple(
-                _parse_one(name, infos[name], item) if isinstance(item, str) else item for item in items
-            )
+            values[name] = tuple(_parse_one(name, infos[name], item) for item in items)
     return cls(**values)
 
 

@@ -394,10 +394,10 @@ def test_an_api_option_that_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--wire raw cannot check a token"):
         tcprelay.RelayServer(0, 0, wire="raw", token="x")
     for several in (["x"], "x"):
-        with pytest.raises(ValueError, match="^service 'x': expected NAME=PORT or NAME=ADDRESS:PORT$"):
+        with pytest.raises(ValueError, match=r"^service 'x': expected NAME=PORT or NAME=ADDRESS:PORT$"):
             tcprelay.RelayServer(0, service=several)
     assert tcprelay.RelayServer(0, service="web=0").options.services == [tcprelay.ServicePort("web", "", 0)]
-    with pytest.raises(ValueError, match="^there is no option tokn$"):
+    with pytest.raises(ValueError, match=r"^there is no option tokn$"):
         tcprelay.RelayServer(0, 0, tokn="x")
     with pytest.raises(FileNotFoundError):
         tcprelay.RelayServer(0, 0, token_file=str(tmp_path / "none"))
