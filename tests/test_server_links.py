@@ -42,11 +42,15 @@ def fake(bench: Bench, **options: object) -> FakeClient:
 
 def pooled(bench: Bench, server: RelayServer, client: str) -> FakeClient:
     """A link of a played client, once it is in the pool (behind the links that are there already)."""
-    idle = server.counters["links_idle"]
+    before = len(server._pool.idle_links())
     link: FakeClient = bench.enter(FakeClient(server))
     assert link.hello(idle=8, client=client).kind == WELCOME
-    wait_until(lambda: server.counters["links_idle"] == idle + 1)
-    wait_until(lambda: not any(known.pongs_due and not known.settling for known in server._pool.idle_links()))
+
+    def is_there() -> bool:
+        links = server._pool.idle_links()  # without one that the keeper is looking at
+        return len(links) == before + 1 and not any(known.pongs_due and not known.settling for known in links)
+
+    wait_until(is_there)
     return link
 
 
