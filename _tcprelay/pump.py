@@ -143,7 +143,8 @@ class Flow:
     def _pump(self) -> None:
         size, small = SMALL_BUFFER, 0
         view = memoryview(bytearray(HEADER + size))
-        while (count := self._pass_piece(view)) > 0:
+        data = view[HEADER:]
+        while (count := self._pass_piece(view, data)) > 0:
             small = small + 1 if count <= size // 8 else 0
             if count == size < LARGE_BUFFER:
                 size *= 8
@@ -156,16 +157,17 @@ class Flow:
             else:
                 continue
             view = memoryview(bytearray(HEADER + size))
+            data = view[HEADER:]
 
-    def _pass_piece(self, view: memoryview) -> int:
+    def _pass_piece(self, view: memoryview, data: memoryview) -> int:
         """Pass on what one receive gives; how many bytes it was, 0 at the end.
 
-        The bytes come behind the first `HEADER` of the view, so that they leave in one call with what goes before them
-        and are never copied together.
+        They are received into `data`, which is the view behind its first `HEADER` bytes, so that they leave in one call
+        with what goes before them and are never copied together.
         """
         sink = self.sink
         try:
-            count = self.source.recv_into(view[HEADER:])
+            count = self.source.recv_into(data)
         except OSError as error:
             raise SourceError(self.source, error) from error
         if count == 0:
@@ -173,10 +175,9 @@ class Flow:
         if count == 0 or self.halted:
             return 0
         try:
-            header = sink.pack_header(count)
-            first = HEADER - len(header)
-            view[first:HEADER] = header
-            sink.stream.send(view[first : HEADER + count])
+            if header := sink.pack_header(count):
+                view[HEADER - len(header) : HEADER] = header
+            sink.stream.send(view[HEADER - len(header) : HEADER + count])
         except OSError as error:
             raise SinkError(sink, error, count) from error
         self.carried += count
@@ -201,7 +202,7 @@ class Flow:
         for _ in itertools.count() if most is None else range(most):
             if small == SPARSE_READS:
                 return False
-            count = self._pass_piece(view[: HEADER + queue.bound])
+            count = self._pass_piece(view, view[HEADER : HEADER + queue.bound])
             if count == 0:
                 return True
             queue.sent(count)
