@@ -556,7 +556,8 @@ def is_over(peer: Peer) -> bool:
 
 
 NO_BACKOFF = (
-    "import sys, tcprelay, tcprelay_client as client; client.FIRST_BACKOFF = 0.0; sys.exit(tcprelay.main(sys.argv[4:]))"
+    "import sys, tcprelay; from _tcprelay.client import stock; assert stock.FIRST_BACKOFF;"
+    "stock.FIRST_BACKOFF = 0.0; sys.exit(tcprelay.main(sys.argv[4:]))"
 )
 """The relay client's command in a process that does not wait after failures."""
 
