@@ -990,6 +990,7 @@ def test_who_failed_elsewhere_waits_for_a_link_that_is_being_proven(bench: Bench
     settling = pooled(bench, server, "settling")
     carry_one_way(settling, bench.connect(server), 10)
     assert settling.next().kind == PING
+    wait_until(lambda: len(server._pool.idle_links()) == 1)  # it settles there
     failing = pooled(bench, server, "failing")
     sock = bench.connect(server)
     assert failing.next().kind == START
