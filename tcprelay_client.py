@@ -37,22 +37,28 @@ from _tcprelay.values import Publication
 __all__ = ["ClientOptions", "Publication", "RelayClient", "create_relay_client", "main"]
 
 
-USAGE = """tcprelayc --relay-host relay.example.net --relay-port 10080 --port 22
-         what the relay server said at its start, with the port of the service
-       tcprelayc --config FILE --check
-         is the configuration valid?
+USAGE = """tcprelayc RELAY_HOST:PORT SERVICE... [options]
 
-The relay client, for a host behind a NAT: it makes a service that it can reach
-available at the relay server."""
+The relay client, for a host behind a NAT: it makes services that it can reach
+available at the relay server. A service is PORT, HOST:PORT or unix:PATH, or with
+its name NAME=HOST:PORT. For example:
+
+  tcprelayc relay.example.net:10080 22 --tls --pin sha256:... --token-file FILE
+      what the relay server said at its start, with the port of the service
+  tcprelayc --relay-host relay.example.net --relay-port 10080 --port 22
+      the same in full; each option can stand in the environment or a file, too
+  tcprelayc --config FILE --check
+      what the configuration comes to"""
 
 
 class RelayClient(Relay[ClientOptions]):
     """A relay client.
 
-    Parameters: where the service is (``host`` may be ``unix:PATH``), where the relay server is, how many idle
-    links to keep; ``on_event``, which is called with each `tcprelay.Event` in the thread where it happens and
-    must not block; and every option of ``tcprelayc`` by its name with underscores (``token="…"``), times in
-    seconds.  ``publish=`` takes strings (``"web=localhost:80"``) or `Publication` objects.
+    Parameters: where the service is (``host`` may be ``unix:PATH``), where the relay server is (each host may have its
+    port behind it, ``"relay.example.net:10080"``), how many idle links to keep; ``on_event``, which is called with each
+    `tcprelay.Event` in the thread where it happens and must not block; and every option of ``tcprelayc`` by its name
+    with underscores (``token="…"``), times in seconds.  ``publish=`` takes strings (``"web=localhost:80"``) or
+    `Publication` objects.
 
     Raises `ValueError` for options that do not fit, and `OSError` where the token file cannot be read.
     """
@@ -64,7 +70,7 @@ class RelayClient(Relay[ClientOptions]):
         host: str,
         port: int | None,
         relay_host: str,
-        relay_port: int,
+        relay_port: int | None = None,
         num_conn: int = 8,
         *,
         on_event: Callable[[Event], object] | None = None,
@@ -192,7 +198,7 @@ def create_relay_client(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command ``tcprelayc``.  Returns its exit status."""
-    return run_command("tcprelayc", USAGE, ClientOptions, lambda options: RelayClient(**vars(options)), argv)
+    return run_command("tcprelayc", USAGE, ClientOptions, lambda options: RelayClient(**options.as_arguments()), argv)
 
 
 if __name__ == "__main__":

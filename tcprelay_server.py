@@ -44,13 +44,18 @@ from _tcprelay.values import ServicePort
 __all__ = ["RelayServer", "ServerOptions", "ServicePort", "create_relay_server", "main"]
 
 
-USAGE = """tcprelays --relay-port 10080 --service-port 2222 --tls
-         and run on the other side what it says
-       tcprelays --config FILE --check
-         is the configuration valid?
+USAGE = """tcprelays RELAY_PORT SERVICE... [options]
 
 The relay server, for a host that everybody can reach: relay clients connect to
-the relay port, service clients to a service port, and it connects them."""
+the relay port, service clients to a service port, and it connects them. A
+service is its PORT, or with its name NAME=PORT. For example:
+
+  tcprelays 10080 2222 --tls
+      and run on the other side what it says
+  tcprelays --relay-port 10080 --service-port 2222 --tls
+      the same in full; each option can stand in the environment or a file, too
+  tcprelays --config FILE --check
+      what the configuration comes to"""
 
 
 class RelayServer(Relay[ServerOptions]):
@@ -184,7 +189,7 @@ def create_relay_server(relay_port: int, service_port: int, **options: Any) -> R
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command ``tcprelays``.  Returns its exit status."""
-    return run_command("tcprelays", USAGE, ServerOptions, lambda options: RelayServer(**vars(options)), argv)
+    return run_command("tcprelays", USAGE, ServerOptions, lambda options: RelayServer(**options.as_arguments()), argv)
 
 
 if __name__ == "__main__":

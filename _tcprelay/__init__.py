@@ -21,6 +21,7 @@ Each room imports only rooms that stand above it in this list (tests/test_house.
     logs            a log that keeps no thread waiting
     values          what an option is, and what its value may be
     options         the options of both roles
+    arguments       the words of a command line, each taken for what it is meant to be
     parser          what reads the command line and the configuration files
     command_line    the options of a command, wherever they come from
     openssl         TLS contexts, the openssl command, and what is wrong with files

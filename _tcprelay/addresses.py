@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from dataclasses import dataclass
 from typing import Any
 
-from .text import has_controls
+from .text import has_controls, shown
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def parse_endpoint(text: str, default_host: str | None = None) -> Endpoint:
         if not text[5:] or has_controls(text):
             raise ValueError("unix:PATH")
         return Endpoint("", 0, text[5:])
+    _refuse_url(text)
     host, colon, port = text.rpartition(":")
     if not colon and default_host is not None:
         return Endpoint(default_host, parse_port(port))
@@ -56,6 +58,46 @@ def parse_host(text: str) -> str:
     if not text or not text.isprintable() or set(text) & set(" \"'/"):
         raise ValueError("a host name or an address")
     return text[1:-1] if text.startswith("[") and text.endswith("]") else text
+
+
+def parse_place(text: str) -> str:
+    """A host, ``unix:PATH``, or a host with its port, which `split_place` takes apart.  Raises `ValueError` that says
+    what is accepted."""
+    _refuse_url(text)
+    host, port = split_place(text)
+    if ":" in host and not (is_ipv6(host.strip("[]")) or text.startswith("unix:")):
+        raise ValueError("HOST or HOST:PORT, of an IPv6 address [HOST]:PORT")
+    return parse_host(host) if port is None else str(parse_endpoint(text))
+
+
+def split_place(text: str) -> tuple[str, int | None]:
+    """A host and, if it is there, the port behind it; a bare IPv6 address has none.  Raises `ValueError`."""
+    has_port = not text.startswith("unix:") and re.search(r"^[^:]*:[^:]*$|\]:", text)
+    if not has_port:
+        return text, None
+    endpoint = parse_endpoint(text)
+    return endpoint.host, endpoint.port
+
+
+def is_ipv6(text: str) -> bool:
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _refuse_url(text: str) -> None:
+    """Raises `ValueError` for a URL, with what to write instead."""
+    scheme, mark, rest = text.partition("://")
+    if mark:
+        place = re.split("[/?#]", rest)[0].rpartition("@")[2]
+        port = "" if re.search(r":\d+$", place) else f":{URL_PORTS.get(scheme.lower(), 'PORT')}"
+        raise ValueError(f"a host and a port, not a URL: write {shown(place)}{port}")
+
+
+URL_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443, "ssh": 22, "sftp": 22, "ftp": 21}
+"""The ports that URLs leave out (IANA's registry)."""
 
 
 def show_address(address: Any) -> str:

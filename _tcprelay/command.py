@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .command_line import parse_options
+from .command_line import Given, parse_options
 from .logs import fail, log_writer, set_up_logging
 from .options import OptionsT
 from .processes import can_fork_workers, default_workers, invite, serve
@@ -24,12 +24,13 @@ def run_command(
 ) -> int:
     """The life of a command: options, log, start, signals, end.  Returns its exit status."""
     open_standard_files()
-    options, check, remarks = parse_options(prog, usage, cls, argv)
-    set_up_logging(options.log_level, options.log_format)
-    for remark in remarks:
-        logging.getLogger("tcprelay").warning("%s", remark)
+    given = parse_options(prog, usage, cls, argv)
+    set_up_logging(given.options.log_level, given.options.log_format)
+    log = logging.getLogger("tcprelay")
+    for remark in given.remarks:
+        log.warning("%s", remark)
     try:
-        return _run_role(prog, options, make, check)
+        return _run_role(given, make, log)
     except Stopping:
         return 0  # a signal came before anything was served
     except OSError as error:
@@ -43,14 +44,16 @@ def run_command(
         log_writer.end()
 
 
-def _run_role(prog: str, options: OptionsT, make: Callable[[OptionsT], Relay[Any]], check: bool) -> int:
+def _run_role(given: Given[OptionsT], make: Callable[[OptionsT], Relay[Any]], log: logging.Logger) -> int:
     """The same with options and log; raises `OSError`, `ValueError`, and `Stopping` where it is ended as it starts."""
     raise_descriptor_limit()
     sys.setswitchinterval(SWITCH_INTERVAL)
-    role = make(options)
-    if check:
-        print(f"{prog}: the configuration is valid")
+    options, role = given.options, make(given.options)
+    if given.check:
+        print(given.report())
         return 0
+    if summary := given.summary():
+        log.info("the configuration is from %s", summary)
     count = default_workers() if options.workers is None else options.workers
     with Signals() as role.signals:
         signals = role.signals

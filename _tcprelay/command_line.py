@@ -6,18 +6,62 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any, Generic, NoReturn
 
+from .arguments import arrange, say_meant
 from .logs import fail
 from .options import ClientOptions, Options, OptionsT, ServerOptions, options_of
 from .text import shown, trim
 
 
-def parse_options(
-    prog: str, usage: str, cls: type[OptionsT], argv: Sequence[str] | None
-) -> tuple[OptionsT, bool, list[str]]:
-    """Options from the command line, the environment and the configuration file; whether to check alone; and warnings
-    for the log.
+@dataclass(frozen=True)
+class Given(Generic[OptionsT]):
+    """What a command was given."""
+
+    options: OptionsT
+    check: bool
+    """Whether to check them alone."""
+    remarks: list[str]
+    """For the log: what is odd in them."""
+    origins: dict[str, str]
+    """Where each comes from, that was given, by field name."""
+    files: list[str]
+    """The configuration files that were read."""
+
+    def summary(self) -> str:
+        """In one line the files and variables that were read; "" for none."""
+        variables = [origin.split()[-1] for origin in self.origins.values() if origin.startswith(VARIABLE)]
+        return ", ".join([*self.files, *dict.fromkeys(variables)])
+
+    def report(self) -> str:
+        """What --check says."""
+        lines = [
+            f"{self.options.command}: the configuration is valid",
+            f"read: {self.summary() or 'no file, no variable'}",
+        ]
+        for name, info in options_of(type(self.options)):
+            value = getattr(self.options, name)
+            origin = self.origins.get(name) or (PARTNERS.get(name, "") and self.origins.get(PARTNERS[name]))
+            if not origin:
+                continue
+            said = "(not shown)" if info.secret else shown(", ".join(map(str, value)) if info.many else say(value))
+            lines.append(f"  {name.replace('_', '-')} = {said}    {origin}")
+        return "\n".join([*lines, "everything else has its default"])
+
+
+VARIABLE = "environment variable"
+PARTNERS = {"port": "host", "relay_port": "relay_host"}
+"""The port can stand in the same word as the host."""
+
+
+def say(value: object) -> str:
+    """A value as it stands in a configuration file."""
+    return str(value).lower() if isinstance(value, bool) else str(value).removesuffix(".0")
+
+
+def parse_options(prog: str, usage: str, cls: type[OptionsT], argv: Sequence[str] | None) -> Given[OptionsT]:
+    """Options from the command line, the environment and the configuration file.
 
     Ends the process for ``--help`` and ``--version``, with status 2 for a wrong option (one line that names the
     option, the value, where it came from and what is accepted), and 1 for a file that cannot be read.
@@ -28,19 +72,18 @@ def parse_options(
         fail(
             prog, 1, "ConfigArgParse is not installed: pip install ConfigArgParse, or use the single file of make dist"
         )
-    argv = list(sys.argv[1:] if argv is None else argv)
-    environment, warnings = read_environment(cls)
-    parser = make_parser(prog, usage, cls, argv, warnings)
-    given, unknown = parser.parse_known_args(argv, env_vars=environment)
-    if unknown:
-        names = [word.partition("=")[0] for word in unknown if word.startswith("-")] or ["a word without an option"]
-        fail(prog, 2, f"unknown option: {shown(' '.join(names))}")
+    try:
+        words = arrange(cls, sys.argv[1:] if argv is None else argv)
+    except ValueError as error:
+        fail(prog, 2, str(error))
+    environment, remarks = read_environment(cls)
+    parser = make_parser(prog, usage, cls, words, remarks)
+    given = parser.parse_args(words, env_vars=environment)
     origins = find_origins(parser)
     values: dict[str, Any] = {}
 
     def wrong(name: str, value: str, expected: object) -> NoReturn:
-        origin = origins.get(name, "command line")
-        fail(prog, 2, f"--{name.replace('_', '-')}{value} (from {origin}): expected {expected}")
+        fail(prog, 2, f"--{name.replace('_', '-')}{value} (from {origins[name]}): expected {expected}")
 
     if given.config == "":
         wrong("config", " ''", "the path of a file")
@@ -56,9 +99,10 @@ def parse_options(
             wrong(name, "" if info.secret else f" {shown(','.join(words))!r}", error)
         values[name] = tuple(parsed) if info.many else parsed[0]
     try:
-        return cls(**values), given.check, warnings
+        options = cls(**values)
     except ValueError as error:
-        fail(prog, 2, "; ".join([str(error), *warnings]))  # what is missing may stand where it was not taken from
+        fail(prog, 2, "; ".join([str(error), *remarks]))  # what is missing may stand where it was not taken from
+    return Given(options, given.check, remarks, {name: origins[name] for name in values}, parser.sources.files)
 
 
 def read_environment(cls: type[Options]) -> tuple[dict[str, str], list[str]]:
@@ -70,7 +114,8 @@ def read_environment(cls: type[Options]) -> tuple[dict[str, str], list[str]]:
     for name in sorted(name for name in os.environ if name.startswith("TCPRELAY_") and name not in foreign):
         info, value = infos.get(name), trim(os.environ[name])
         if name not in known:
-            warnings.append(f"there is no option for the environment variable {shown(name)}")
+            meant = say_meant(name, known, "tcprelay_")
+            warnings.append(f"there is no option for the environment variable {shown(name)}{meant}")
         if info and info.secret and len(value) > 1 and value[0] in "\"'" and value[-1] == value[0]:
             warnings.append(
                 f"the quotes around the value of {name} count as a part of it (docker --env-file keeps them)"

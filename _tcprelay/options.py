@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from .addresses import Endpoint, parse_endpoint, parse_host, parse_port
+from .addresses import Endpoint, parse_endpoint, parse_host, parse_place, parse_port, split_place
 from .text import say_error, shown, trim
 from .values import (
     LONGEST_SECRET, Option, Publication, ServicePort, one_of, option, parse_count, parse_flag, parse_heartbeat,
-    parse_keepalive, parse_path, parse_pin, parse_positive, parse_publication, parse_seconds, parse_secret,
+    parse_keepalive, parse_path, parse_pin, parse_positive, parse_publication, parse_relay, parse_seconds, parse_secret,
     parse_service, parse_tls, parse_workers,
 )  # fmt: skip
 
@@ -19,6 +19,9 @@ from .values import (
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """The options of both roles."""
+
+    command: ClassVar[str]
+    """The command that has them."""
 
     idle_timeout: float = option(
         0.0, parse_seconds, "seconds without a byte either way that end a connection; 0 is never",
@@ -48,7 +51,7 @@ class Options:
         "", parse_path, "file whose first line is the token", group="Trust", metavar="FILE")  # fmt: skip
     tls: str = option(
         "", parse_tls, "TLS on the links; both: on the service ports (server), or to the service (client), as well; "
-        "service: there alone", group="TLS", metavar="both|service")  # fmt: skip
+        "service: there alone", group="TLS", metavar="true|both|service|false")  # fmt: skip
     cert: str = option(
         "", parse_path, "this side's certificate and its chain, PEM", group="TLS", metavar="FILE")  # fmt: skip
     key: str = option(
@@ -97,6 +100,17 @@ class Options:
             ("--wire raw cannot check a token: leave it out, or use --wire v1 on both sides"),
         )
         yield self.secret and self.wire != "raw", "--secret is for --wire raw; otherwise use --token"
+
+    @classmethod
+    def short(cls, words: Sequence[str]) -> list[str]:
+        """Which options the words of a command line are that stand there without one.  Raises `ValueError` for the
+        first that is none."""
+        raise NotImplementedError
+
+    def as_arguments(self) -> dict[str, Any]:
+        """All of them for the constructor of a role, where a secret is given or is not there, but never empty."""
+        return {name: None if info.secret and not getattr(self, name) else getattr(self, name)
+                for name, info in options_of(type(self))}  # fmt: skip
 
     def _useless(self, names: str, needed: str, is_there: bool) -> Iterator[tuple[object, str]]:
         """Complaints of options that secure nothing as things stand, and must not look as if they did."""
@@ -193,6 +207,8 @@ def options_of(cls: type[Options]) -> list[tuple[str, Option]]:
 class ServerOptions(Options):
     """The options of `RelayServer` and of ``tcprelays``."""
 
+    command = "tcprelays"
+
     relay_port: int | None = option(
         None, parse_port, "port for relay clients; 0 takes a free one",
         group="Addresses", metavar="PORT", spelling="relayPort")  # fmt: skip
@@ -263,6 +279,21 @@ class ServerOptions(Options):
         yield from self._useless("service_cert service_key service_pfx", "--tls both or --tls service", on_services)
         yield from self._useless("ca_file", "--auth", self.auth)
 
+    @classmethod
+    def short(cls, words: Sequence[str]) -> list[str]:
+        """``RELAY_PORT SERVICE…``, a service being ``PORT`` or ``NAME=[ADDRESS:]PORT``."""
+        names: list[str] = []
+        for word in words:
+            if not names and word.isdigit():
+                names.append("relay-port")
+            elif names and "=" in word:
+                names.append("service")
+            elif names and word.isdigit() and "service-port" not in names:
+                names.append("service-port")
+            else:
+                raise ValueError(f"{shown(word)}: expected the relay port and services, as in 10080 2222 web=8080")
+        return names
+
     @property
     def is_improvised(self) -> bool:
         """TLS without a certificate: one is made, and a token too."""
@@ -280,9 +311,11 @@ class ServerOptions(Options):
 class ClientOptions(Options):
     """The options of `RelayClient` and of ``tcprelayc``."""
 
+    command = "tcprelayc"
+
     host: str = option(
-        "localhost", parse_host, "host of the service named default, or unix:PATH",
-        group="Addresses", metavar="HOST", spelling="host")  # fmt: skip
+        "localhost", parse_place, "host of the service named default, with its port if you like, or unix:PATH",
+        group="Addresses", metavar="HOST[:PORT]", spelling="host")  # fmt: skip
     port: int | None = option(
         None, parse_port, "port of the service named default",
         group="Addresses", metavar="PORT", spelling="port")  # fmt: skip
@@ -290,8 +323,8 @@ class ClientOptions(Options):
         (), parse_publication, "a further service, by its name at the relay server; may be repeated",
         group="Addresses", metavar="NAME=HOST:PORT", many=True)  # fmt: skip
     relay_host: str = option(
-        "", parse_host, "host of the relay server",
-        group="Addresses", metavar="HOST", spelling="relayHost")  # fmt: skip
+        "", parse_relay, "host of the relay server, with its port if you like",
+        group="Addresses", metavar="HOST[:PORT]", spelling="relayHost")  # fmt: skip
     relay_port: int | None = option(
         None, parse_port, "port of the relay server for relay clients",
         group="Addresses", metavar="PORT", spelling="relayPort")  # fmt: skip
@@ -340,6 +373,38 @@ class ClientOptions(Options):
         yield from self._useless("pin tls_server_name cert pfx ca_file", "--tls", self.tls in ("relay", "both"))
         to_services = self.tls in ("both", "service")
         yield from self._useless("service_ca_file service_insecure", "--tls both or --tls service", to_services)
+
+    @classmethod
+    def short(cls, words: Sequence[str]) -> list[str]:
+        """``RELAY_HOST:PORT SERVICE…``, a service being ``PORT``, ``HOST:PORT``, ``unix:PATH`` or one of these with its
+        name before it, ``NAME=…``."""
+        names: list[str] = []
+        for word in words:
+            is_path, is_named = word.startswith("unix:"), "=" in word
+            if not (names or is_path or is_named or word.isdigit()):
+                names.append("relay-host")
+            elif names and is_named and not is_path:
+                names.append("publish")
+            elif names and not {"host", "port"} & set(names):
+                names.append("port" if word.isdigit() else "host")
+            else:
+                raise ValueError(
+                    f"{shown(word)}: expected the relay server and services, as in relay.example.net:10080 22 web=80"
+                )
+        return names
+
+    def _check_values(self) -> None:
+        super()._check_values()
+        for host_name, port_name in (("host", "port"), ("relay_host", "relay_port")):
+            whole = getattr(self, host_name)
+            host, port = split_place(whole)
+            given = getattr(self, port_name)
+            if port is not None and given not in (None, port):
+                words = f"--{host_name} {whole} and --{port_name} {given}".replace("_", "-")
+                raise ValueError(f"{words} name two ports")
+            if port is not None:
+                object.__setattr__(self, host_name, host)
+                object.__setattr__(self, port_name, port)
 
     @property
     def services(self) -> list[Publication]:

@@ -6,21 +6,22 @@ Imported by the commands alone: a program that embeds the relay needs the standa
 from __future__ import annotations
 
 import argparse
-import functools
 import glob
 import io
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import configargparse
 
 from . import __version__
+from .arguments import say_meant, spellings
 from .logs import fail
 from .options import Options, options_of
 from .text import say_error, shown, trim
-from .values import OPTION_GROUPS, Option, parse_flag, parse_tls
+from .values import OPTION_GROUPS, Option
 
 EMPTY = " "
 """Stands for an empty value, of which ConfigArgParse makes none at all where an option can stand alone."""
@@ -49,22 +50,38 @@ class HelpFormatter(argparse.HelpFormatter):
         return ", ".join(names) + (f" {action.metavar}" if action.metavar else "")
 
 
-class SettingsFile(io.StringIO):
-    """A configuration file, read; with what its parser has to know.  Ends the process where it cannot be read."""
+class Sources:
+    """The configuration files of one command, as they are read."""
 
-    def __init__(
-        self, prog: str, known: Mapping[str, Option], lines: dict[tuple[str, str], int], path: str, mode: str = "r"
-    ) -> None:
-        """With the options by their names in a file; `lines` gets the number of the line of each that was found."""
+    def __init__(self, prog: str) -> None:
+        self.prog = prog
+        self.known: dict[str, Option] = {}
+        """The options, by their names in a file."""
+        self.files: list[str] = []
+        """What has been read."""
+        self.lines: dict[tuple[str, str], int] = {}
+        """The number of the line of each setting, by file and name."""
+
+    def open(self, path: str, mode: str = "r") -> SettingsFile:
+        """As ConfigArgParse calls it.  Ends the process where the file cannot be read."""
         try:
             with open(path, mode, encoding="utf-8-sig") as file:
-                super().__init__(file.read())
+                text = file.read()
         except OSError as error:
-            fail(prog, 1, f"cannot read {path}: {say_error(error)}")
+            fail(self.prog, 1, f"cannot read {path}: {say_error(error)}")
         except UnicodeDecodeError:
-            fail(prog, 1, f"cannot read {path}: it is not UTF-8")
-        self.name = path  # as ConfigArgParse asks for it
-        self.prog, self.known, self.lines = prog, known, lines
+            fail(self.prog, 1, f"cannot read {path}: it is not UTF-8")
+        self.files.append(path)
+        return SettingsFile(text, path, self)
+
+
+class SettingsFile(io.StringIO):
+    """A configuration file, read; with what its parser has to know."""
+
+    def __init__(self, text: str, name: str, sources: Sources) -> None:
+        super().__init__(text)
+        self.name = name  # as ConfigArgParse asks for it
+        self.sources = sources
 
 
 class ConfigFile(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
@@ -80,48 +97,47 @@ class ConfigFile(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
             if not line or line[0] in "#;[" or line.startswith("---"):
                 continue
             try:
-                key, value = read_setting(line, stream.known)
-                if key in items and not stream.known[key].many:
+                key, value = read_setting(line, stream.sources.known)
+                if key in items and not stream.sources.known[key].many:
                     raise ValueError(f"{key} stands there twice")
             except ValueError as error:
-                fail(stream.prog, 2, f"{stream.name}, line {number}: {error}")
+                fail(stream.sources.prog, 2, f"{stream.name}, line {number}: {error}")
             items[key] = items.get(key, []) + value if isinstance(value, list) else value or EMPTY
-            stream.lines[stream.name, key] = number
+            stream.sources.lines[stream.name, key] = number
         return items
 
 
 def make_parser(prog: str, usage: str, cls: type[Options], argv: list[str], warnings: list[str]) -> Parser:
     """The parser for the options of a command; `usage` is what --help begins with."""
-    known: dict[str, Option] = {}
-    lines: dict[tuple[str, str], int] = {}
-    places = default_places({"tcprelays": "server.conf", "tcprelayc": "client.conf"}.get(prog, "tcprelay.conf"))
+    sources = Sources(prog)
+    places = default_places("server.conf" if cls.command == "tcprelays" else "client.conf")
     chosen = "TCPRELAY_CONFIG" in os.environ or any(word.partition("=")[0] == "--config" for word in argv)
     parser = Parser(
         prog=prog, usage=usage, allow_abbrev=False, add_help=False, formatter_class=HelpFormatter,
         default_config_files=[] if chosen else list(find_files(places, warnings)),
-        config_file_parser_class=ConfigFile, config_file_open_func=functools.partial(SettingsFile, prog, known, lines),
+        config_file_parser_class=ConfigFile, config_file_open_func=sources.open,
         add_config_file_help=False, add_env_var_help=False, epilog=EPILOG.format(" and ".join(places)),
     )  # fmt: skip
-    parser.lines = lines
+    parser.sources = sources
     groups = {name: parser.add_argument_group(name) for name in OPTION_GROUPS}
     for name, info in options_of(cls):
-        known |= dict.fromkeys(add_option(groups[info.group], name, info), info)
+        sources.known |= dict.fromkeys(add_option(groups[info.group], name, info), info)
     running = groups["Running"]
     running.add_argument("--config", metavar="FILE", is_config_file_arg=True, env_var="TCPRELAY_CONFIG",
                          help="configuration file, instead of the ones in the default places")  # fmt: skip
-    running.add_argument("--check", action="store_true", help="check the configuration and exit")
+    running.add_argument("--check", action="store_true", help="say what the configuration comes to, and exit")
+    running.add_argument("-v", "--verbose", action="store_true", help="the same as --log-level debug")
     version = f"{prog} {__version__}"
-    running.add_argument("--version", action="version", version=version, help="say the version and exit")
+    running.add_argument("-V", "--version", action="version", version=version, help="say the version and exit")
     running.add_argument("-h", "--help", action="help", help="say this and exit")
     return parser
 
 
 def add_option(group: Any, name: str, info: Option) -> list[str]:
     """Add an option to a group of the parser; returns its names in a file."""
-    dashed = name.replace("_", "-")
-    names = [dashed] + ([info.spelling] if info.spelling and info.spelling != dashed else [])
+    names = spellings(name, info)
     extra: dict[str, Any] = {"action": "append"} if info.many else {}
-    if info.parse in (parse_flag, parse_tls):
+    if info.is_flag:
         extra = {"nargs": "?", "const": "true"}
     default = f" (default: {info.default})" if info.default else ""
     group.add_argument(
@@ -175,7 +191,7 @@ def read_setting(line: str, known: Mapping[str, Option]) -> tuple[str, str | lis
     if key not in known:
         # Anything but "name = value" may be a secret: a token file taken for the configuration.
         named = "=" in line and key.replace("-", "").isalpha()
-        raise ValueError(f"unknown option {shown(written)}" if named else "unknown option")
+        raise ValueError(f"unknown option {shown(written)}{say_meant(key, known)}" if named else "unknown option")
     if value[:1] in ("'", '"'):
         if len(value) < 2 or value[-1] != value[0]:
             raise ValueError(f"the value of {key} begins with a quote and does not end with the same one")
@@ -183,7 +199,7 @@ def read_setting(line: str, known: Mapping[str, Option]) -> tuple[str, str | lis
     elif re.search(r"\s[#;]", rest):
         raise ValueError("a comment needs a line of its own, and a value with # or ; behind a blank needs quotes")
     elif not value and not equals:
-        if known[key].parse not in (parse_flag, parse_tls):
+        if not known[key].is_flag:
             raise ValueError(f"{key} needs a value")
         value = "true"
     if not known[key].many:
@@ -194,13 +210,13 @@ def read_setting(line: str, known: Mapping[str, Option]) -> tuple[str, str | lis
 
 
 def find_origins(parser: Parser) -> dict[str, str]:
-    """Where each value that is not from the command line came from, by field name."""
-    origins = {}
+    """Where each value came from, by field name."""
+    origins: dict[str, str] = defaultdict(lambda: "command line")
     for source, settings in parser.get_source_to_settings_dict().items():
         kind, _, path = source.partition("|")
         for key, (action, _) in settings.items():
             if kind == "environment_variables":
                 origins[action.dest] = f"environment variable {key}"
             elif kind == "config_file":
-                origins[action.dest] = f"{path}, line {parser.lines[path, key]}"
+                origins[action.dest] = f"{path}, line {parser.sources.lines[path, key]}"
     return origins

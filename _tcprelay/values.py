@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .addresses import Endpoint, parse_endpoint
+from .addresses import Endpoint, parse_endpoint, parse_place
 from .text import has_controls
 
 
@@ -28,6 +28,11 @@ class Option:
     what is meant.  Other empty variables count as not given (Compose passes on what is not set as empty)."""
     default: str
     """The default in words."""
+
+    @property
+    def is_flag(self) -> bool:
+        """It may stand without a value."""
+        return self.parse in (parse_flag, parse_tls)
 
 
 LONGEST_SECRET = 65536
@@ -112,6 +117,13 @@ def parse_path(text: str) -> str:
     return text
 
 
+def parse_relay(text: str) -> str:
+    """A host, with its port or without."""
+    if text.startswith("unix:"):
+        raise ValueError("HOST or HOST:PORT; a relay server has no Unix socket")
+    return parse_place(text)
+
+
 def parse_tls(text: str) -> str:
     """``--tls`` alone secures the links ("relay"), ``--tls both`` everything, as in node-tcp-relay."""
     if text in ("both", "relay", "service"):
@@ -119,7 +131,7 @@ def parse_tls(text: str) -> str:
     try:
         return "relay" if parse_flag(text) else ""
     except ValueError:
-        raise ValueError("true, both, service or false") from None
+        raise ValueError("true (or yes, on, relay), both, service, or false (no, off)") from None
 
 
 def parse_name(text: str) -> str:
@@ -155,6 +167,9 @@ class ServicePort:
     host: str
     port: int
 
+    def __str__(self) -> str:
+        return f"{self.name}={Endpoint(self.host, self.port) if self.host else self.port}"
+
 
 def parse_service(text: str) -> ServicePort:
     """``NAME=[ADDRESS:]PORT``.  Raises `ValueError` that says what is accepted."""
@@ -174,10 +189,14 @@ class Publication:
     name: str
     target: Endpoint
 
+    def __str__(self) -> str:
+        return f"{self.name}={self.target}"
+
 
 def parse_publication(text: str) -> Publication:
-    """``NAME=HOST:PORT`` or ``NAME=unix:PATH``.  Raises `ValueError` that says what is accepted."""
+    """``NAME=HOST:PORT``, ``NAME=PORT`` of this host, or ``NAME=unix:PATH``.  Raises `ValueError` that says what is
+    accepted."""
     name, equals, target = text.partition("=")
     if not equals:
         raise ValueError("NAME=HOST:PORT or NAME=unix:PATH")
-    return Publication(parse_name(name), parse_endpoint(target))
+    return Publication(parse_name(name), parse_endpoint(target, "localhost"))

@@ -141,7 +141,7 @@ def test_an_example_configuration_is_valid(role: Role) -> None:
     """As it is, the required options are there and nothing else."""
     result = check(role, "--config", str(DEPLOY / f"{role}.conf"))
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == f"tcprelay{role[0]}: the configuration is valid\n"
+    assert result.stdout.startswith(f"tcprelay{role[0]}: the configuration is valid\nread: {DEPLOY / role}.conf\n")
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -156,7 +156,7 @@ def test_an_example_configuration_is_valid_with_all_that_it_shows(role: Role, tm
     config = tmp_path / "all.conf"
     for left_out in ("pfx|service-pfx", "cert|key|service-cert|service-key"):
         config.write_text(re.sub(rf"(?m)^({left_out}) = .*$", "", text))
-        options = parse_options(f"tcprelay{role[0]}", "", OPTIONS[role], ["--config", str(config)])[0]
+        options = parse_options(f"tcprelay{role[0]}", "", OPTIONS[role], ["--config", str(config)]).options
         assert (options.tls, bool(options.pfx)) == ("both", left_out != "pfx|service-pfx")
 
 

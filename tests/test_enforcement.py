@@ -103,7 +103,7 @@ class Sources:
             file = self._path / "tcprelay.conf"
             file.write_text("".join(f"{name} = {text or 'true'}\n" for name, text in words.items()))
             line += ["--config", str(file)]
-        options = vars(parse_options("test", "", cls, line)[0])
+        options = parse_options("test", "", cls, line).options.as_arguments()
         for name in words:
             self._monkeypatch.delenv(f"TCPRELAY_{name.upper().replace('-', '_')}", raising=False)
         return options

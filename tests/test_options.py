@@ -30,11 +30,11 @@ CLIENT = ["--port", "22", "--relay-host", "relay", "--relay-port", "1080"]
 
 
 def server(*words: str) -> ServerOptions:
-    return parse_options("tcprelays", "", ServerOptions, words)[0]
+    return parse_options("tcprelays", "", ServerOptions, words).options
 
 
 def client(*words: str) -> ClientOptions:
-    return parse_options("tcprelayc", "", ClientOptions, words)[0]
+    return parse_options("tcprelayc", "", ClientOptions, words).options
 
 
 def error(capsys: pytest.CaptureFixture[str], status: int = 2) -> str:
@@ -109,6 +109,120 @@ def test_several_services_on_the_client() -> None:
     assert [str(s.target) for s in client(*CLIENT, "--publish", "web=nas:80").services] == ["localhost:22", "nas:80"]
 
 
+@pytest.mark.parametrize("place", ["relay.example.net:10080", "192.0.2.1:10080", "[2001:db8::1]:10080"])
+def test_host_and_port_in_one_word(place: str) -> None:
+    """What everybody tries; also where the port is given besides, and is the same."""
+    host = place.rpartition(":")[0].strip("[]")
+    for words in (["--relay-host", place], ["--relay-host", place, "--relay-port", "10080"]):
+        options = client(*words, "--host", place)
+        assert (options.relay_host, options.relay_port, options.host, options.port) == (host, 10080, host, 10080)
+    assert client("--relay-host", host, "--relay-port", "1", "--port", "22").relay_host == host
+    assert tcprelay.RelayClient("localhost:22", None, place, None).options.relay_port == 10080
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--host", "http://localhost"], "expected a host and a port, not a URL: write localhost:80"),
+        (["--host", "https://u:p@nas/x?y"], "not a URL: write nas:443"),
+        (
+            ["--relay-host", "tcp://r:10080"],
+            "--relay-host 'tcp://r:10080' (from command line): expected a host and a port",
+        ),
+        (["--publish", "web=http://[::1]:8080/"], "not a URL: write [::1]:8080"),
+        (["--host", "gopher://x"], "not a URL: write x:PORT"),
+        (["--host", "nas:80", "--port", "81"], "--host nas:80 and --port 81 name two ports"),
+        (["--relay-host", "r:1"], "--relay-host r:1 and --relay-port 1080 name two ports"),
+        (["--host", "a:b"], "expected a port number"),
+        (["--host", "a:b:c"], "expected HOST or HOST:PORT, of an IPv6 address [HOST]:PORT"),
+        (["--relay-host", "unix:/x"], "expected HOST or HOST:PORT; a relay server has no Unix socket"),
+    ],
+)
+def test_a_wrong_place_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It says what to write."""
+    with pytest.raises(SystemExit) as ended:
+        client(*CLIENT, *words)
+    assert ended.value.code == 2
+    assert message in error(capsys)
+
+
+def test_the_short_form() -> None:
+    """Words without options; flags and options may stand anywhere among them."""
+    options = server("10080", "--tls", "2222", "web=8080", "db=127.0.0.1:5432")
+    assert (options.relay_port, options.service_port, options.tls) == (10080, 2222, "relay")
+    assert [str(service) for service in options.service] == ["web=8080", "db=127.0.0.1:5432"]
+    assert server("--tls", "both", "1", "2").tls == "both"
+    for word, target in (("22", "localhost:22"), ("nas:80", "nas:80"), ("unix:/run/x=1", "unix:/run/x=1")):
+        other = client("--tls", "relay.example.net:10080", word, "--pin", f"sha256:{'0' * 64}", "web=80")
+        assert (other.relay_host, other.relay_port) == ("relay.example.net", 10080)
+        assert [str(service) for service in other.services] == [f"default={target}", "web=localhost:80"]
+
+
+@pytest.mark.parametrize("words", [["22"], ["web=80"], ["r:1", "22", "80"], ["r:1", "22", "x"], ["unix:/x", "r:1"]])
+def test_a_stray_word_is_shown(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """With what such words are."""
+    with pytest.raises(SystemExit):
+        client(*words)
+    stray = words[-1] if len(words) > 2 else words[0]
+    assert f": {stray}: expected the relay server and services, as in relay.example.net:10080 22" in error(capsys)
+
+
+def test_a_value_may_begin_with_a_dash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One in 64 tokens of `secrets.token_urlsafe` does."""
+    assert server(*SERVER, "--token", "-x").token == "-x"
+    assert server(*SERVER, "--token", "--x y", "--tls").token == "--x y"
+    monkeypatch.setenv("TCPRELAY_TOKEN", "-y")
+    assert server(*SERVER).token == "-y"
+
+
+def test_short_options(capsys: pytest.CaptureFixture[str]) -> None:
+    """-V says the version, -v logs more."""
+    assert server(*SERVER, "-v").log_level == "debug"
+    with pytest.raises(SystemExit):
+        server("-V")
+    assert capsys.readouterr().out == f"tcprelays {tcprelay.__version__}\n"
+
+
+def test_what_is_mistyped_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A variable and a line in a file are told with what was meant."""
+    monkeypatch.setenv("TCPRELAY_TSL", "true")
+    monkeypatch.setenv("TCPRELAY_QQQ", "1")
+    remarks = parse_options("tcprelays", "", ServerOptions, SERVER).remarks
+    assert remarks == [
+        "there is no option for the environment variable TCPRELAY_QQQ",
+        "there is no option for the environment variable TCPRELAY_TSL; did you mean TCPRELAY_TLS?",
+    ]
+    config = tmp_path / "c.conf"
+    config.write_text("hearbeat = 3\n")
+    with pytest.raises(SystemExit):
+        server("--config", str(config))
+    assert "line 1: unknown option hearbeat; did you mean heartbeat?" in error(capsys)
+
+
+def test_check_says_what_came_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each value with its origin, of files and variables all that were read; and no secret."""
+    config = tmp_path / "c.conf"
+    config.write_text("# mine\nrelay-host = relay.example.net:10080\ntls = yes\npublish = web=80\n")
+    monkeypatch.setenv("TCPRELAY_TOKEN", "hunter2-hunter2-hunter2")
+    assert tcprelay_client.main(["--config", str(config), "--host", "nas:22", "--check"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "tcprelayc: the configuration is valid",
+        f"read: {config}, TCPRELAY_TOKEN",
+        "  token = (not shown)    environment variable TCPRELAY_TOKEN",
+        f"  tls = relay    {config}, line 3",
+        "  host = nas    command line",
+        "  port = 22    command line",
+        f"  publish = web=localhost:80    {config}, line 4",
+        f"  relay-host = relay.example.net    {config}, line 2",
+        f"  relay-port = 10080    {config}, line 2",
+        "everything else has its default",
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -143,8 +257,15 @@ def test_several_services_on_the_client() -> None:
         (["--ca-file", "a"], "--ca-file is of no use without --auth"),
         (["--no-such", "x"], "unknown option: --no-such"),
         (["--tokn=hunter2"], "unknown option: --tokn"),
-        (["word"], "unknown option: a word without an option"),
-        (["--heartbeat"], "--heartbeat: expected one argument"),
+        (["--tokn=hunter2"], "did you mean --token?"),
+        (["-relay_port", "1"], "unknown option: -relay_port; did you mean --relay-port?"),
+        (["--num-conn", "1"], "unknown option: --num-conn (--num-conn is an option of tcprelayc)"),
+        (["word"], "word: expected the relay port and services, as in 10080 2222 web=8080"),
+        (["1", "2", "3"], "3: expected the relay port and services"),
+        (["1", "2"], "1: without an option it is the --relay-port, which is given as well"),
+        (["--tls", "maybe"], "--tls 'maybe' (from command line): expected true (or yes, on, relay), both, service, or"),
+        (["--heartbeat"], "--heartbeat needs a value"),
+        (["--heartbeat", "--tls"], "--heartbeat needs a value"),
     ],
 )
 def test_a_wrong_option_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,7 +377,7 @@ def test_check_says_that_all_is_well(capsys: pytest.CaptureFixture[str]) -> None
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert tcprelay_server.main(["--relay-port", port, "--service-port", "0", "--check"]) == 0
-    assert capsys.readouterr().out == "tcprelays: the configuration is valid\n"
+    assert capsys.readouterr().out.startswith("tcprelays: the configuration is valid\n")
     assert tcprelay_client.main([*CLIENT, "--check"]) == 0
 
 

@@ -245,7 +245,8 @@ def test_a_relative_place_counts_as_none(tmp_path: Path) -> None:
 
 def test_systemd_s_directory_needs_no_home(tmp_path: Path) -> None:
     done = run_without_home(tmp_path, STATE_DIRECTORY=str(tmp_path / "state"))
-    assert (done.stdout, done.returncode) == ("tcprelays: the configuration is valid\n", 0), done.stderr
+    assert done.stdout.startswith("tcprelays: the configuration is valid\n")
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "state" / "token").exists()
 
 

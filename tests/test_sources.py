@@ -55,7 +55,7 @@ class Give:
     def parse(self, role: str, source: str, name: str, value: str) -> Any:
         """The option's value."""
         words = self.words(role, source, name, value)
-        return getattr(parse_options("test", "", CLASSES[role], words)[0], name)
+        return getattr(parse_options("test", "", CLASSES[role], words).options, name)
 
     def check(self, role: str, words: list[str]) -> tuple[int, str]:
         """The status of ``--check``, and what it says on standard error."""
@@ -126,7 +126,7 @@ def test_another_empty_variable_counts_as_not_given(give: Give, role: str, name:
         assert "required" in said
     else:
         default = CLASSES[role].__dataclass_fields__[name].default
-        assert getattr(parse_options("test", "", CLASSES[role], words)[0], name) == default
+        assert getattr(parse_options("test", "", CLASSES[role], words).options, name) == default
 
 
 @pytest.mark.parametrize("source", ["command line", "file"])
@@ -135,7 +135,7 @@ def test_another_empty_value_elsewhere_is_an_error(give: Give, role: str, name: 
     """Somebody has written it there; but of a name, to have none is sensible."""
     words = give.words(role, source, name, "")
     if name == "name":
-        assert parse_options("test", "", CLASSES[role], words)[0].name == ""  # type: ignore[attr-defined]
+        assert parse_options("test", "", CLASSES[role], words).options.name == ""  # type: ignore[attr-defined]
     else:
         status, said = give.check(role, words)
         assert (status, said.count("\n")) == (2, 1)
@@ -154,7 +154,7 @@ def test_an_empty_name_of_the_configuration_file_is_an_error(give: Give, role: s
 def test_the_command_line_goes_before_an_empty_variable(give: Give) -> None:
     """As before any other."""
     words = [*give.words("client", "environment", "tls", ""), "--tls"]
-    assert parse_options("test", "", ClientOptions, words)[0].tls == "relay"
+    assert parse_options("test", "", ClientOptions, words).options.tls == "relay"
 
 
 @pytest.mark.parametrize("value", [None, ""])
@@ -201,7 +201,7 @@ def test_bytes_that_are_no_text_are_a_token_too(give: Give, monkeypatch: pytest.
     """The same ones from a file and from the environment."""
     (give.path / "token").write_bytes(b"\xff\x01a\r\n")
     monkeypatch.setitem(os.environb, b"TCPRELAY_TOKEN", b"\xff\x01a\r\n")
-    from_environment, _, _ = parse_options("test", "", ClientOptions, WORDS["client"])
+    from_environment = parse_options("test", "", ClientOptions, WORDS["client"]).options
     from_file = ClientOptions(relay_host="r", relay_port=1, port=1, token_file=str(give.path / "token"))
     assert from_environment.read_token() == from_file.read_token() == b"\xff\x01a"
 
@@ -291,7 +291,7 @@ def test_a_whole_file_with_the_line_ends_of_another_system(give: Give) -> None:
     """And a byte order mark."""
     config = give.path / "c.conf"
     config.write_bytes(b"\xef\xbb\xbfrelay-host = relay\r\nrelay-port = 1\r\n\r\npublish = a=nas:80\r\ntls\r\n")
-    options = parse_options("test", "", ClientOptions, ["--config", str(config)])[0]
+    options = parse_options("test", "", ClientOptions, ["--config", str(config)]).options
     assert (options.relay_host, options.services[0].target.port, options.tls) == ("relay", 80, "relay")
 
 
@@ -317,7 +317,7 @@ def test_a_value_is_taken_whole_or_not_at_all(give: Give, line: str, expected: s
     config.write_text(f"# the token\n{line}\n")
     words = [*WORDS["client"], "--config", str(config)]
     if expected is not None:
-        assert parse_options("test", "", ClientOptions, words)[0].token == expected
+        assert parse_options("test", "", ClientOptions, words).options.token == expected
         return
     status, said = give.check("client", words)
     assert (status, said.count("\n")) == (2, 1)
@@ -336,7 +336,7 @@ def test_lists(give: Give, line: str, expected: list[str]) -> None:
     """With commas, in brackets, in quotes."""
     config = give.path / "c.conf"
     config.write_text(f"relay-host = [::1]\nrelay-port = 1\n{line}\n")
-    options = parse_options("test", "", ClientOptions, ["--config", str(config)])[0]
+    options = parse_options("test", "", ClientOptions, ["--config", str(config)]).options
     assert ([item.name for item in options.publish], options.relay_host) == (expected, "::1")
 
 
@@ -421,7 +421,7 @@ def test_the_variables_that_kubernetes_makes_are_no_options(
         words = ["--relay-host", "relay", "--publish", "web=nas:80"]
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    options = parse_options("test", "", CLASSES[role], words)[0]
+    options = parse_options("test", "", CLASSES[role], words).options
     assert {name: getattr(options, name) for name in expected} == expected
     status, said = give.check(role, words)
     assert status == 0
@@ -450,7 +450,7 @@ def test_a_mistyped_variable_beside_a_service_s(give: Give, monkeypatch: pytest.
         monkeypatch.setenv(name, value)
     _, said = give.check("server", WORDS["server"])
     assert [line.partition("WARNING ")[2] for line in said.splitlines()] == [
-        "there is no option for the environment variable TCPRELAY_TOKNE"
+        "there is no option for the environment variable TCPRELAY_TOKNE; did you mean TCPRELAY_TOKEN?"
     ]
 
 
@@ -458,7 +458,8 @@ def test_a_mistyped_variable_beside_a_service_s(give: Give, monkeypatch: pytest.
 def test_quotes_in_the_environment(give: Give, quoted: str) -> None:
     """docker's --env-file leaves them in the value, a shell and Compose do not: they count, and are warned of."""
     words = give.words("client", "environment", "token", quoted)
-    options, _, warnings = parse_options("test", "", ClientOptions, words)
+    given = parse_options("test", "", ClientOptions, words)
+    options, warnings = given.options, given.remarks
     assert options.token == quoted
     assert len(warnings) == 1
     assert "the quotes around the value of TCPRELAY_TOKEN" in warnings[0]
@@ -499,7 +500,8 @@ def place(monkeypatch: pytest.MonkeyPatch, give: Give) -> Iterator[Path]:
 
 
 def parse_client(*words: str) -> tuple[Options, list[str]]:
-    options, _, warnings = parse_options("tcprelayc", "", ClientOptions, words)
+    given = parse_options("tcprelayc", "", ClientOptions, words)
+    options, warnings = given.options, given.remarks
     return options, warnings
 
 

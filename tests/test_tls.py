@@ -473,7 +473,7 @@ def test_the_pasted_line_is_accepted_by_the_parser(bench: Bench, tmp_path: Path)
     """As it stands, with a port put in."""
     server = bench.server(tls="relay", state_dir=str(tmp_path / "state"))
     line = server.invitation(with_secrets=True).splitlines()[1].replace("PORT", "22")
-    options = parse_options("tcprelayc", "", ClientOptions, line.split()[1:])[0]
+    options = parse_options("tcprelayc", "", ClientOptions, line.split()[1:]).options
     assert options.pin
     assert options.tls == "relay"
 
