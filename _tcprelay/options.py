@@ -222,6 +222,10 @@ class ServerOptions(Options):
         "", parse_host, "address to listen on; a name is all its addresses, :: is IPv4 too",
         group="Addresses", metavar="ADDRESS", secures=True,
         shown_default="all, IPv6 and IPv4")  # fmt: skip
+    public_host: str = option(
+        "", parse_host, "name or address of this host as others reach it: shown to relay clients, and in the line that "
+        "they paste", group="Addresses", metavar="HOST",
+        shown_default="the address of the default route, where it is public")  # fmt: skip
     pair_timeout: float = option(
         20.0, parse_seconds, "seconds that a service client waits for a link and its service",
         group="Connections", metavar="SECONDS")  # fmt: skip

@@ -94,7 +94,11 @@ def serve(role: Relay[Any], signals: Signals | Orders) -> int:
 
 def invite(role: Relay[Any]) -> None:
     """Say what the other side is to do, with secrets on a terminal only."""
-    if invitation := role.invitation(with_secrets=os.isatty(2)):
+    if not (invitation := role.invitation(with_secrets=os.isatty(2))):
+        return
+    if role.options.log_format == "json":
+        role.runtime.log.info("%s", " ".join(invitation.split()))
+    else:
         log_writer.put(f"{invitation}\n")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import itertools
 import os
 import select
@@ -44,6 +45,21 @@ def listen(host: str, port: int, stop: Wakes | None = None, probing: Probing | N
             if port or error.errno != errno.EADDRINUSE:
                 raise
     return _listen_at(addresses, probing)  # a port that was free at one address was taken at another each time
+
+
+def public_address() -> str:
+    """The address by which this host goes out to the internet, if others can reach it there; "" where a NAT or no
+    network is in between."""
+    for family, beyond in ((socket.AF_INET, "198.51.100.1"), (socket.AF_INET6, "2001:db8::1")):  # RFC 5737, RFC 3849
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as sock:
+                sock.connect((beyond, 9))  # looks for the way, and sends nothing
+                host: str = sock.getsockname()[0]
+        except OSError:
+            continue
+        if ipaddress.ip_address(host).is_global:
+            return host
+    return ""
 
 
 def _listen_at(addresses: Addresses, probing: Probing) -> list[socket.socket]:

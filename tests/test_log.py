@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import os
+import re
 import select
 import signal
 import socket
@@ -167,6 +168,24 @@ def test_the_invitation_waits_for_nobody() -> None:
         sock = wait_until(lambda: dial(port), 3 * PATIENCE)
         stack.callback(sock.close)
         assert server.end() == 0
+
+
+def test_the_invitation_is_a_record_in_json(tmp_path: Path) -> None:
+    """Where each line is an object, this one is, too."""
+    words = ["server", "0", "0", "--hostname", HOST, "--tls", "--state-dir", str(tmp_path / "state"), "--log-format",
+             "json", "--workers", "0"]  # fmt: skip
+    command = [sys.executable, "-m", "tcprelay", *words]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            lines = iter(process.stderr.readline, "")
+            messages = (json.loads(line)["message"] for line in lines)
+            said = next(message for message in messages if "on the other side" in message)
+        finally:
+            process.kill()
+    assert re.fullmatch(
+        rf"on the other side, run: tcprelayc {HOST}:\d+ PORT --tls --pin sha256:\w+ --token-file .*", said
+    )
 
 
 def dial(port: int) -> socket.socket | None:

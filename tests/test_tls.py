@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import random
 import re
 import select
+import shlex
 import socket
 import ssl
 import subprocess
@@ -471,11 +473,56 @@ def test_a_start_with_tls_alone(bench: Bench, tmp_path: Path) -> None:
 
 def test_the_pasted_line_is_accepted_by_the_parser(bench: Bench, tmp_path: Path) -> None:
     """As it stands, with a port put in."""
-    server = bench.server(tls="relay", state_dir=str(tmp_path / "state"))
+    server = bench.server(tls="relay", state_dir=str(tmp_path / "state"), service="web=0")
     line = server.invitation(with_secrets=True).splitlines()[1].replace("PORT", "22")
     options = parse_options("tcprelayc", "", ClientOptions, line.split()[1:]).options
     assert options.pin
     assert options.tls == "relay"
+    assert [str(service) for service in options.services] == ["default=localhost:22", "web=localhost:22"]
+
+
+@pytest.mark.parametrize(
+    ("options", "own", "named", "note"),
+    [
+        ({"public_host": "relay.example.net"}, "9.9.9.9", "relay.example.net", False),
+        ({"hostname": "127.0.0.1"}, "9.9.9.9", "127.0.0.1", False),
+        ({}, "9.9.9.9", "9.9.9.9", False),
+        ({}, "2620:fe::9", "[2620:fe::9]", False),
+        ({}, "10.0.0.1", "HOST", True),
+        ({}, "100.64.0.1", "HOST", True),
+        ({"hostname": "0.0.0.0"}, "", "HOST", True),
+    ],
+)
+def test_the_pasted_line_names_what_others_can_reach(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], own: str, named: str,
+    note: bool,
+) -> None:  # fmt: skip
+    """What is given, or the default route's address where it is public; a bare host name says nothing elsewhere."""
+
+    class Socket(socket.socket):
+        def connect(self, address: Any) -> None:
+            if self.type != socket.SOCK_DGRAM:
+                super().connect(address)
+            elif not own or (":" in address[0]) != (":" in own):
+                raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+        def getsockname(self) -> Any:
+            return (own, 1) if self.type == socket.SOCK_DGRAM else super().getsockname()
+
+    server = bench.server(tls="relay", state_dir=str(tmp_path / "state"), **options)
+    monkeypatch.setattr(socket, "socket", Socket)
+    said = server.invitation(with_secrets=False)
+    words = shlex.split(said.splitlines()[1])
+    assert words[:5] == ["tcprelayc", f"{named}:{server.relay_address[1]}", "PORT", "--tls", "--pin"]
+    assert ("(HOST: a name or address" in said) == note
+
+
+def test_the_public_host_is_told(bench: Bench) -> None:
+    """A relay client says where its service is, which is where the server is reached."""
+    server = bench.server(public_host="relay.example.net")
+    bench.client(server, bench.service().port)
+    [published] = bench.client_events.wait(Published)
+    assert published.address == f"relay.example.net:{server.service_addresses['default'][1]}"
 
 
 def test_reloading(bench: Bench, certificates: Certificates, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -146,7 +146,7 @@ class Greeting:
         pooled.wanted = self._intake.own_share(int(hello.number("idle", 1, 1e6)))
         welcome = {
             "heartbeat": runtime.options.heartbeat,
-            "address": show_address(self._intake.addresses[service]),
+            "address": self._say_address(service),
             "waiting": self._intake.count_waiting(service),
         }
         self._join(pooled)
@@ -158,6 +158,13 @@ class Greeting:
             self._forget(pooled, say_error(error))
             raise
         return pooled
+
+    def _say_address(self, service: str) -> str:
+        """Where service clients connect, as the relay client is told."""
+        host, port = self._intake.addresses[service]
+        if self._runtime.options.public_host and host in ("::", "0.0.0.0"):
+            host = self._runtime.options.public_host
+        return show_address((host, port))
 
     def _greet_raw(self, stream: Stream, deadline: Deadline) -> PooledLink:
         """Raw wire has no handshake, except for the key of node-tcp-relay 0.0.13 where one is set."""

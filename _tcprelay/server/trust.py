@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-import socket
 from collections.abc import Iterable
 from typing import Any
 
-from ..addresses import is_loopback
+from ..addresses import Endpoint, is_loopback
 from ..certificates import make_context, make_self_signed, pin_of, trust
 from ..options import ServerOptions, read_secret
 from ..role import Credentials, Runtime
+from ..sockets import public_address
 from ..state import private_file, state_directory
 from ..streams import Stream
 from ..system import ssl
@@ -62,22 +62,26 @@ def invitation(options: ServerOptions, credentials: Credentials, port: int, with
     """After a start with ``--tls`` alone: the command for the other side, which connects to this relay port."""
     if not options.is_improvised or credentials.links is None:
         return ""
-    directory = options.state_dir or state_directory()
-    host = socket.gethostname() if options.hostname in ("", "::", "0.0.0.0") else options.hostname
-    words = ["tcprelayc", "--relay-host", host, "--relay-port", str(port), "--tls", "--pin", credentials.pin]
+    notes = []
+    listens_at = "" if options.hostname in ("::", "0.0.0.0") else options.hostname
+    host = options.public_host or listens_at or public_address()
+    if not host:
+        notes.append("HOST: a name or address at which this host is reached from there; --public-host sets it")
+    words = ["tcprelayc", str(Endpoint(host or "HOST", port))]
+    words += ["PORT" if service.name == "default" else f"{service.name}=PORT" for service in options.services]
+    notes.append("PORT: where the service is on that side")
+    words += ["--tls", "--pin", credentials.pin]
     copied = options.token_file
     if not copied and credentials.token and with_secrets:
         words += ["--token", credentials.token.decode(errors="replace")]
     elif not copied and credentials.token and not options.token:
-        copied = os.path.join(directory, "token")
+        copied = os.path.join(options.state_dir or state_directory(), "token")
     if copied:
         words += ["--token-file", "FILE"]
-    note = f"  (FILE: a copy of {copied})" if copied else ""
+        notes.append(f"FILE: a copy of {copied}")
     if options.wire == "raw":
         words += ["--wire", "raw"]
-    for service in options.services:
-        words += ["--port", "PORT"] if service.name == "default" else ["--publish", f"{service.name}=HOST:PORT"]
-    return f"on the other side, run:{note}\n  {shlex.join(words)}"
+    return "\n  ".join(["on the other side, run:", shlex.join(words), *(f"({note})" for note in notes)])
 
 
 def warn_about_trust(runtime: Runtime[ServerOptions], addresses: Iterable[Any]) -> None:
