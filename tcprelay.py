@@ -25,7 +25,9 @@ The public names:
     Listening, AcceptPaused              a relay server's: its ports
     ClientUp, ClientDown                 its relay clients
     LinkRefused, LinkNotMade             a connection that did not become a link there
+    ServiceUnserved                      a service client waits, and no relay client is connected
     Published, Unpublished               a relay client's: whether its service can be reached through the relay
+    ServiceUnreachable                   the service behind it could not be reached when it was tried
     LinkUp, LinkDown                     of both: a link
     ConnectionOpened, ConnectionClosed   a connection; the latter is its closing record
     ConnectionFailed                     one that was never opened
@@ -50,7 +52,7 @@ from _tcprelay import __version__
 from _tcprelay.addresses import Endpoint
 from _tcprelay.events import (
     AcceptPaused, ClientDown, ClientUp, ConnectionClosed, ConnectionFailed, ConnectionOpened, Draining, Event, LinkDown,
-    LinkNotMade, LinkRefused, LinkUp, Listening, Published, Unpublished,
+    LinkNotMade, LinkRefused, LinkUp, Listening, Published, ServiceUnreachable, ServiceUnserved, Unpublished,
 )  # fmt: skip
 from _tcprelay.logs import fail
 from _tcprelay.options import ClientOptions, ServerOptions
@@ -64,6 +66,7 @@ __all__ = [
     "AcceptPaused", "ClientDown", "ClientOptions", "ClientUp", "ConnectionClosed", "ConnectionFailed",
     "ConnectionOpened", "Draining", "Endpoint", "Event", "LinkDown", "LinkNotMade", "LinkRefused", "LinkUp",
     "Listening", "Publication", "Published", "Relay", "RelayClient", "RelayServer", "ServerOptions", "ServicePort",
+    "ServiceUnreachable", "ServiceUnserved",
     "Unpublished", "__version__", "create_relay_client", "create_relay_server",
 ]  # fmt: skip
 

@@ -20,23 +20,28 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from _tcprelay.addresses import Endpoint
 from _tcprelay.certificates import make_context, trust
 from _tcprelay.client.greeting import Greeting
 from _tcprelay.client.links import Links
+from _tcprelay.client.loops import OwnConnections
 from _tcprelay.client.stock import MOST_HANDSHAKES, Service, Stock
 from _tcprelay.command import run_command
 from _tcprelay.events import Event, Published, Unpublished
 from _tcprelay.options import ClientOptions, make_options
 from _tcprelay.processes import WorkerProcess, Workers
-from _tcprelay.role import Credentials, Relay, Runtime
+from _tcprelay.role import Credentials, Relay, Runtime, warn_about_secrets
 from _tcprelay.system import ssl
 from _tcprelay.text import random_id
 from _tcprelay.threads import JOIN_TIMEOUT, join
 from _tcprelay.values import Publication
+from _tcprelay.waiting import Deadline
 
 __all__ = ["ClientOptions", "Publication", "RelayClient", "create_relay_client", "main"]
 
 
+REFUSED_STATUS = 3
+"""What the command ends with where the relay server refuses it, and --exit-on-refusal is given."""
 USAGE = """tcprelayc RELAY_HOST:PORT SERVICE... [options]
 
 The relay client, for a host behind a NAT: it makes services that it can reach
@@ -80,6 +85,8 @@ class RelayClient(Relay[ClientOptions]):
         checked = make_options(ClientOptions, **given, **options)
         super().__init__(Runtime("tcprelay.client", checked, checked.max_conn, on_event))
         self._id = random_id(8)
+        self._own = OwnConnections()
+        self.runtime.emit.listener = self._obey_refusal
         self._become_one_of(0, 1)
 
     def _become_one_of(self, number: int, count: int) -> None:
@@ -100,6 +107,23 @@ class RelayClient(Relay[ClientOptions]):
         """What has been counted since the start: ``connections``, ``failed``, ``broken``, ``bytes_in`` and
         ``bytes_out``; and how many there are now: ``open`` connections and ``links_idle``."""
         return {**self._count(inbound_is_to_link=False), "links_idle": self._stock.count_idle()}
+
+    def wait_until_published(self, timeout: float | None = None) -> None:
+        """Wait until all services have links to the relay server, for so many seconds at most (``None``: as long as it
+        takes).  Raises `TimeoutError` that says why there are none, also where the client ends meanwhile, and
+        `RuntimeError` before `start`."""
+        if not self._started:
+            raise RuntimeError("this relay client has not been started")
+        relay = Endpoint(self.options.relay_host, self.options.relay_port or 0)
+        if missing := self._stock.wait_until_published(Deadline(timeout)):
+            raise TimeoutError(f"service {missing[0]} is not published at {relay}: {missing[1]}")
+
+    def _obey_refusal(self, event: Event) -> None:
+        """For the command: end where the relay server refuses this client, and that is asked for."""
+        refused = isinstance(event, Unpublished) and event.lasting and self.options.exit_on_refusal
+        if refused and self.signals is not None:
+            self.runtime.log.error("ending, as the relay server refuses this client (--exit-on-refusal)")
+            self.signals.give_up(REFUSED_STATUS)
 
     def _load_credentials(self) -> Credentials:
         options = self.options
@@ -122,6 +146,7 @@ class RelayClient(Relay[ClientOptions]):
     def prepare(self) -> None:
         """Warns of what is not secure.  No name is looked up here: at boot the name server may not answer yet."""
         options, log = self.options, self.runtime.log
+        warn_about_secrets(self.runtime)
         if options.tls in ("relay", "both") and not options.reject_unauthorized and not options.pin:
             log.warning("--reject-unauthorized false: whoever is on the way can pose as the relay server")
         if options.tls in ("both", "service") and options.service_insecure:
@@ -132,7 +157,7 @@ class RelayClient(Relay[ClientOptions]):
         if not self.runtime.is_worker:
             self.prepare()
         greeting = Greeting(self.runtime, self._most_idle, self._id, self._worker)
-        links = Links(self.runtime, self._stock, greeting, self._id)
+        links = Links(self.runtime, self._stock, greeting, self._id, self._own)
         self._own_threads.append(links.keeper)
         links.keeper.start()
 

@@ -29,7 +29,7 @@ from typing import Any
 from _tcprelay.command import run_command
 from _tcprelay.events import Event
 from _tcprelay.options import ServerOptions, make_options
-from _tcprelay.role import Credentials, Relay, Runtime
+from _tcprelay.role import Credentials, Relay, Runtime, warn_about_secrets
 from _tcprelay.server.account import WorkerAccount
 from _tcprelay.server.intake import Intake, ParentIntake, PortIntake
 from _tcprelay.server.limits import Handshakes, bounds_of_handshakes
@@ -129,6 +129,7 @@ class RelayServer(Relay[ServerOptions]):
         """Bind all ports.  Raises `OSError` that names the address, and `Stopping` at a signal."""
         self._listeners.bind(self.signals)
         services = self._listeners.services
+        warn_about_secrets(self.runtime)
         warn_about_trust(self.runtime, (sock.getsockname() for sock, name in services.items() if not name))
 
     def _open(self) -> None:

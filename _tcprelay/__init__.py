@@ -19,13 +19,13 @@ Each room imports only rooms that stand above it in this list (tests/test_house.
     watch           what looks after all of them
     events          what happens, told once
     logs            a log that keeps no thread waiting
+    state           files that this user alone can read
     values          what an option is, and what its value may be
     options         the options of both roles
     arguments       the words of a command line, each taken for what it is meant to be
     parser          what reads the command line and the configuration files
     command_line    the options of a command, wherever they come from
     openssl         TLS contexts, the openssl command, and what is wrong with files
-    state           files that this user alone can read
     certificates    TLS contexts with certificates, made or given
     signals         signals, children, the service manager
     messages        messages between a parent and its worker processes
@@ -45,6 +45,7 @@ Each room imports only rooms that stand above it in this list (tests/test_house.
     server.workers    the parent of worker processes
     client.stock      links by their state, and how many are missing
     client.greeting   how a link is opened
+    client.loops      connections that come back to their relay client
     client.links      links, each in a thread of its own
 """
 

@@ -107,6 +107,22 @@ def show_address(address: Any) -> str:
     return str(Endpoint(host_of(address), address[1]))
 
 
+def show_own(sock: socket.socket) -> str:
+    """The near address of a connected socket; "" where it has none any more."""
+    try:
+        return show_address(sock.getsockname())
+    except OSError:
+        return ""
+
+
+def show_peer(sock: socket.socket) -> str:
+    """The far one, likewise."""
+    try:
+        return show_address(sock.getpeername())
+    except OSError:
+        return ""
+
+
 def host_of(address: Any) -> str:
     """The host of an Internet socket address, with the zone that a link-local one needs to be connected to."""
     host = str(address[0].removeprefix("::ffff:"))

@@ -21,6 +21,9 @@ ALONE = {
 }  # fmt: skip
 """The commands' own options, which have no value, and what each stands for."""
 
+LONGEST_STRAY = 32
+"""Characters of a stray word that is shown: what `secrets.token_urlsafe` makes is longer."""
+
 
 def arrange(cls: type[Options], argv: Sequence[str]) -> list[str]:
     """The command line for ConfigArgParse.  Raises `ValueError` that says which word is wrong."""
@@ -41,17 +44,27 @@ def arrange(cls: type[Options], argv: Sequence[str]) -> list[str]:
             raise ValueError(f"unknown option: {shown(name)}{say_meant(name, known)}{_say_role(cls, name)}")
         elif equals or (info and info.is_flag and not _is_value(info, words)):
             arranged.append(word)
-        elif not words or words[0].partition("=")[0] in known:
+        elif not words or words[0].partition("=")[0] in known or words[0] in ALONE:
             raise ValueError(f"{word} needs a value")
         else:
             arranged.append(f"{word}={words.popleft()}")
-    given = {known.get(word.partition("=")[0]) for word in arranged}
-    for word, name in zip(bare, cls.short(bare), strict=True):
+    given = [info for word in arranged if (info := known.get(word.partition("=")[0]))]
+    names = cls.short(bare)
+    if len(names) < len(bare):
+        raise ValueError(f"{_show_stray(bare[len(names)], given)}: expected {cls.short_form}")
+    for word, name in zip(bare, names, strict=True):
         info = known[f"--{name}"]
         if info in given and info and not info.many:
-            raise ValueError(f"{shown(word)}: without an option it is the --{name}, which is given as well")
+            raise ValueError(f"{_show_stray(word, given)}: without an option it is the --{name}, which is given, too")
         arranged.append(f"--{name}={word}")
     return arranged
+
+
+def _show_stray(word: str, given: Iterable[Option]) -> str:
+    """A word that stands where none should, unless it may be a secret: a long one, or a piece of one with a blank."""
+    if len(word) > LONGEST_STRAY or any(info.secret for info in given):
+        return "a word without an option (not shown: it may be a secret)"
+    return shown(word)
 
 
 def known_names(cls: type[Options]) -> dict[str, Option | None]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from .openssl import CA, CERT, PFX, explain_pair, hidden_file, look_into, new_context, run_openssl, say_wrong
 from .options import Options
-from .state import private_file
+from .state import IDENTITY, private_file
 from .streams import Stream
 from .system import hashlib, ssl
 from .text import random_id, say_error, shown
@@ -119,7 +119,7 @@ def make_self_signed(directory: str) -> str:
             raise ValueError(f"openssl cannot make a certificate: {shown(made.stderr.decode(errors='replace'))}")
         return made.stdout
 
-    return private_file(os.path.join(directory, "identity.pem"), make)
+    return private_file(os.path.join(directory, IDENTITY), make)
 
 
 def pin_of(certificate: bytes) -> str:

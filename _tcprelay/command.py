@@ -59,13 +59,17 @@ def _run_role(given: Given[OptionsT], make: Callable[[OptionsT], Relay[Any]], lo
         signals = role.signals
         if count and can_fork_workers() and (workers := role.make_workers(count)) is not None:
             log_writer.begin()
-            return workers.run(signals)
+            status = workers.run(signals)
+            log.info("ended")
+            return status
         role.choose_processor(0)
         log_writer.begin()  # behind that line, for it stays where it is started
         role.start()
         invite(role)
         signals.begin()
-        return serve(role, signals)
+        status = serve(role, signals)
+        log.info("ended")
+        return status
 
 
 def open_standard_files() -> None:

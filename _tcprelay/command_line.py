@@ -12,6 +12,7 @@ from typing import Any, Generic, NoReturn
 from .arguments import arrange, say_meant
 from .logs import fail
 from .options import ClientOptions, Options, OptionsT, ServerOptions, options_of
+from .state import say_open
 from .text import shown, trim
 
 
@@ -102,6 +103,10 @@ def parse_options(prog: str, usage: str, cls: type[OptionsT], argv: Sequence[str
         options = cls(**values)
     except ValueError as error:
         fail(prog, 2, "; ".join([str(error), *remarks]))  # what is missing may stand where it was not taken from
+    for name, info in options_of(cls):
+        file = origins[name].rpartition(", line ")[0]
+        if info.secret and name in values and file and (may := say_open(file)):
+            remarks.append(f"{file} holds the {name}, and {may}")
     return Given(options, given.check, remarks, {name: origins[name] for name in values}, parser.sources.files)
 
 

@@ -80,7 +80,7 @@ class ConnectionClosed(Event):
         outcome = f"broken off ({self.reason})" if self.reason else "complete"
         return (
             f"[{self.id}] service {self.service}: connection from {self.peer} {outcome}"
-            f" after {self.seconds:.3f} s, {self.bytes_in} bytes in, {self.bytes_out} bytes out"
+            f" after {self.seconds:.3f} s, {say_bytes(self.bytes_in)} in, {say_bytes(self.bytes_out)} out"
         )
 
 
@@ -102,7 +102,7 @@ class ConnectionFailed(Event):
 class Draining(Event):
     """`end` has begun; open connections have until the drain time-out."""
 
-    says = "ending: waiting up to {seconds:g} s for open connections: {connections}"
+    says = "ending: waiting up to {seconds:.3g} s for open connections: {connections}"
     connections: int
     seconds: float
 
@@ -187,7 +187,8 @@ class Published(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unpublished(Event):
-    """No link to the relay can be had.  The client goes on trying; told again only when the reason changes."""
+    """No link to the relay can be had.  The client goes on trying; told again only when the reason changes.  It is
+    `lasting` where it will not pass by itself: the relay refuses this client, or is none."""
 
     level = logging.WARNING
     says = "service {service}: no link to the relay at {relay}, trying again: {reason}"
@@ -195,6 +196,32 @@ class Unpublished(Event):
     service: str
     relay: str
     reason: str
+    lasting: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceUnreachable(Event):
+    """The service is published, and the client could not reach it when it tried."""
+
+    level = logging.WARNING
+    says = "service {service}: nothing can be reached at {target} now: {reason}"
+    service: str
+    target: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceUnserved(Event):
+    """A service client has come, and no relay client is connected for its service.  Told once until one is."""
+
+    level = logging.WARNING
+    says = "service {service}: {peer} waits, and no relay client is connected"
+    service: str
+    peer: str
+
+
+def say_bytes(count: int) -> str:
+    return "1 byte" if count == 1 else f"{count} bytes"
 
 
 class Events:
@@ -207,8 +234,12 @@ class Events:
     MOST_LINES = 10
 
     def __init__(self, logger: logging.Logger, on_event: Callable[[Event], object] | None) -> None:
+        if on_event is not None and not callable(on_event):
+            raise TypeError(f"on_event: expected something to call, not {on_event!r:.80}")
         self._logger = logger
         self._on_event = on_event
+        self.listener: Callable[[Event], object] | None = None
+        """The role's own, beside ``on_event``."""
         self.pass_on: Callable[[Event], object] | None = None
         """In a worker: tells the parent what is `of_all`."""
         self._lock = threading.Lock()  # over the two below
@@ -229,9 +260,10 @@ class Events:
                 self.counts["failed"] += 1
         if self._logger.isEnabledFor(event.level) and (not event.floods or self._may_log(type(event))):
             self._logger.log(event.level, "%s", event, extra={"event": event})
-        if self._on_event is not None:
+        for listener in (self.listener, self._on_event):
             try:
-                self._on_event(event)
+                if listener is not None:
+                    listener(event)
             except Exception:
                 self._logger.exception("on_event failed for %s", type(event).__name__)
 

@@ -22,6 +22,8 @@ class Options:
 
     command: ClassVar[str]
     """The command that has them."""
+    short_form: ClassVar[str]
+    """What `short` understands."""
 
     idle_timeout: float = option(
         0.0, parse_seconds, "seconds without a byte either way that end a connection; 0 is never",
@@ -103,14 +105,12 @@ class Options:
 
     @classmethod
     def short(cls, words: Sequence[str]) -> list[str]:
-        """Which options the words of a command line are that stand there without one.  Raises `ValueError` for the
-        first that is none."""
+        """Which options the words of a command line are that stand there without one, up to the first that is none."""
         raise NotImplementedError
 
     def as_arguments(self) -> dict[str, Any]:
-        """All of them for the constructor of a role, where a secret is given or is not there, but never empty."""
-        return {name: None if info.secret and not getattr(self, name) else getattr(self, name)
-                for name, info in options_of(type(self))}  # fmt: skip
+        """All of them for the constructor of a role, where ``None`` stands for what is not given."""
+        return {name: None if value == "" else value for name, value in vars(self).items()}
 
     def _useless(self, names: str, needed: str, is_there: bool) -> Iterator[tuple[object, str]]:
         """Complaints of options that secure nothing as things stand, and must not look as if they did."""
@@ -179,23 +179,27 @@ OptionsT = TypeVar("OptionsT", bound=Options)
 
 
 def make_options(cls: type[OptionsT], **values: Any) -> OptionsT:
-    """Options as a program gives them, by their names with underscores; of those that may be repeated one or several,
-    as text or as objects.  Raises `ValueError`."""
+    """Options as a program gives them, by their names with underscores: text may be bytes, and of those that may be
+    repeated there may be one or several, as text or as objects.  Raises `ValueError`."""
     infos = dict(options_of(cls))
     for name, value in values.items():
         if name not in infos:
             raise ValueError(f"there is no option {name}")
+        if isinstance(value, bytes):
+            value = values[name] = value.decode("utf-8", "surrogateescape")
+        if name in ("token", "secret") and value == "":
+            raise ValueError(f"{name}: expected something that is not empty")
         if infos[name].many:
             items = [value] if isinstance(value, str) else value or ()
             values[name] = tuple(_parse_one(name, infos[name], item) for item in items)
     return cls(**values)
 
 
-def _parse_one(name: str, info: Option, text: Any) -> Any:
+def _parse_one(name: str, info: Option, item: Any) -> Any:
     try:
-        return info.parse(trim(text)) if isinstance(text, str) else text
+        return item if isinstance(item, (ServicePort, Publication)) else info.parse(trim(str(item)))
     except ValueError as error:
-        raise ValueError(f"{name} {shown(text)!r}: expected {error}") from None
+        raise ValueError(f"{name} {shown(item)!r}: expected {error}") from None
 
 
 def options_of(cls: type[Options]) -> list[tuple[str, Option]]:
@@ -208,6 +212,7 @@ class ServerOptions(Options):
     """The options of `RelayServer` and of ``tcprelays``."""
 
     command = "tcprelays"
+    short_form = "the relay port and services, as in 10080 2222 web=8080"
 
     relay_port: int | None = option(
         None, parse_port, "port for relay clients; 0 takes a free one",
@@ -295,7 +300,7 @@ class ServerOptions(Options):
             elif names and word.isdigit() and "service-port" not in names:
                 names.append("service-port")
             else:
-                raise ValueError(f"{shown(word)}: expected the relay port and services, as in 10080 2222 web=8080")
+                break
         return names
 
     @property
@@ -316,7 +321,14 @@ class ClientOptions(Options):
     """The options of `RelayClient` and of ``tcprelayc``."""
 
     command = "tcprelayc"
+    short_form = "the relay server and services, as in relay.example.net:10080 22 web=80"
 
+    relay_host: str = option(
+        "", parse_relay, "host of the relay server, with its port if you like",
+        group="Addresses", metavar="HOST[:PORT]", spelling="relayHost")  # fmt: skip
+    relay_port: int | None = option(
+        None, parse_port, "port of the relay server for relay clients",
+        group="Addresses", metavar="PORT", spelling="relayPort")  # fmt: skip
     host: str = option(
         "localhost", parse_place, "host of the service named default, with its port if you like, or unix:PATH",
         group="Addresses", metavar="HOST[:PORT]", spelling="host")  # fmt: skip
@@ -326,18 +338,18 @@ class ClientOptions(Options):
     publish: tuple[Publication, ...] = option(
         (), parse_publication, "a further service, by its name at the relay server; may be repeated",
         group="Addresses", metavar="NAME=HOST:PORT", many=True)  # fmt: skip
-    relay_host: str = option(
-        "", parse_relay, "host of the relay server, with its port if you like",
-        group="Addresses", metavar="HOST[:PORT]", spelling="relayHost")  # fmt: skip
-    relay_port: int | None = option(
-        None, parse_port, "port of the relay server for relay clients",
-        group="Addresses", metavar="PORT", spelling="relayPort")  # fmt: skip
+    try_service: bool = option(
+        True, parse_flag, "connect to each service once when it is published, and warn where that fails; false for one "
+        "that serves a single connection", group="Links", metavar="true|false")  # fmt: skip
     num_conn: int = option(
         8, parse_positive, "idle links kept for each service",
         group="Links", metavar="N", spelling="numConn")  # fmt: skip
     max_conn: int = option(
         0, parse_count, "links at once, idle ones and all", group="Links", metavar="N",
         shown_default="a quarter of the limit on open files")  # fmt: skip
+    exit_on_refusal: bool = option(
+        False, parse_flag, "end with status 3 where the relay server refuses this client for a reason that does not "
+        "pass, instead of trying again", group="Running")  # fmt: skip
     name: str = option(
         "", str, "what the relay server calls this client in its log", group="Links", metavar="NAME",
         shown_default="this host's name")  # fmt: skip
@@ -392,9 +404,7 @@ class ClientOptions(Options):
             elif names and not {"host", "port"} & set(names):
                 names.append("port" if word.isdigit() else "host")
             else:
-                raise ValueError(
-                    f"{shown(word)}: expected the relay server and services, as in relay.example.net:10080 22 web=80"
-                )
+                break
         return names
 
     def _check_values(self) -> None:

@@ -88,8 +88,8 @@ def serve(role: Relay[Any], signals: Signals | Orders) -> int:
     ender.join()
     if stragglers:
         log_writer.end()
-        os._exit(0)  # their stacks may hold locks that the interpreter's own end would wait for
-    return 0
+        os._exit(signals.status)  # their stacks may hold locks that the interpreter's own end would wait for
+    return signals.status
 
 
 def invite(role: Relay[Any]) -> None:
@@ -181,7 +181,7 @@ class Workers:
                 time.sleep(self._pause)
                 self._pause = min(2 * self._pause, 1.0)
         self.selector.close()
-        return self._status
+        return self._status or signals.status
 
     def _turn(self) -> None:
         for key, _ in self.selector.select(self._look_at_time()):
@@ -394,6 +394,8 @@ ResultT = TypeVar("ResultT")
 
 class Orders:
     """What a worker hears from its parent: signals that are passed on, and orders for the role."""
+
+    status = 0
 
     def __init__(self, role: Relay[Any], channel: socket.socket) -> None:
         self._role = role

@@ -21,6 +21,7 @@ from .messages import encode_message, send_message
 from .options import OptionsT
 from .protocol import prove
 from .signals import Signals
+from .state import say_open
 from .system import choose_processor, from_descriptor_limit
 from .tcp import Probing
 from .text import say_error
@@ -125,6 +126,29 @@ class Runtime(Generic[OptionsT]):
         """The same with descriptors, of an encoded message.  Raises `OSError`."""
         assert self._channel is not None
         send_message(self._channel, message, descriptors)
+
+
+SHORTEST_TOKEN = 16
+"""Characters below which a token is warned of: who records a handshake can try as many as he likes."""
+
+
+def warn_about_secrets(runtime: Runtime[Any]) -> None:
+    """Say at the start which secrets are weak, or open to others on this host."""
+    options, log = runtime.options, runtime.log
+    token = runtime.credentials.token or options.secret.encode(errors="replace")
+    if 0 < len(token) < SHORTEST_TOKEN:
+        log.warning(
+            "the token has %d characters: it can be guessed; take %d or more random ones", len(token), SHORTEST_TOKEN
+        )
+    for name in PRIVATE_FILES:
+        path = getattr(options, name, "")
+        has_key_elsewhere = name.endswith("cert") and bool(getattr(options, name.replace("cert", "key"), ""))
+        if path and not has_key_elsewhere and (may := say_open(path)):
+            log.warning("--%s %s: %s", name.replace("_", "-"), path, may)
+
+
+PRIVATE_FILES = ("token_file", "passphrase_file", "cert", "key", "pfx", "service_cert", "service_key", "service_pfx")
+"""The options that name files with secrets; a certificate's, where its key is in it."""
 
 
 class Relay(abc.ABC, Generic[OptionsT]):

@@ -22,6 +22,9 @@ class Signals:
 
     HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+    status = 0
+    """What the process is to end with."""
+
     def __enter__(self) -> Signals:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
@@ -60,6 +63,11 @@ class Signals:
         self._writer.send(bytes([signal.SIGCHLD]))  # some may have ended before
         if self._ends_with_terminal and is_terminal_gone():
             self._writer.send(bytes([signal.SIGHUP]))
+
+    def give_up(self, status: int) -> None:
+        """End as at SIGTERM, with this status; any thread."""
+        self.status = status
+        self._writer.send(bytes([signal.SIGTERM]))
 
     def done(self) -> None:
         self._writer.send(b"\0")

@@ -12,17 +12,60 @@ from .system import fcntl, ignore_oserror
 from .text import random_id, say_error
 
 
+SYSTEM_STATE = "/var/lib/tcprelay"
+"""Where root keeps things, in a shell as under systemd (StateDirectory=): the same identity in both."""
+SYSTEM_PRIVATE = "/var/lib/private/"
+"""Where systemd keeps the state of services with a user of their own (DynamicUser=); root alone can enter it."""
+
+
 def state_directory() -> str:
-    """Where things are kept by default: systemd's state directory, or the user's (XDG).  Raises `OSError`."""
+    """Where things are kept by default: systemd's state directory, root's, or the user's (XDG).  Raises `OSError`."""
     systemd = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
     home = os.environ.get("XDG_STATE_HOME", "")
     if not os.path.isabs(home):
+        if systemd or (_is_root() and os.path.isdir(os.path.dirname(SYSTEM_STATE))):
+            return systemd or SYSTEM_STATE
         home = os.path.expanduser("~/.local/state")
     if not (systemd or os.path.isabs(home)):
         raise OSError(
             errno.ENOENT, "this user has no home directory to keep a certificate in: name one with --state-dir"
         )
     return systemd or os.path.join(home, "tcprelay")
+
+
+def other_states(directory: str) -> list[str]:
+    """The other default places, as far as this user can look there, that hold a certificate: what was tried in a shell
+    and what a service manager starts may be two."""
+    homes = ["~", "~" + os.environ.get("SUDO_USER", "")]
+    places = [SYSTEM_STATE, *(os.path.join(os.path.expanduser(home), ".local/state/tcprelay") for home in homes)]
+    found = [os.path.realpath(place) for place in places if os.path.exists(os.path.join(place, IDENTITY))]
+    return [place for place in dict.fromkeys(found) if place != os.path.realpath(directory)]
+
+
+IDENTITY = "identity.pem"
+"""The file of a certificate that was made, with its key."""
+
+
+def say_open(path: str) -> str:
+    """What others may do with a file that holds a secret; "" for nothing, and where the system keeps them out.
+
+    Docker and Podman put a container's secrets into /run/secrets with modes that let everybody read, and nobody else is
+    there; the same goes for systemd's credentials.
+    """
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ""
+    places = ("/run/secrets/", os.environ.get("CREDENTIALS_DIRECTORY") or "/run/secrets/")
+    mode = stat.S_IMODE(found.st_mode)
+    if os.path.realpath(path).startswith(places) or not stat.S_ISREG(found.st_mode) or not hasattr(os, "geteuid"):
+        return ""
+    may = "read and write" if mode & 0o004 and mode & 0o022 else "write to" if mode & 0o022 else "read"
+    return f"others can {may} it (its mode is {mode:04o})" if mode & 0o026 else ""
+
+
+def _is_root() -> bool:
+    return hasattr(os, "geteuid") and os.geteuid() == 0
 
 
 def private_file(path: str, make: Callable[[], bytes]) -> str:
@@ -39,7 +82,9 @@ def private_file(path: str, make: Callable[[], bytes]) -> str:
         _check_file(path)
     except OSError as error:
         place = error.filename if isinstance(error.filename, str) else path
-        raise OSError(error.errno, f"{say_error(error)} (--state-dir names another place)", place) from error
+        raise OSError(
+            error.errno, f"{say_error(error)} (--state-dir names another place, which this user can write to)", place
+        ) from error
     return path
 
 
@@ -54,7 +99,7 @@ def _make_private(path: str, content: bytes) -> None:
             return
         try:
             with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                if _who_else(os.fstat(file.fileno()), 0o077):
+                if _who_else(os.fstat(file.fileno()), 0o077, path):
                     raise PermissionError(errno.EPERM, "the file system here cannot keep a file from others")
                 file.write(content)
                 file.flush()
@@ -85,7 +130,7 @@ def _check_directory(path: str) -> None:
     found = os.stat(path)  # follows links: systemd's state directory may be one
     if not stat.S_ISDIR(found.st_mode):
         raise NotADirectoryError(errno.ENOTDIR, "this is not a directory", path)
-    if who := _who_else(found, 0o022):
+    if who := _who_else(found, 0o022, path):
         raise PermissionError(
             errno.EPERM, f"{who} can put files there: have it owned and written by this user alone", path
         )
@@ -96,15 +141,17 @@ def _check_file(path: str) -> None:
     found = os.lstat(path)
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "this is not a regular file: remove it", path)
-    if who := _who_else(found, 0o077):
+    if who := _who_else(found, 0o077, path):
         raise PermissionError(errno.EPERM, f"{who} may know or have changed it: remove it, a new one is made", path)
 
 
-def _who_else(found: os.stat_result, forbidden: int) -> str:
-    """Who beside this user and root may do to a file what the bits of its mode in `forbidden` allow; "" is nobody."""
+def _who_else(found: os.stat_result, forbidden: int, path: str) -> str:
+    """Who beside this user and root may do to a file what the bits of its mode in `forbidden` allow; "" is nobody.  The
+    user whom systemd has made for the service is none to root: nobody else can be it."""
     if not hasattr(os, "geteuid"):
         return ""
-    if found.st_uid not in (os.geteuid(), 0):
+    is_service = _is_root() and os.path.realpath(path).startswith(SYSTEM_PRIVATE)
+    if found.st_uid not in (os.geteuid(), 0) and not is_service:
         return f"user {found.st_uid}, its owner,"
     if found.st_uid != os.geteuid():
         forbidden &= ~0o040  # what root has put there for a service is read by its group

@@ -152,7 +152,8 @@ class Bench:
 
     def client(self, server: RelayServer, port: int | None, **options: Any) -> RelayClient:
         """A client with (by default) two links, once they are in the server's pool."""
-        options = {"num_conn": 2, "drain_timeout": 0.0, "on_event": self.client_events, **options}
+        own = {"num_conn": 2, "drain_timeout": 0.0, "on_event": self.client_events, "try_service": False}
+        options = {**own, **options}
         idle = server.counters["links_idle"]
         client = self._stack.enter_context(
             RelayClient("127.0.0.1", port, "127.0.0.1", server.relay_address[1], **options)

@@ -233,7 +233,7 @@ class Program:
 
 class RelayProcess(Program):
     """``python3 -m tcprelay server`` or ``client``, with its log as JSON; with as many workers as TEST_WORKERS
-    says, unless the options do.
+    says, unless the options do.  Many a service here serves a certain number of connections: none is tried.
 
     On the way out of the context it gets SIGTERM if it still runs; its exit status must be 0, unless it was
     killed, and there must be nothing in its output but log lines, none of them an error.
@@ -250,7 +250,8 @@ class RelayProcess(Program):
         workers = os.environ.get("TEST_WORKERS")
         more = {"TCPRELAY_WORKERS": workers} if workers else {}
         watched = WATCH.environment()
-        env = {"TCPRELAY_LOG_FORMAT": "json", "PYTHONWARNINGS": "default", **watched, **more, **(env or {})}
+        settings = {"TCPRELAY_LOG_FORMAT": "json", "TCPRELAY_TRY_SERVICE": "false", "PYTHONWARNINGS": "default"}
+        env = {**settings, **watched, **more, **(env or {})}
         super().__init__(*wrapper, sys.executable, "-m", "tcprelay", role, *options, env=env)
         self.name = role
         WATCH.add(role, self.process.pid, watched)

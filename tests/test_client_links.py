@@ -52,7 +52,8 @@ def server() -> Iterator[FakeServer]:
 def client_of(bench: Bench, server: FakeServer, service: Service | int, **options: Any) -> RelayClient:
     """A client of the played server, with one idle link unless told otherwise."""
     port = service if isinstance(service, int) else service.port
-    options = {"num_conn": 1, "drain_timeout": 0.0, "on_event": bench.client_events, **options}
+    own = {"num_conn": 1, "drain_timeout": 0.0, "on_event": bench.client_events, "try_service": False}
+    options = {**own, **options}
     client: RelayClient = bench.enter(RelayClient("127.0.0.1", port, "127.0.0.1", server.port, **options))
     return client
 

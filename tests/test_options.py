@@ -214,11 +214,11 @@ def test_check_says_what_came_of_it(
         f"read: {config}, TCPRELAY_TOKEN",
         "  token = (not shown)    environment variable TCPRELAY_TOKEN",
         f"  tls = relay    {config}, line 3",
+        f"  relay-host = relay.example.net    {config}, line 2",
+        f"  relay-port = 10080    {config}, line 2",
         "  host = nas    command line",
         "  port = 22    command line",
         f"  publish = web=localhost:80    {config}, line 4",
-        f"  relay-host = relay.example.net    {config}, line 2",
-        f"  relay-port = 10080    {config}, line 2",
         "everything else has its default",
     ]
 
@@ -262,9 +262,12 @@ def test_check_says_what_came_of_it(
         (["--num-conn", "1"], "unknown option: --num-conn (--num-conn is an option of tcprelayc)"),
         (["word"], "word: expected the relay port and services, as in 10080 2222 web=8080"),
         (["1", "2", "3"], "3: expected the relay port and services"),
-        (["1", "2"], "1: without an option it is the --relay-port, which is given as well"),
+        (["1", "2"], "1: without an option it is the --relay-port, which is given, too"),
         (["--tls", "maybe"], "--tls 'maybe' (from command line): expected true (or yes, on, relay), both, service, or"),
+        (["--token", "a", "b"], "a word without an option (not shown: it may be a secret): expected the relay port"),
+        (["x" * 40], "a word without an option (not shown: it may be a secret): expected the relay port and services"),
         (["--heartbeat"], "--heartbeat needs a value"),
+        (["--heartbeat", "--check"], "--heartbeat needs a value"),
         (["--heartbeat", "--tls"], "--heartbeat needs a value"),
     ],
 )
@@ -430,7 +433,8 @@ def test_a_port_in_use_is_one_line() -> None:
             capture_output=True, text=True, timeout=30, check=False,
         )  # fmt: skip
     assert done.returncode == 1
-    assert done.stderr == f"tcprelays: cannot listen on 127.0.0.1:{port}: address already in use\n"
+    said = f"cannot listen on 127.0.0.1:{port}: address already in use; another program has it, or another tcprelays"
+    assert done.stderr == f"tcprelays: {said}\n"
 
 
 def test_an_unknown_host_is_one_line() -> None:
@@ -440,7 +444,8 @@ def test_an_unknown_host_is_one_line() -> None:
         [sys.executable, "-m", "tcprelay", "server", *words], capture_output=True, text=True, timeout=30, check=False
     )
     assert done.returncode == 1
-    assert done.stderr == "tcprelays: cannot listen on 192.0.2.1:0: cannot assign requested address\n"
+    said = "cannot listen on 192.0.2.1:0: cannot assign requested address; this host does not have that address"
+    assert done.stderr == f"tcprelays: {said}\n"
 
 
 @pytest.mark.parametrize("format", ["text", "json"])

@@ -20,7 +20,7 @@ from tcprelay import RelayServer
 from .conftest import PATIENCE, PEER_PATH, replace
 from .peers import ROOT, find, no_peer
 
-ELSEWHERE = "(--state-dir names another place)"
+ELSEWHERE = "(--state-dir names another place, which this user can write to)"
 
 
 def start(directory: Path | str) -> RelayServer:
@@ -148,7 +148,7 @@ def test_what_root_has_provided_for_a_group(state: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "geteuid", lambda: 4321)
 
     def who(mode: int, owner: int) -> str:
-        return _who_else(os.stat_result([0o100000 | mode, *found[1:4], owner, *found[5:]]), 0o077)
+        return _who_else(os.stat_result([0o100000 | mode, *found[1:4], owner, *found[5:]]), 0o077, str(state))
 
     assert who(0o640, 0) == who(0o440, 0) == who(0o600, 4321) == ""
     assert who(0o644, 0) and who(0o660, 0) and who(0o640, 4321)
@@ -215,7 +215,8 @@ def test_a_disk_that_cannot_be_written(state: Path, mounted: str, reason: str) -
 
 def run_without_home(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command as a user that the system does not know, as containers have it, in an empty directory."""
-    code = "import os, pwd, sys, tcprelay; pwd.getpwuid = lambda uid: {}[uid]; sys.exit(tcprelay.main(sys.argv[1:]))"
+    code = "import os, pwd, sys, tcprelay; from _tcprelay import state; state._is_root = lambda: False; " \
+           "pwd.getpwuid = lambda uid: {}[uid]; sys.exit(tcprelay.main(sys.argv[1:]))"  # fmt: skip
     words = "server", "--relay-port", "0", "--service-port", "0", "--tls", "--check"
     kept = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_STATE_HOME")}
     place = tmp_path / "empty"

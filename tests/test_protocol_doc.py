@@ -262,7 +262,7 @@ def greet(wire: Wire, token: str = "") -> dict[str, Any]:
 @pytest.mark.parametrize("token", ["", TOKEN])
 def test_another_relay_client(bench: Bench, token: str) -> None:
     """A client that is written from the document alone carries two connections on one link, and leaves."""
-    server = bench.server(token=token)
+    server = bench.server(token=token or None)
     wire = Wire(bench.enter(connect(server.relay_address)))
     greet(wire, token)
     for request, answer, end in ((b"hello", b"world", {}), (b"again", b"and again", {"passed": 5}), (b"", b"bye", {})):
@@ -347,7 +347,7 @@ def test_another_relay_server(bench: Bench, token: str) -> None:
     listener = bench.enter(socket.create_server(("127.0.0.1", 0)))
     listener.settimeout(PATIENCE)
     port = listener.getsockname()[1]
-    client = bench.enter(tcprelay.RelayClient("127.0.0.1", service.port, "127.0.0.1", port, 1, token=token))
+    client = bench.enter(tcprelay.RelayClient("127.0.0.1", service.port, "127.0.0.1", port, 1, token=token or None))
     with ExitStack() as stack:
         wire = Wire(stack.enter_context(listener.accept()[0]))
         hello = wire.receive("HELLO")

@@ -337,7 +337,15 @@ def test_a_service_on_a_unix_socket(bench: Bench, tmp_path_factory: pytest.TempP
     thread.start()
     server = bench.server(service=["app=0"])
     bench.enter(
-        RelayClient(f"unix:{path}", None, "127.0.0.1", server.relay_address[1], 1, publish=[f"app=unix:{path}"])
+        RelayClient(
+            f"unix:{path}",
+            None,
+            "127.0.0.1",
+            server.relay_address[1],
+            1,
+            publish=[f"app=unix:{path}"],
+            try_service=False,
+        )
     )
     for name in ("default", "app"):
         sock = bench.connect(server, name)
@@ -365,7 +373,8 @@ def test_an_upload_to_a_unix_socket_that_is_read_late(bench: Bench, tmp_path_fac
     thread = threading.Thread(target=serve)
     thread.start()
     server = bench.server(service=["app=0"], heartbeat=0.1, pair_timeout=5)
-    client = RelayClient(f"unix:{path}", None, "127.0.0.1", server.relay_address[1], 2, on_event=bench.client_events)
+    client = RelayClient(f"unix:{path}", None, "127.0.0.1", server.relay_address[1], 2, on_event=bench.client_events,
+                         try_service=False)  # fmt: skip
     bench.enter(client)
     wait_until(lambda: server.counters["links_idle"] == 2)
     sock = bench.connect(server)

@@ -222,9 +222,11 @@ def test_a_secret_is_not_said_beside_a_mistake(say: Say, secret: str, source: st
         [f"--{name.replace('_', '-')}", "/no/such"] for name, info in options_of(say.options) if not info.secret
     ]
     mistakes += [[f"--{secret}", ""], [f"--{secret}", " "], [f"--{secret}"]]
-    mistakes += [["--tokens", CANARY], [f"--tokens={CANARY}"], [CANARY], ["--help"], ["--version"]]
+    mistakes += [["--tokens", CANARY], [f"--tokens={CANARY}"], [3 * CANARY], ["--help"], ["--version"]]
     mistakes += [["--token-file", str(say.path)], ["--passphrase-file", "/dev/null"], ["--wire", "raw"]]
     mistakes += [["--token", CANARY, "--token-file", "a"], ["--passphrase", CANARY, "--passphrase-file", "a"]]
+    if source.startswith("option"):
+        mistakes.append([CANARY])  # it may be a piece of that one, behind a blank; other short words are shown
     for words in mistakes:
         said = say(*words, "--check")
         assert not find_secrets(said), f"{words}: {said}"
@@ -739,7 +741,7 @@ def test_what_a_relay_server_says_is_escaped(log: Log, where: str) -> None:
     act, name = TO_CLIENT[where]
     token = CANARY if act is challenge else ""
     for value in [*EVIL.values(), [FORGED], 5, None]:
-        with FakeServer() as relay, client_of(relay.port, token=token):
+        with FakeServer() as relay, client_of(relay.port, token=token or None):
             link = relay.accept()
             with contextlib.suppress(OSError, EOFError):
                 act(relay, link, {name: value})

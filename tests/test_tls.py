@@ -319,7 +319,7 @@ def test_protected_mode_before_the_handshake(
 ) -> None:
     """A link from another host costs no TLS handshake; its client, TLS or plain, still learns what to do."""
     replace(monkeypatch, "is_loopback", lambda address: False)
-    server = bench.server(**{**tls_server(certificates), "token": ""})
+    server = bench.server(**{**tls_server(certificates), "token": None})
     with connect(server.relay_address) as silent:
         assert read_all(silent) == ACCESS_DENIED
     ca = {"tls": "relay", "ca_file": certificates.path("ca.pem")}

@@ -6,6 +6,8 @@ Each runs in the thread of its link.
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
+from typing import TypeVar
 
 from ..addresses import Endpoint
 from ..certificates import pin_of
@@ -19,7 +21,7 @@ from ..role import Runtime
 from ..sockets import Dialer
 from ..streams import Stream
 from ..system import ssl
-from ..tcp import say_path
+from ..tcp import say_path, unsent_bytes
 from ..text import is_tls_error, say_error, shown
 from ..tls import TLSStream
 from ..waiting import Deadline
@@ -28,6 +30,8 @@ from .stock import RefusedByServer, Unreachable
 RELAY_DIAL_TIMEOUT, DIAL_AGAIN = 15.0, 5.0
 """Seconds to reach the relay server, and after how many without an answer it is tried once more beside the first
 attempt: a saturated uplink has round trips of seconds, and a path that is back is found soon."""
+SILENCE_TIMEOUT = 2.0
+"""Seconds after which it is told that nothing answers, where the path is good: a service port is silent, too."""
 LINK_TIMEOUT = 30.0
 """Seconds from a link's TCP connection to WELCOME; clearly more than the relay server gives it, so that a link that
 is in the server's pool has not been given up here."""
@@ -44,25 +48,25 @@ class Greeting:
         self._runtime = runtime
         self._most_idle = most_idle
         self._id = id
-        self._worker = worker
+        self.worker = worker
         self._name = (options.name or socket.gethostname())[:64]
         self.relay = Endpoint(options.relay_host, options.relay_port or 0)
         self._dialer = Dialer(self.relay, RELAY_DIAL_TIMEOUT, runtime.probing, DIAL_AGAIN)
 
-    def connect(self, service: str) -> tuple[AnyLink, str, int]:
+    def connect(self, service: str, doubt: Callable[[str], object]) -> tuple[AnyLink, str, int]:
         """Dial the relay server and bring a link to its idle state; with the service's address there, and how many
-        service clients wait.
+        service clients wait.  `doubt` is called with what may be wrong where it takes long.
 
         Raises `OSError`, `EOFError`, and `RefusedByServer` with the server's reason.
         """
         deadline = Deadline(None)
-        stream, options = self._dial(deadline), self._runtime.options
+        stream, options = self._dial(deadline, doubt), self._runtime.options
         try:
             if options.wire == "raw":
                 stream.send(options.secret.encode("utf-8", "surrogateescape"))
                 return RawLink(stream), "", 0
             link = Link(stream, CLIENT)
-            welcome = self._greet(link, service, deadline)
+            welcome = self._greet(link, service, deadline, doubt)
             link.heartbeat = max(0.05, welcome.number("heartbeat", 15, 3600))
             return link, shown(welcome.text("address")), int(welcome.number("waiting", 0, 1e6))
         except BaseException as error:
@@ -72,7 +76,7 @@ class Greeting:
                 raise late from None
             raise
 
-    def _dial(self, deadline: Deadline) -> Stream:
+    def _dial(self, deadline: Deadline, doubt: Callable[[str], object]) -> Stream:
         """Connect to the relay server, with TLS where it is asked for; the deadline begins when there is a connection.
         Raises `OSError`, `EOFError`; `Unreachable` where there is none."""
         runtime, options = self._runtime, self._runtime.options
@@ -86,9 +90,10 @@ class Greeting:
             return Stream(sock, name)
         try:
             stream = TLSStream(sock, name, context, server_hostname=options.tls_server_name or options.relay_host)
-            stream.handshake(deadline, runtime.stop)
+            self._patiently(lambda until: stream.handshake(until, runtime.stop), sock, deadline, doubt)
             found = pin_of(stream.tls.getpeercert(binary_form=True) or b"")
             if options.pin and found != options.pin:
+                Link(stream, CLIENT).refuse("pin", "its certificate is not the one that --pin asks for")
                 raise RefusedByServer(f"the relay's certificate has another pin than --pin says: {found}")
         except BaseException as error:
             late = self._say_late(sock)
@@ -100,24 +105,40 @@ class Greeting:
             raise
         return stream
 
+    def _patiently(
+        self, step: Callable[[Deadline], ResultT], sock: socket.socket, deadline: Deadline,
+        doubt: Callable[[str], object],
+    ) -> ResultT:  # fmt: skip
+        """Take a step that waits for the relay's first answer, and doubt that there will be one where it takes long
+        although what was sent has arrived.  Raises what the step raises."""
+        try:
+            return step(deadline.within(SILENCE_TIMEOUT))
+        except TimeoutError:
+            if deadline.remaining() and not (unsent_bytes(sock) or say_path(sock)):
+                doubt(
+                    f"no answer yet; is {self.relay} the relay port of a tcprelays, and not one of its service ports?"
+                )
+            return step(deadline)
+
     def _say_late(self, sock: socket.socket) -> TimeoutError:
         """What to raise where the relay has not answered in time."""
         why = say_path(sock) or f"; is {self.relay} the relay port of a tcprelays?"
         return TimeoutError(f"no answer within {LINK_TIMEOUT:g} s{why}")
 
-    def _greet(self, link: Link, service: str, deadline: Deadline) -> Frame:
+    def _greet(self, link: Link, service: str, deadline: Deadline, doubt: Callable[[str], object]) -> Frame:
         """HELLO, CHALLENGE, AUTH; returns WELCOME.  The server proves that it knows the token, too."""
         runtime = self._runtime
         nonce, token = new_nonce(), runtime.credentials.token
-        hello = {"version": PROTOCOL_VERSION, "service": service, "client": self._id, "worker": self._worker,
+        hello = {"version": PROTOCOL_VERSION, "service": service, "client": self._id, "worker": self.worker,
                  "name": self._name, "idle": self._most_idle, "nonce": nonce, "token": bool(token)}  # fmt: skip
         link.send(HELLO, hello)
         # Once WELCOME may be on its way, so may START behind it: then nothing but BYE ends a link in peace.
         try:
-            answer = link.receive(deadline, runtime.stop if token else runtime.cut)
+            stop = runtime.stop if token else runtime.cut
+            answer = self._patiently(lambda until: link.receive(until, stop), link.sock, deadline, doubt)
         except LinkFault as error:
             spoken = guess_protocol(link.unread())
-            raise LinkFault(f"the relay port answers with {spoken}, not the link protocol ({error})") from error
+            raise RefusedByServer(f"the relay port answers with {spoken}, not the link protocol ({error})") from error
         except OSError as error:
             if not is_tls_error(error):
                 raise
@@ -141,6 +162,9 @@ class Greeting:
         return answer
 
 
+ResultT = TypeVar("ResultT")
+
+
 def refused(frame: Frame) -> RefusedByServer:
     """What to raise for a REFUSED."""
     return RefusedByServer(f"refused by the relay: {shown(frame.text('reason'), 240)}", frame.text("code"))
@@ -160,3 +184,13 @@ def explain_tls(error: BaseException) -> str:
     if error.reason == "WRONG_VERSION_NUMBER":
         return "the relay does not speak TLS: start it with --tls, or leave --tls out"
     return ""
+
+
+def explain_service(error: Exception) -> str:
+    """What is wrong where a TLS handshake with a service has failed, and what to change."""
+    if is_tls_error(error) and isinstance(error, ssl.SSLCertVerificationError):
+        return f"{say_error(error)}; give --service-ca-file, or --service-insecure"
+    if is_tls_error(error) and error.reason != "WRONG_VERSION_NUMBER":
+        return say_error(error)
+    said = "" if is_tls_error(error) else f" ({say_error(error)})"
+    return f"the service does not speak TLS{said}: say --tls instead of --tls both"

@@ -11,11 +11,14 @@ the connections.  An idle link's thread blocks in ``poll`` on its link and on `R
 
 from __future__ import annotations
 
+import functools
 import select
 import time
 
 from ..addresses import Endpoint
-from ..events import ConnectionClosed, ConnectionFailed, ConnectionOpened, LinkDown, LinkUp, Published, Unpublished
+from ..events import (
+    ConnectionClosed, ConnectionFailed, ConnectionOpened, LinkDown, LinkUp, Published, ServiceUnreachable, Unpublished,
+)  # fmt: skip
 from ..link import AnyLink, Link, RawLink
 from ..options import ClientOptions
 from ..protocol import BYE, IDLE, PING, PONG, READY, SILENCE, START, Frame
@@ -26,21 +29,29 @@ from ..streams import Stream
 from ..tcp import is_near, say_path
 from ..text import connection_id, say_error, shown
 from ..tls import TLSStream
-from ..waiting import Deadline, Stopping, wait_for
-from .greeting import Greeting, refused
-from .stock import LAST_BACKOFF, Service, Stock, longest_backoff
+from ..waiting import Deadline, Stop, Stopping, wait_for
+from .greeting import Greeting, explain_service, refused
+from .loops import OwnConnections, leads_back
+from .stock import RefusedByServer, Service, Stock, longest_backoff
 
 BYE_TIMEOUT = 2.0
 """Seconds that the server has to close a link after BYE; meanwhile a START that crossed it is still served."""
 
 
+LOOP = "that is the relay's own service port, and leads back here; name the port of the service itself"
+
+
 class Links:
     """Opens links, answers on them, and connects them to services.
 
-    Parameters: the runtime; the stock that counts them; what opens one; and this relay client's id.
+    Parameters: the runtime; the stock that counts them; what opens one; this relay client's id; and its connections to
+    services, in all its processes.
     """
 
-    def __init__(self, runtime: Runtime[ClientOptions], stock: Stock, greeting: Greeting, id: str) -> None:
+    def __init__(
+        self, runtime: Runtime[ClientOptions], stock: Stock, greeting: Greeting, id: str, own: OwnConnections
+    ) -> None:
+        self._own = own
         self._runtime = runtime
         self._stock = stock
         self._greeting = greeting
@@ -67,25 +78,34 @@ class Links:
             self._runtime.threads.start(self.run, service)
         except (RuntimeError, MemoryError) as error:
             self._runtime.places.leave()
-            self._note_failure(service, time.monotonic(), say_error(error))
+            self._note_failure(service, time.monotonic(), error)
 
-    def _note_failure(self, service: Service, began: float, reason: str, longest: float = LAST_BACKOFF) -> None:
-        if self._stock.fail(service, began, reason, longest, self._runtime.stop.requested):
-            self._runtime.emit(Unpublished(service=service.name, relay=self._relay, reason=reason))
+    def _note_failure(self, service: Service, began: float, error: Exception) -> None:
+        reason = say_error(error)
+        if self._stock.fail(service, began, reason, longest_backoff(error), self._runtime.stop.requested):
+            self._tell_down(service, reason, isinstance(error, RefusedByServer) and error.lasting)
+
+    def _doubt(self, service: Service, reason: str) -> None:
+        if self._stock.doubt(service, reason):
+            self._tell_down(service, reason)
+
+    def _tell_down(self, service: Service, reason: str, lasting: bool = False) -> None:
+        self._runtime.emit(Unpublished(service=service.name, relay=self._relay, reason=reason, lasting=lasting))
 
     # A link
 
     def run(self, service: Service) -> None:
         """A link from dialling to its end; the top of its thread.  It counts as connecting up to `_use`."""
         try:
-            link, reason, longest, began = None, "unexpected error", LAST_BACKOFF, time.monotonic()
+            problem: Exception
+            link, problem, began = None, RuntimeError("unexpected error"), time.monotonic()
             try:
-                link, address, waiting = self._greeting.connect(service.name)
+                link, address, waiting = self._greeting.connect(service.name, functools.partial(self._doubt, service))
             except (OSError, EOFError) as error:
-                reason, longest = say_error(error), longest_backoff(error)
+                problem = error.with_traceback(None)
             finally:
                 if link is None:
-                    self._note_failure(service, began, reason, longest)
+                    self._note_failure(service, began, problem)
             if link is not None:
                 self._use(link, service, address, waiting)
         finally:
@@ -120,9 +140,23 @@ class Links:
             if host in ("[::]", "0.0.0.0") and port.isdigit():
                 where = str(Endpoint(self._greeting.relay.host, int(port)))
             emit(Published(service=service.name, target=str(service.target), relay=self._relay, address=where))
+            if self._runtime.options.try_service and self._greeting.worker == 0:
+                self._runtime.threads.start(self._try, service)
             if remark := say_path(link.sock):
                 self._runtime.log.info("a link with %s is up%s", self._relay, remark)
         emit(LinkUp(service=service.name, peer=self._relay, client=self._id))
+
+    def _try(self, service: Service) -> None:
+        """Reach for a service that has just been published, so that a wrong port is told before anybody needs it."""
+        try:
+            stream = self._dial_service(service, self._runtime.stop, little=False)
+            stream.close_normally()
+            stream.close()
+        except Stopping:
+            pass
+        except (OSError, EOFError) as error:
+            reason = say_error(error)
+            self._runtime.emit(ServiceUnreachable(service=service.name, target=str(service.target), reason=reason))
 
     def _serve_idle(self, link: Link, service: Service) -> tuple[str, bool]:
         """Answer on an idle link, and carry connections on it, until it ends in peace; returns why it did, and
@@ -137,8 +171,9 @@ class Links:
                 frame = link.receive(Deadline(patience), self._runtime.stop)
                 settled = True
             except Stopping:
-                self._say_bye(link, service, Deadline(BYE_TIMEOUT if settled else None))
-                return "ending", True
+                reason = "the relay client is ending"
+                self._say_bye(link, service, Deadline(BYE_TIMEOUT if settled else None), reason=reason)
+                return reason, True
             except TimeoutError:
                 if settled:
                     raise
@@ -170,11 +205,11 @@ class Links:
         finally:
             self._stock.shift(service, idle=1)
 
-    def _say_bye(self, link: Link, service: Service, deadline: Deadline, idle: int = 1) -> None:
+    def _say_bye(self, link: Link, service: Service, deadline: Deadline, idle: int = 1, reason: str = "") -> None:
         """Give a link up, and wait for the server to close it: a START that crosses BYE is still served."""
         cut = self._runtime.cut
         try:
-            out = bytearray(link.pack_control(BYE))
+            out = bytearray(link.pack_control(BYE, {"reason": reason} if reason else None))
             while not link.stream.send_now(out):
                 wait_for(link.fd, select.POLLOUT, deadline, cut)
             while (frame := link.receive(deadline, cut)).kind != START:
@@ -194,8 +229,9 @@ class Links:
         try:
             if is_lost(link):  # START was read late: its service client has been refused, and must not be served now
                 raise EOFError("the link was lost before its connection began")
-            if stream := self._dial(service, link, record, began):
-                self._splice(stream, link, service, record, link.pack_control(READY))
+            if stream := self._dial(service, link, record, began, shown(start.text("port"), 64)):
+                with self._own.holding(stream.sock):
+                    self._splice(stream, link, service, record, link.pack_control(READY))
         finally:
             self._stock.shift(service, busy=-1, idle=idle)
         return link.machine.state == IDLE
@@ -207,7 +243,7 @@ class Links:
             try:
                 wait_for(link.fd, select.POLLIN, Deadline(None), self._runtime.stop)
             except Stopping:
-                return "ending"
+                return "the relay client is ending"
         if count == 0:
             raise EOFError("the relay closed it")
         record = {"id": connection_id(), "service": service.name, "peer": f"relay {self._relay}"}
@@ -220,21 +256,29 @@ class Links:
             self._stock.shift(service, idle=1, busy=-1)
         return "its connection is over"
 
-    def _dial(self, service: Service, link: AnyLink, record: dict[str, str], began: float) -> Stream | None:
-        """Connect to the service for a link.  ``None`` where that cannot be done: which is told, and the server too.
-        Raises `OSError` where the link is lost over that."""
+    def _dial(
+        self, service: Service, link: AnyLink, record: dict[str, str], began: float, port: str = ""
+    ) -> Stream | None:
+        """Connect to the service for a link; its service clients come to that port.  ``None`` where that cannot be
+        done: which is told, and the server too.  Raises `OSError` where the link is lost over that."""
         try:
-            return self._dial_service(service, link)
+            if self._own.has(record["peer"], port):
+                raise ConnectionError(LOOP)
+            stream = self._dial_service(service, self._runtime.cut, little=not is_near(link.sock))
+            if leads_back(stream.sock, link.sock, port):
+                stream.close()
+                raise ConnectionError(LOOP)
+            return stream
         except (OSError, EOFError) as error:
             reason = f"cannot reach {service.target}: {say_error(error)}"
             self._runtime.emit(ConnectionFailed(reason=reason, seconds=time.monotonic() - began, **record))
             link.fail(reason, self._runtime.cut)
         return None
 
-    def _dial_service(self, service: Service, link: AnyLink) -> Stream:
-        """The same; raises `OSError`, `EOFError`.  With TLS where it is asked for."""
-        deadline, cut = Deadline(DIAL_TIMEOUT), self._runtime.cut
-        sock = service.dialer.dial(cut, little=not is_near(link.sock))
+    def _dial_service(self, service: Service, stop: Stop, little: bool) -> Stream:
+        """The same, with TLS where it is asked for.  Raises `OSError`, `EOFError`, and `Stopping`."""
+        deadline = Deadline(DIAL_TIMEOUT)
+        sock = service.dialer.dial(stop, little=little)
         name, context = f"service {service.target}", self._runtime.credentials.services
         if context is None:
             stream = Stream(sock, name)
@@ -243,9 +287,11 @@ class Links:
         try:
             secure = TLSStream(sock, name, context, server_hostname=service.target.host or None)
             secure.reset_on_close()
-            secure.handshake(deadline, cut)
-        except BaseException:
+            secure.handshake(deadline, stop)
+        except BaseException as error:
             sock.close()
+            if isinstance(error, (OSError, EOFError)) and not isinstance(error, Stopping):
+                raise ConnectionError(explain_service(error)) from error
             raise
         return secure
 

@@ -17,6 +17,7 @@ from ..sockets import Dialer
 from ..system import random_fraction
 from ..tcp import Probing
 from ..values import Publication
+from ..waiting import Deadline
 from ..watch import Places
 
 FIRST_BACKOFF = 1.0
@@ -44,7 +45,7 @@ class Unreachable(ConnectionError):
 
 
 class RefusedByServer(ConnectionError):
-    """The relay server refused a link, or its proofs were not accepted here; the message says why."""
+    """The relay server refused a link, its proofs were not accepted here, or it is none; the message says why."""
 
     def __init__(self, reason: str, code: str = "") -> None:
         super().__init__(reason)
@@ -54,7 +55,8 @@ class RefusedByServer(ConnectionError):
 
 def longest_backoff(error: BaseException) -> float:
     """Where the span between two attempts stops growing after such a failure, in seconds."""
-    passing = isinstance(error, Unreachable) or (isinstance(error, RefusedByServer) and not error.lasting)
+    passing = isinstance(error, (Unreachable, RuntimeError, MemoryError))
+    passing = passing or (isinstance(error, RefusedByServer) and not error.lasting)
     return LAST_BACKOFF if passing else REFUSED_BACKOFF
 
 
@@ -110,6 +112,8 @@ class Service:
         """Connections that its links have begun to carry."""
         self.told: str | None = None
         """What was last told of its state: "" is published, ``None`` nothing yet, otherwise why not."""
+        self.is_known = False
+        """A link of it has been up: the relay is where it was looked for."""
 
 
 class Stock:
@@ -172,10 +176,19 @@ class Stock:
         with self._condition:
             service.connecting -= 1
             self._back_off(service, began, longest)
-            tell = service.idle + service.busy == 0 and service.told != reason and not ending
-            if tell:
-                service.told = reason
-            return tell
+            return not ending and self._should_tell(service, reason)
+
+    def doubt(self, service: Service, reason: str) -> bool:
+        """An attempt has not failed yet, but may well.  True where that is to be told."""
+        with self._condition:
+            return not (service.is_known or self._ending) and self._should_tell(service, reason)
+
+    def _should_tell(self, service: Service, reason: str) -> bool:
+        """Whether the state of a service is to be told that has no link for this reason; then it counts as told."""
+        tell = service.idle + service.busy == 0 and service.told != reason
+        if tell:
+            service.told = reason
+        return tell
 
     def add(self, link: AnyLink, service: Service, waiting: int) -> None:
         """A link is up: it counts as idle, and others may follow it.  So many service clients wait at the server."""
@@ -194,7 +207,19 @@ class Stock:
         """Whether it is to be told that the service can be reached."""
         with self._condition:
             tell, service.told = service.told != "", ""
+            service.is_known = True
+            self._condition.notify_all()  # who waits until all is published
             return tell
+
+    def wait_until_published(self, deadline: Deadline) -> tuple[str, str] | None:
+        """Wait until all services have links; at the deadline or the end returns one that has none, and why."""
+        with self._condition:
+            while missing := [service for service in self.services if service.told != ""]:
+                left = deadline.remaining()
+                if left == 0 or self._ending:
+                    return missing[0].name, missing[0].told or "no answer from the relay yet"
+                self._condition.wait(left)
+        return None
 
     def use(self, service: Service, waiting: int, idle: int = 1) -> None:
         """A link, which counts as so many `idle` ones, begins to carry a connection; so many service clients wait."""

@@ -68,7 +68,8 @@ class Greeting:
             spoken = guess_protocol(link.unread())
             known = link.machine.state == NEW and spoken != "something else"
             first = f"it speaks {spoken}, not the link protocol: " if known else ""
-            refusal = Refusal(f"{first}{error}", "protocol")
+            hint = "; if it is a tcprelayc, add --tls here, or leave it out there" if known and spoken == "TLS" else ""
+            refusal = Refusal(f"{first}{error}{hint}", "protocol")
         except TimeoutError:
             step = f"{HANDSHAKE_STEP:g} s for each answer and {HANDSHAKE_TIMEOUT:g} s in all"
             refusal = Refusal(f"its handshake was not complete in time ({step}){say_path(stream.sock)}", "timeout")
@@ -115,6 +116,8 @@ class Greeting:
         """HELLO, CHALLENGE, AUTH, WELCOME.  Raises `Refusal`, `LinkFault`, `OSError`, `EOFError`."""
         runtime = self._runtime
         hello = link.receive(deadline.within(HANDSHAKE_STEP), runtime.stop)
+        if hello.kind == REFUSED:
+            raise Refusal(f"the relay client refuses this server: {shown(hello.text('reason'))}", "lost")
         if hello.kind != HELLO:
             raise LinkFault("the first frame is not HELLO")
         if hello.fields.get("version") != PROTOCOL_VERSION:

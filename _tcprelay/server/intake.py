@@ -30,7 +30,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..addresses import show_address
-from ..events import ConnectionFailed
+from ..events import ConnectionFailed, ServiceUnserved
 from ..messages import MESSAGE_ROOM, MESSAGE_SIZE, adopt_socket, decode_message, encode_message, receive_message
 from ..options import ServerOptions
 from ..role import Runtime
@@ -97,6 +97,10 @@ class Intake:
         """There is no link for a service client here.  Raises `NoLinkHere` where another process has it now, and
         `Refusal` where it cannot be passed on."""
 
+    def note_unserved(self, client: ServiceClient) -> None:
+        """A service client is about to wait: tell where no relay client is connected.  In a worker the parent has done
+        so: who comes here has had a link."""
+
     def suspect(self, client: str) -> None:
         """A relay client seems to be out of reach."""
 
@@ -129,6 +133,10 @@ class PortIntake(Intake):
         if not client.unsettled:
             client.unsettled = True
             self._pool.expect(client.service, 1)
+
+    def note_unserved(self, client: ServiceClient) -> None:
+        if self._pool.is_unserved(client.service):
+            self._runtime.emit(ServiceUnserved(service=client.service, peer=client.peer))
 
     def _accept(self) -> None:
         """Accept until `Runtime.stop` is requested."""

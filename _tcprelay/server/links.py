@@ -109,13 +109,13 @@ class Links:
             while (frame := link.receive_now() if ask else link.receive_held()) is not None:
                 if frame.kind == REFUSED:
                     raise EOFError(f"the relay client gave it up: {shown(frame.text('reason'))}")
-                pooled.take_pong(frame.kind)
+                pooled.take(frame)
             kept = self._pool.put(pooled)
         except LinkFault as error:
             link.refuse("protocol", str(error))
             self.drop(pooled, str(error))
         except (OSError, EOFError) as error:
-            self.drop(pooled, say_error(error))
+            self.drop(pooled, pooled.farewell if link.leaving else say_error(error))
         except BaseException:
             self.drop(pooled, "unexpected error")
             raise
@@ -125,7 +125,7 @@ class Links:
             elif link.spent:
                 self._retire(pooled, "it has lost packets, and a new one will be faster", again=True)
             else:
-                self._retire(pooled, "the relay client gave it up" if link.leaving else "this relay server is ending")
+                self._retire(pooled, pooled.farewell if link.leaving else "this relay server is ending")
 
     def ping(self, pooled: PooledLink) -> None:
         """PING on an idle link, and put it back."""

@@ -5,6 +5,7 @@ One thread accepts; the thread that serves a connection tells `Shares` when it i
 
 from __future__ import annotations
 
+import errno
 import functools
 import math
 import selectors
@@ -31,6 +32,13 @@ connections."""
 
 FIRST_PAUSE = 0.005
 """Seconds for which none is accepted after an error; after the next one twice as many, up to one."""
+
+HINTS = {
+    errno.EACCES: "; a port below 1024 needs CAP_NET_BIND_SERVICE (systemd: AmbientCapabilities=): take a higher one",
+    errno.EADDRINUSE: "; another program has it, or another tcprelays",
+    errno.EADDRNOTAVAIL: "; this host does not have that address",
+}
+"""What to do where a port cannot be listened on."""
 
 
 class Listeners:
@@ -76,7 +84,8 @@ class Listeners:
                 raise
             except OSError as error:
                 where = Endpoint(host or "*", port)
-                raise OSError(error.errno, f"cannot listen on {where}: {say_error(error)}") from error
+                hint = HINTS.get(error.errno or 0, "")
+                raise OSError(error.errno, f"cannot listen on {where}: {say_error(error)}{hint}") from error
         for listener, name in self.services.items():
             address = listener.getsockname()
             self.addresses.setdefault(name, (host_of(address), address[1]))

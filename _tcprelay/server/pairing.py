@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import select
 
-from ..addresses import show_address
+from ..addresses import show_own
 from ..events import ConnectionClosed, ConnectionFailed, ConnectionOpened
 from ..link import Link, RawLink
 from ..options import ServerOptions
@@ -28,7 +28,7 @@ from .intake import Intake
 from .limits import TOO_MANY_HANDSHAKES, Handshakes
 from .links import Links
 from .pool import Pool, PooledLink
-from .trust import explain_tls
+from .trust import explain_service_tls
 
 SUSPICION = 3.0
 """Seconds without any acknowledgement of START after which its relay client's idle links are to be proven alive, where
@@ -83,7 +83,7 @@ class Pairing:
         try:
             client.stream.handshake(Deadline(HANDSHAKE_STEP), self._runtime.stop)
         except (OSError, EOFError) as error:
-            reason = explain_tls(error) if is_tls_error(error) else say_error(error)
+            reason = explain_service_tls(error) if is_tls_error(error) else say_error(error)
         finally:
             if not self._handshakes.leave(client.stream):
                 reason = TOO_MANY_HANDSHAKES
@@ -140,6 +140,7 @@ class Pairing:
             return self._pool.take(*wanted, wait=False)
         except NoLinkHere:
             self._intake.pass_on(client)
+            self._intake.note_unserved(client)
         return self._pool.take(*wanted, first=first)
 
     def _start(self, pooled: PooledLink, link: Link, client: ServiceClient, deadline: Deadline) -> str:
@@ -149,7 +150,7 @@ class Pairing:
         deadline.  Raises `TimeoutError`, `Stopping`, `EOFError`, `LinkFault`, `OSError`: the link is lost.
         """
         cut, stream = self._runtime.cut, link.stream
-        fields = {"id": client.id, "client": client.peer, "port": show_address(self._intake.addresses[client.service]),
+        fields = {"id": client.id, "client": client.peer, "port": show_own(client.stream.sock),
                   "waiting": self._intake.count_waiting(client.service)}  # fmt: skip
         out = bytearray(link.pack_control(START, fields))
         client.pass_early(link, out, 0)
@@ -165,7 +166,7 @@ class Pairing:
             if frame is not None and frame.kind == REFUSED:
                 raise EOFError(f"the relay client gave it up: {shown(frame.text('reason'))}")
             if frame is not None:
-                pooled.take_pong(frame.kind)
+                pooled.take(frame)
                 continue
             if sent and client.may_send_more and (client.stream.fd in ready or client.may_hold_more):
                 before = len(client.early)

@@ -12,7 +12,8 @@ from typing import Any
 
 from ..addresses import show_address
 from ..link import AnyLink
-from ..protocol import PONG, LinkFault
+from ..protocol import BYE, PONG, Frame, LinkFault
+from ..text import shown
 from ..waiting import Deadline
 from .clients import NoLinkHere, Refusal
 
@@ -44,6 +45,8 @@ class PooledLink:
         self.settling = False
         """Unproven since its connection is over here, but the relay client has not shown that it has passed all bytes
         on: to a service that reads slowly, say, and hears nothing else meanwhile.  Silence says nothing then."""
+        self.farewell = "the relay client gave it up"
+        """Why it is given up, where the relay client has said BYE."""
         self.blocked = False
         """Its socket has not taken all of what `send` was given."""
         self._unsent = bytearray()  # of that; TLS keeps it itself
@@ -69,11 +72,13 @@ class PooledLink:
         """Note that the relay client has said something."""
         self.last_heard = time.monotonic()
 
-    def take_pong(self, kind: int) -> None:
+    def take(self, frame: Frame) -> None:
         """Note a frame between connections.  Raises `LinkFault` for a PONG without a PING: a flood of them
         would keep the keeper busy."""
         self.hear()
-        if kind == PONG:
+        if frame.kind == BYE:
+            self.farewell = shown(frame.text("reason")) or self.farewell
+        elif frame.kind == PONG:
             self.pongs_due -= 1
             if self.pongs_due < 0:
                 raise LinkFault("PONG without PING")
@@ -114,6 +119,8 @@ class Pool:
         self._aside: set[PooledLink] = set()
         """Idle links that are not to be given out now."""
         self._members: dict[tuple[str, str], int] = {}  # links of (service, client), idle or not
+        self._told: set[str] = set()
+        """Services of which it has been told that no relay client is connected."""
         self._closed = False
 
     def join(self, pooled: PooledLink) -> bool:
@@ -123,6 +130,7 @@ class Pool:
                 raise Refusal("there are too many links", "limit")
             key = pooled.service, pooled.client
             self._members[key] = self._members.get(key, 0) + 1
+            self._told.discard(pooled.service)
             return self._members[key] == 1
 
     def leave(self, pooled: PooledLink) -> bool:
@@ -203,7 +211,18 @@ class Pool:
                 self._count(service, 0)
             if self._closed:
                 raise Refusal("the relay server is ending")
-            raise Refusal("no link was idle in time (--pair-timeout); is a relay client connected?")
+            raise Refusal(say_no_link(self._has_client(service)))
+
+    def is_unserved(self, service: str) -> bool:
+        """Whether it is to be told that no relay client is connected for a service: once, until one is."""
+        with self._lock:
+            tell = service not in self._told and not self._closed and not self._has_client(service)
+            if tell:
+                self._told.add(service)
+            return tell
+
+    def _has_client(self, service: str) -> bool:
+        return any(name == service for name, _ in self._members)
 
     def expect(self, service: str, more: int) -> None:
         """So many more service clients have no link yet, which has been found out before they ask for one."""
@@ -220,7 +239,7 @@ class Pool:
 
     def _is_served(self, service: str) -> bool:
         """Whether there is a relay client, and links are given out; under the lock."""
-        has_client = any(name == service for name, _ in self._members)
+        has_client = self._has_client(service)
         waiting = self._waiting[service]
         oldest = waiting[0].since if waiting else math.inf
         return has_client and are_links_given(self._max_pending, self._given_at[service], oldest)
@@ -330,6 +349,11 @@ def are_links_given(max_pending: int, last: float, oldest: float) -> bool:
     """Whether waiting for a link of a service makes sense: one was given out of late, or none has been waited for long.
     Where `max_pending` is 0 it makes none."""
     return max_pending > 0 and time.monotonic() - max(last, oldest) < STANDSTILL
+
+
+def say_no_link(has_client: bool) -> str:
+    """Why a service client that has waited in vain is refused."""
+    return "no link was idle in time (--pair-timeout)" + ("" if has_client else "; no relay client is connected")
 
 
 class _Waiter:

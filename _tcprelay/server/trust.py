@@ -13,7 +13,7 @@ from ..certificates import make_context, make_self_signed, pin_of, trust
 from ..options import ServerOptions, read_secret
 from ..role import Credentials, Runtime
 from ..sockets import public_address
-from ..state import private_file, state_directory
+from ..state import other_states, private_file, state_directory
 from ..streams import Stream
 from ..system import ssl
 from ..text import random_id, say_error
@@ -21,6 +21,11 @@ from .clients import Refusal
 
 NOT_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "UNEXPECTED_MESSAGE", "NO_PROTOCOLS_AVAILABLE")
 """OpenSSL's reasons for a peer whose first bytes are not a TLS ClientHello."""
+
+
+REJECTIONS = ("TLSV1_ALERT_UNKNOWN_CA", "SSLV3_ALERT_BAD_CERTIFICATE", "SSLV3_ALERT_CERTIFICATE_UNKNOWN",
+              "SSLV3_ALERT_CERTIFICATE_EXPIRED")  # fmt: skip
+"""OpenSSL's reasons for a peer that says that it does not accept our certificate."""
 
 
 def load_credentials(options: ServerOptions) -> Credentials:
@@ -85,9 +90,16 @@ def invitation(options: ServerOptions, credentials: Credentials, port: int, with
 
 
 def warn_about_trust(runtime: Runtime[ServerOptions], addresses: Iterable[Any]) -> None:
-    """Say at the start who can become a relay client, where neither a token nor certificates are asked for; the relay
-    port listens at these `addresses`, which are looked at where that counts."""
+    """Say at the start whether another certificate and token may be meant; and who can become a relay client, where
+    neither a token nor certificates are asked for.  The relay port listens at these `addresses`, which are looked at
+    where that counts."""
     options, log = runtime.options, runtime.log
+    if options.is_improvised and not options.state_dir:
+        for place in other_states(own := state_directory()):
+            log.warning(
+                "certificate and token are those in %s, and there are others in %s: relay clients that have the pin of "
+                "those do not accept these; --state-dir says which", own, place,
+            )  # fmt: skip
     if runtime.credentials.token or options.auth:
         return
     if options.secret:
@@ -114,9 +126,18 @@ def check_protected_mode(runtime: Runtime[ServerOptions], stream: Stream) -> Non
 
 
 def explain_tls(error: ssl.SSLError) -> str:
-    """What a failed TLS handshake means for whoever reads the log."""
+    """What a failed TLS handshake with a relay client means for whoever reads the log."""
     if error.reason in NOT_TLS:
         return "it does not speak TLS; if it is a tcprelayc, add --tls there"
+    if error.reason in REJECTIONS:
+        return "it does not accept this server's certificate; has it the --pin, or the --ca-file, of another one?"
     if error.reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
         return "it showed no certificate, which --auth asks for; give the client --cert and --key, or --pfx"
+    return say_error(error)
+
+
+def explain_service_tls(error: ssl.SSLError) -> str:
+    """The same with a service client."""
+    if error.reason in NOT_TLS:
+        return "it does not speak TLS, and this service port does (--tls both); --tls is for the links alone"
     return say_error(error)

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..addresses import show_address
-from ..events import ClientDown, ClientUp, ConnectionFailed
+from ..events import ClientDown, ClientUp, ConnectionFailed, ServiceUnserved
 from ..messages import adopt_socket, encode_message
 from ..options import ServerOptions
 from ..processes import WorkerProcess, Workers
@@ -28,7 +28,7 @@ from ..role import Relay
 from ..text import connection_id
 from .account import HANDED, LINKS, RETURNED, WAITING, Account, WorkerAccount
 from .listeners import Listeners
-from .pool import are_links_given
+from .pool import are_links_given, say_no_link
 
 
 class Visitor:
@@ -76,6 +76,8 @@ class ServerWorkers(Workers):
         self._queues: dict[str, deque[Visitor]] = {name: deque() for name in services}
         self._present: dict[tuple[str, str], tuple[ClientUp, set[int]]] = {}
         """The relay clients, and which workers have links of them."""
+        self._told: set[str] = set()
+        """Services of which it has been told that no relay client is connected."""
         self._given_at = dict.fromkeys(services, 0.0)
         """When a service client was last sent to a worker that has a link for it."""
         self._next_give_up = 0.0
@@ -103,7 +105,7 @@ class ServerWorkers(Workers):
     def _is_full(self, service: str) -> bool:
         """As `Pool.is_full`."""
         queue, most = self._queues.get(service, ()), self._options.max_pending
-        if not service or len(queue) < most or all(name != service for name, _ in self._present):
+        if not service or len(queue) < most or not self._has_client(service):
             return False
         return are_links_given(most, self._given_at[service], queue[0].since if queue else math.inf)
 
@@ -155,7 +157,17 @@ class ServerWorkers(Workers):
                 return
             visitor.queued = True
             queue.append(visitor)
+            self._note_unserved(visitor.service, visitor.address)
             self._guard(functools.partial(self._serve_queue, visitor.service))  # from here on it is not the acceptor's
+
+    def _note_unserved(self, service: str, address: Any) -> None:
+        """Tell, once until one comes, that a service client waits where no relay client is connected."""
+        if service not in self._told and not self._has_client(service):
+            self._told.add(service)
+            self.emit(ServiceUnserved(service=service, peer=show_address(address)))
+
+    def _has_client(self, service: str) -> bool:
+        return any(name == service for name, _ in self._present)
 
     def _count_clients(self) -> int:
         waiting = sum(map(len, self._queues.values()))
@@ -269,6 +281,7 @@ class ServerWorkers(Workers):
         if event == "ClientUp":
             if key not in self._present:
                 self._present[key] = ClientUp(**fields), set()
+                self._told.discard(key[0])
                 self.emit(self._present[key][0])
             self._present[key][1].add(worker.number)
         elif key in self._present:
@@ -291,8 +304,7 @@ class ServerWorkers(Workers):
         self.emit.tell_floods()
         for service, queue in self._queues.items():
             while queue and queue[0].deadline <= now:  # first of all: they leave whatever goes wrong with the queue
-                reason = "no link was idle in time (--pair-timeout); is a relay client connected?"
-                self._refuse(queue.popleft(), reason)
+                self._refuse(queue.popleft(), say_no_link(self._has_client(service)))
             self._serve_queue(service)
             self._balance(service)
             if self._account.count_waiting(service):

@@ -1,0 +1,514 @@
+"""What somebody meets who tries the relay for the first time: wrong ports and words, weak secrets, two identities."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tcprelay
+from _tcprelay import state
+from _tcprelay.client.loops import OwnConnections, leads_back
+from _tcprelay.protocol import FAIL, READY, START
+from _tcprelay.server.listeners import HINTS
+from _tcprelay.waiting import Deadline
+from tcprelay import (
+    ClientDown, ConnectionFailed, LinkRefused, Published, RelayClient, RelayServer,
+    ServiceUnreachable, ServiceUnserved, Unpublished,
+)  # fmt: skip
+
+from .certificates import Certificates
+from .conftest import PATIENCE, Bench, connect, echo, read_exactly, replace, wait_until
+from .peers import HOST, ROOT, Peers, free_port
+from .peers_v1 import FakeServer
+
+TOKEN = "a token of more than sixteen characters"
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeServer]:
+    with FakeServer() as server:
+        yield server
+
+
+# Is it really there?
+
+
+def test_a_service_that_is_not_there_is_told_at_once(bench: Bench) -> None:
+    """Beside the word that it is published, once; and again when that is said again."""
+    server, port = bench.server(), free_port()
+    bench.client(server, port, try_service=True)
+    [told] = bench.client_events.wait(ServiceUnreachable)
+    assert str(told) == f"service default: nothing can be reached at 127.0.0.1:{port} now: connection refused"
+    relay_port = server.relay_address[1]
+    server.end(0)
+    bench.client_events.wait(Unpublished)
+    bench.enter(RelayServer(relay_port, 0, drain_timeout=0))
+    bench.client_events.wait(Published, 2)
+    bench.client_events.wait(ServiceUnreachable, 2)
+
+
+def test_a_service_that_is_there_is_left_in_peace(bench: Bench) -> None:
+    """It sees one connection, which ends as it began."""
+    ends: list[bytes] = []
+    service = bench.service(lambda sock: ends.append(sock.recv(1)))
+    bench.client(bench.server(), service.port, try_service=True)
+    wait_until(lambda: ends)
+    assert ends == [b""]
+    assert service.connections == 1
+    assert not bench.client_events.of(ServiceUnreachable)
+
+
+def test_of_several_workers_one_tries(peers: Peers) -> None:
+    server, port = peers.server("--token", TOKEN, "--workers", "0"), free_port()
+    words = "--token", TOKEN, "--workers", "2", "--try-service", "true"
+    client = peers.client(server.relay_port, port, *words, "--log-level", "debug")
+    client.wait_event("ServiceUnreachable")
+    wait_until(lambda: len(client.events("LinkUp")) >= 8)
+    client.signal(signal.SIGTERM)
+    assert client.wait() == 0
+    assert len(client.events("ServiceUnreachable")) == 1
+
+
+def test_a_service_without_tls_is_told_so(bench: Bench) -> None:
+    """--tls both is what many try first."""
+    server = bench.server(tls="relay", allow_unauthenticated=True)
+    options = {"tls": "both", "reject_unauthorized": False, "service_insecure": True, "try_service": True}
+    bench.client(server, bench.service(lambda sock: sock.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")).port, **options)
+    [told] = bench.client_events.wait(ServiceUnreachable)
+    assert told.reason == "the service does not speak TLS: say --tls instead of --tls both"
+    with bench.connect(server) as sock:
+        sock.settimeout(PATIENCE)
+        with pytest.raises(ConnectionResetError):
+            sock.recv(1)
+    [failed] = bench.client_events.wait(ConnectionFailed)
+    assert failed.reason.endswith(told.reason)
+
+
+def test_a_service_that_nobody_serves_is_told_at_once(bench: Bench) -> None:
+    """When the first service client waits, not when it has waited in vain; and once, until a relay client has come."""
+    server = bench.server(pair_timeout=PATIENCE)
+    with bench.connect(server) as first:
+        [told] = bench.server_events.wait(ServiceUnserved)
+        assert told.peer.endswith(f":{first.getsockname()[1]}")
+        second = bench.connect(server)
+        wait_until(lambda: server.counters["waiting"] == 2)
+        second.close()
+        assert len(bench.server_events.of(ServiceUnserved)) == 1
+        client = bench.client(server, bench.service(echo).port)
+        first.sendall(b"x")
+        assert read_exactly(first, 1) == b"x"
+    client.end(0)
+    bench.server_events.wait(ClientDown)
+    with bench.connect(server):
+        bench.server_events.wait(ServiceUnserved, 2)
+
+
+def test_it_is_told_once_for_all_workers(peers: Peers) -> None:
+    """By their parent, where service clients wait for the first relay client."""
+    words = "--token", TOKEN, "--workers", "2"
+    process = peers.relay_process("server", "0", "0", "web=0", "--hostname", HOST, *words)
+    ports = [process.port_of(name) for name in ("default", "web")]
+    for port in (*ports, *ports):
+        peers.connect(port)
+    for name in ("default", "web"):
+        process.wait_event("ServiceUnserved", service=name)
+    assert len(process.events("ServiceUnserved")) == 2
+
+
+@pytest.mark.parametrize("tls", ["", "relay"])
+def test_a_relay_port_that_is_silent_is_doubted_soon(bench: Bench, monkeypatch: pytest.MonkeyPatch, tls: str) -> None:
+    """A service port by mistake, whose own relay client is not there yet: it waits as long as service clients do."""
+    replace(monkeypatch, "SILENCE_TIMEOUT", 0.1)
+    server = bench.server()
+    [port] = [address[1] for address in server.service_addresses.values()]
+    bench.enter(RelayClient(HOST, 1, HOST, port, 1, tls=tls, drain_timeout=0, on_event=bench.client_events))
+    [told] = bench.client_events.wait(Unpublished)
+    place = f"{HOST}:{port}"
+    assert told.reason == f"no answer yet; is {place} the relay port of a tcprelays, and not one of its service ports?"
+    assert not told.lasting
+
+
+def test_a_relay_that_was_there_is_not_doubted(bench: Bench, fake: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor one that answers late, once it has: silence says nothing about the port then."""
+    replace(monkeypatch, "SILENCE_TIMEOUT", 0.05)
+    bench.enter(RelayClient(HOST, 1, HOST, fake.port, 1, drain_timeout=0, on_event=bench.client_events,
+                            try_service=False))  # fmt: skip
+    first = fake.accept()
+    bench.client_events.wait(Unpublished)
+    fake.welcome(first)
+    bench.client_events.wait(Published)
+    first.close()
+    second = fake.accept()
+    moment = time.monotonic() + 0.3
+    wait_until(lambda: time.monotonic() > moment)
+    fake.welcome(second)
+    wait_until(lambda: len(bench.client_events.of(tcprelay.LinkUp)) == 2)
+    assert len(bench.client_events.of(Unpublished)) == 1
+
+
+@pytest.mark.parametrize(
+    ("token", "status"), [("another token of more than sixteen", 3), (TOKEN, None)], ids=["refused", "welcome"]
+)
+def test_a_client_that_is_refused_may_end(peers: Peers, workers: str, token: str, status: int | None) -> None:
+    """With a status of its own, and a word why; where it is not refused it goes on."""
+    server = peers.server("--token", TOKEN)
+    words = [f"{HOST}:{server.relay_port}", str(free_port()), "--token", token, "--exit-on-refusal"]
+    command = [sys.executable, "-m", "tcprelay", "client", *words, "--workers", workers, "--try-service", "false"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            if status is None:
+                server.wait_event("ClientUp")
+                assert process.poll() is None
+                process.terminate()
+            said = process.communicate(timeout=PATIENCE)[1]
+        finally:
+            process.kill()
+    assert process.returncode == (status or 0)
+    refusal = "this client's token is not the server's: copy the server's, and name it in --token-file"
+    assert (refusal in said) == ("ending, as the relay server refuses this client (--exit-on-refusal)" in said)
+    assert (refusal in said) == bool(status)
+
+
+def test_what_passes_is_no_refusal(bench: Bench, fake: FakeServer) -> None:
+    """A server that is full or ending takes this client later."""
+    bench.enter(RelayClient(HOST, 1, HOST, fake.port, 1, drain_timeout=0, on_event=bench.client_events))
+    for number, (code, lasting) in enumerate([("draining", False), ("limit", False), ("token", True)], 1):
+        link = fake.accept()
+        link.receive(Deadline(PATIENCE))
+        link.refuse(code, f"reason {number}")
+        link.close()
+        assert bench.client_events.wait(Unpublished, number)[-1].lasting == lasting
+
+
+# Wrong words
+
+
+def test_who_does_not_accept_the_certificate_says_so(bench: Bench) -> None:
+    """A pin that is not the server's, and a certificate that no CA has signed; neither is called cut off."""
+    server = bench.server(tls="relay", allow_unauthenticated=True)
+    for count, pin in enumerate((f"sha256:{'0' * 64}", ""), 1):
+        with RelayClient(HOST, 1, HOST, server.relay_address[1], 1, tls="relay", drain_timeout=0, pin=pin):
+            refused = bench.server_events.wait(LinkRefused, count)
+    assert "the relay client refuses this server: its certificate is not the one that --pin asks for" in str(refused[0])
+    assert "it does not accept this server's certificate; has it the --pin, or the --ca-file" in str(refused[-1])
+
+
+def test_a_plain_client_of_a_tls_service_port_is_no_relay_client(bench: Bench, certificates: Certificates) -> None:
+    """The hint for one stands in the refusals of the relay port alone."""
+    tls = {"cert": certificates.path("server.pem"), "key": certificates.path("server.key")}
+    server = bench.server(tls="both", allow_unauthenticated=True, **tls)
+    with bench.connect(server) as sock:
+        sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        [failed] = bench.server_events.wait(ConnectionFailed)
+    assert failed.reason == (
+        "no TLS handshake: it does not speak TLS, and this service port does (--tls both); --tls is for the links alone"
+    )
+    with connect(server.relay_address) as sock:
+        sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        [refused] = bench.server_events.wait(LinkRefused)
+    assert refused.reason == "it does not speak TLS; if it is a tcprelayc, add --tls there"
+
+
+def test_tls_at_a_plain_relay_port(bench: Bench) -> None:
+    server = bench.server()
+    with RelayClient(HOST, 1, HOST, server.relay_address[1], 1, tls="relay", drain_timeout=0):
+        [refused, *_] = bench.server_events.wait(LinkRefused)
+    assert refused.reason.endswith("if it is a tcprelayc, add --tls here, or leave it out there")
+
+
+def test_a_client_that_was_stopped_says_so(bench: Bench) -> None:
+    """It is told apart from one that was cut off."""
+    server = bench.server()
+    bench.client(server, bench.service().port).end(0)
+    [down] = bench.server_events.wait(ClientDown)
+    assert down.reason == "the relay client is ending"
+
+
+def test_a_port_that_cannot_be_had_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below 1024 for ordinary users; this machine may let everybody have those."""
+
+    def listen(*words: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    replace(monkeypatch, "listen", listen)
+    with pytest.raises(OSError, match=r"cannot listen on \*:80: permission denied; a port below 1024 needs CAP_NET"):
+        RelayServer(80, 0).start()
+    assert len(HINTS) == 3
+
+
+# A service that leads back to the relay
+
+
+@pytest.mark.parametrize("target", ["127.0.0.1", "localhost"])
+def test_a_service_on_its_own_service_port_is_refused(peers: Peers, workers: str, target: str) -> None:
+    """One connection makes a few, not thousands, in whichever worker they come back."""
+    server = peers.server("--token", TOKEN)
+    words = f"{HOST}:{server.relay_port}", f"{target}:{server.service_port}", "--token", TOKEN
+    client = peers.relay_process("client", *words)
+    client.wait_event("Published")
+    for _ in range(3):
+        with peers.connect(server.service_port) as sock, pytest.raises(ConnectionResetError):
+            sock.recv(1)
+    reason = "that is the relay's own service port, and leads back here; name the port of the service itself"
+    failed = client.wait_event("ConnectionFailed")
+    assert failed["reason"] == f"cannot reach {target}:{server.service_port}: {reason}"
+    wait_until(lambda: len(client.events("ConnectionFailed")) >= 3)
+    opened = len(client.events("ConnectionOpened"))
+    assert 3 <= opened <= 12, "a thread that notes its connection late lets it go round once more"
+
+
+def test_it_takes_both_addresses_to_know_an_own_connection(bench: Bench, fake: FakeServer) -> None:
+    """Somebody else on this host may connect from the same port, to another place: a system gives it twice."""
+    ports: list[int] = []
+
+    def serve(sock: socket.socket) -> None:
+        ports.append(sock.getpeername()[1])
+        echo(sock)
+
+    service = bench.service(serve)
+    bench.enter(RelayClient(HOST, service.port, HOST, fake.port, 3, drain_timeout=0, try_service=False,
+                            on_event=bench.client_events))  # fmt: skip
+    links = [fake.accept()]
+    fake.welcome(links[0])
+    for _ in range(2):
+        links.append(fake.accept())
+        fake.welcome(links[-1])
+    far = f"{HOST}:{service.port}"
+    for number, (link, port, kind) in enumerate(zip(links, [far, f"{HOST}:1", far], [READY, READY, FAIL], strict=True)):
+        near = f"{HOST}:{ports[0] if ports else 1}"
+        link.send(START, {"id": str(number), "client": near, "port": port})
+        assert link.receive(Deadline(PATIENCE)).kind == kind
+        wait_until(lambda: ports)
+    [failed] = bench.client_events.wait(ConnectionFailed)
+    assert "leads back here" in failed.reason
+
+
+def test_own_connections_are_known_while_they_live() -> None:
+    """By address and port, of IPv6 and IPv4; and nobody else's."""
+    own = OwnConnections()
+    with socket.create_server((HOST, 0)) as listener, socket.create_connection(listener.getsockname()) as sock:
+        near, far = (f"{HOST}:{one[1]}" for one in (sock.getsockname(), sock.getpeername()))
+        with own.holding(sock):
+            assert own.has(near, far)
+            assert not own.has(near.replace("127.0.0.1", "127.0.0.2"), far)
+            assert not own.has(near, f"{HOST}:1"), "the same port may be used for other places"
+            with own.holding(listener):
+                assert own.has(near, far)
+        assert not own.has(near, far)
+    for nonsense in ("", "x", "x:", f"{HOST}:99999", f"{HOST}:0", "a Unix socket", "x:\u0661"):
+        assert not own.has(nonsense, nonsense)
+
+
+@pytest.mark.parametrize(
+    ("relay", "here", "dialled", "address", "back"),
+    [
+        (("192.0.2.1", 10080), ("10.0.0.5", 1), ("192.0.2.1", 2222), "[::]:2222", True),
+        (("192.0.2.1", 10080), ("10.0.0.5", 1), ("192.0.2.1", 2222), "relay.example.net:2222", True),
+        (("::ffff:192.0.2.1", 1, 0, 0), ("::1", 1, 0, 0), ("192.0.2.1", 2222), "0.0.0.0:2222", True),
+        (("192.0.2.1", 10080), ("10.0.0.5", 1), ("192.0.2.1", 2223), "[::]:2222", False),
+        (("192.0.2.1", 10080), ("10.0.0.5", 1), ("10.0.0.9", 2222), "[::]:2222", False),
+        (("192.0.2.1", 10080), ("10.0.0.5", 1), ("192.0.2.1", 2222), "", False),
+        (("127.0.0.1", 10080), ("127.0.0.1", 1), ("127.0.0.1", 2222), "[::]:2222", False),
+        (("192.0.2.1", 10080), ("192.0.2.1", 1), ("192.0.2.1", 2222), "[::]:2222", False),
+        (("192.0.2.1", 10080), ("10.0.0.5", 1), "/run/x.sock", "[::]:2222", False),
+    ],
+)
+def test_behind_a_nat_it_is_known_by_where_it_was_dialled(
+    relay: Any, here: Any, dialled: Any, address: str, back: bool
+) -> None:
+    """The relay's host at the service's port, unless that is this host: another network of it may have that port."""
+
+    class Sock:
+        def __init__(self, peer: Any, own: Any = None) -> None:
+            self.getpeername, self.getsockname = lambda: peer, lambda: own
+
+    assert leads_back(Sock(dialled), Sock(relay, here), address) == back  # type: ignore[arg-type]
+
+
+# Secrets
+
+
+@pytest.mark.parametrize("kind", ["server", "client"])
+def test_a_short_token_is_warned_of(bench: Bench, caplog: pytest.LogCaptureFixture, kind: str) -> None:
+    for token, warned in (("fifteen letters", True), ("sixteen letters!", False)):
+        caplog.clear()
+        server = bench.server(token=token)
+        if kind == "client":
+            bench.client(server, 1, token=token)
+        said = [record.getMessage() for record in caplog.records if record.name == f"tcprelay.{kind}"]
+        assert ("the token has 15 characters: it can be guessed; take 16 or more random ones" in said) == warned
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        (0o600, ""), (0o640, ""), (0o644, "read"), (0o660, "write to"), (0o622, "write to"), (0o666, "read and write"),
+    ],
+)  # fmt: skip
+def test_a_secret_s_file_that_is_open_is_warned_of(
+    bench: Bench, caplog: pytest.LogCaptureFixture, tmp_path: Path, mode: int, said: str
+) -> None:
+    """What others can read, and what they could have written."""
+    file = tmp_path / "token"
+    file.write_text(TOKEN)
+    file.chmod(mode)
+    bench.server(token_file=str(file))
+    warned = [record.getMessage() for record in caplog.records if "its mode" in record.getMessage()]
+    line = f"--token-file {file}: others can {said} it (its mode is {mode:04o})"
+    assert warned == ([line] if said else [])
+
+
+def test_a_container_s_secret_may_be_readable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Docker makes them so, and nobody else is there; the same goes for what systemd hands over."""
+    file = tmp_path / "token"
+    file.write_text(TOKEN)
+    file.chmod(0o444)
+    assert state.say_open(str(file)) == "others can read it (its mode is 0444)"
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert state.say_open(str(file)) == ""
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY")
+    monkeypatch.setattr(os.path, "realpath", lambda path: "/run/secrets/token")
+    assert state.say_open(str(file)) == ""
+    assert state.say_open(str(tmp_path / "none")) == ""
+
+
+def run_check(role: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tcprelay", role, *words, "--check"], cwd=ROOT, capture_output=True, text=True,
+        timeout=60, check=False, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def test_a_configuration_with_a_secret_that_is_open_is_warned_of(tmp_path: Path) -> None:
+    config = tmp_path / "c.conf"
+    config.write_text(f"relay-port = 0\nservice-port = 0\ntoken = {TOKEN}\n")
+    for mode, warned in ((0o644, True), (0o600, False)):
+        config.chmod(mode)
+        said = run_check("server", "--config", str(config)).stderr
+        assert (f"{config} holds the token, and others can read it (its mode is 0644)" in said) == warned
+
+
+# Where the identity is
+
+
+def test_root_has_one_state_directory_in_a_shell_and_under_systemd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what was tried is what is started; an ordinary user's is in the home directory."""
+    for name in ("STATE_DIRECTORY", "XDG_STATE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(state, "_is_root", lambda: True)
+    assert state.state_directory() == "/var/lib/tcprelay"
+    monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/tcprelay")
+    monkeypatch.setattr(state, "_is_root", lambda: False)
+    assert state.state_directory() == "/var/lib/tcprelay"
+    monkeypatch.delenv("STATE_DIRECTORY")
+    monkeypatch.setenv("HOME", "/home/user")
+    assert state.state_directory() == "/home/user/.local/state/tcprelay"
+
+
+def test_another_identity_is_warned_of(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the certificate that relay clients know may be another one; not where a directory was named."""
+    home, system = tmp_path / "home", tmp_path / "system"
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(state, "SYSTEM_STATE", str(system))
+    monkeypatch.setattr(state, "_is_root", lambda: False)
+    bench.server(tls="relay")
+    assert "there are others" not in caplog.text
+    monkeypatch.setattr(state, "_is_root", lambda: True)
+    bench.server(tls="relay")
+    place = home / ".local/state/tcprelay"
+    assert f"certificate and token are those in {system}, and there are others in {place}: relay clients" in caplog.text
+    caplog.clear()
+    bench.server(tls="relay", state_dir=str(place))
+    assert "there are others" not in caplog.text
+
+
+def test_what_systemd_keeps_for_a_service_is_root_s_to_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its files belong to a user that was made for it; elsewhere another owner's are refused."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may give files away")
+    private = tmp_path / "private"
+    for directory, allowed in ((private / "tcprelay", True), (tmp_path / "other", False)):
+        file = directory / "token"
+        state.private_file(str(file), lambda: b"secret")
+        for path in (directory, file):
+            os.chown(path, 64789, 64789)
+        monkeypatch.setattr(state, "SYSTEM_PRIVATE", f"{private}/")
+        if allowed:
+            assert state.private_file(str(file), lambda: b"") == str(file)
+        else:
+            with pytest.raises(PermissionError, match="user 64789, its owner"):
+                state.private_file(str(file), lambda: b"")
+
+
+# A program that embeds it
+
+
+def test_a_token_may_be_bytes(bench: Bench) -> None:
+    server = bench.server(token=TOKEN.encode())
+    bench.client(server, bench.service().port, token=TOKEN)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: RelayServer(0, 0, token=""), ValueError, "token: expected something that is not empty"),
+        (lambda: RelayClient("h", 1, "r", 1, token=b""), ValueError, "token: expected something that is not empty"),
+        (lambda: RelayServer(0, 0, on_event=5), TypeError, "on_event: expected something to call, not 5"),  # type: ignore[arg-type]
+        (lambda: RelayServer(0, service="web"), ValueError, "service 'web': expected NAME=PORT or NAME=ADDRESS:PORT"),
+        (lambda: RelayServer(0, service=[8080]), ValueError, "service '8080': expected NAME=PORT"),
+        (lambda: RelayClient("h", 1, "r"), ValueError, "--relay-port is required"),
+        (lambda: RelayServer(0, 0).relay_address, RuntimeError, "this relay server has not been started"),
+        (lambda: RelayServer(0, 0).service_addresses, RuntimeError, "this relay server has not been started"),
+        (lambda: RelayClient("h", 1, "r:1").wait_until_published(), RuntimeError, "this relay client has not been"),
+    ],
+)  # fmt: skip
+def test_what_a_program_gets_wrong(make: Any, error: type[Exception], message: str) -> None:
+    """One clear error, which names option and value."""
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_waiting_until_all_is_published(bench: Bench) -> None:
+    """For all services; at the time-out it says which is not there, and why."""
+    server = bench.server(service=["web=0"])
+    publish = [f"web=127.0.0.1:{bench.service().port}"]
+    client = bench.enter(RelayClient(HOST, 1, HOST, server.relay_address[1], 1, publish=publish, drain_timeout=0,
+                                     try_service=False, on_event=bench.client_events))  # fmt: skip
+    client.wait_until_published(PATIENCE)
+    assert {event.service for event in bench.client_events.of(Published)} == {"default", "web"}
+    server.end(0)
+    bench.client_events.wait(Unpublished)
+    with pytest.raises(TimeoutError, match=rf"service \w+ is not published at {HOST}:\d+: "):
+        client.wait_until_published(0)
+
+
+def test_waiting_ends_with_the_client(bench: Bench, fake: FakeServer) -> None:
+    """Who waits for what will never be is told."""
+    client = bench.enter(RelayClient(HOST, 1, HOST, fake.port, 1, drain_timeout=0))
+    fake.accept()
+    with pytest.raises(TimeoutError, match=r"service default is not published at .*: no answer from the relay yet"):
+        client.wait_until_published(0)
+    client.end(0)
+    with pytest.raises(TimeoutError):
+        client.wait_until_published()
+
+
+def test_a_start_says_what_it_has_read(peers: Peers, tmp_path: Path) -> None:
+    """Files and variables, in one line."""
+    config = tmp_path / "c.conf"
+    config.write_text("relay-port = 0\n")
+    words = "--config", str(config), "--service-port", "0", "--hostname", HOST
+    process = peers.relay_process("server", *words, env={"TCPRELAY_TOKEN": TOKEN})
+    process.wait_message(f"the configuration is from {config}, TCPRELAY_TOKEN")
