@@ -294,11 +294,13 @@ def _count_threads() -> int:
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    """No option comes from the environment or from the configuration of whoever runs the tests."""
+    """No option comes from the environment or from the configuration of whoever runs the tests, and nothing is kept
+    where this host keeps things."""
     for name in list(os.environ):
         if name.startswith("TCPRELAY_") and name != "TEST_REQUIRE_PEERS":
             monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "no-config"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "own-state"))
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
 
 

@@ -24,7 +24,7 @@ from _tcprelay.values import Option
 from tcprelay import ClientOptions, ServerOptions
 
 from .conftest import PATIENCE, wait_until
-from .peers import ROOT, Program, RelayProcess, find
+from .peers import ROOT, Peers, Program, RelayProcess, find
 
 DEPLOY = ROOT / "deploy"
 DEMO = str(DEPLOY / "demo.py")
@@ -150,7 +150,7 @@ def test_an_example_configuration_is_valid_with_all_that_it_shows(role: Role, tm
     file and a certificate with its key, one or the other."""
     text = (
         COMMENTED.sub(r"\1 = \2", (DEPLOY / f"{role}.conf").read_text())
-        .replace("tls = false", "tls = both")
+        .replace("tls = true", "tls = both")
         .replace("auth = false", "auth = true")
     )
     config = tmp_path / "all.conf"
@@ -188,7 +188,9 @@ def variables_in(text: str) -> set[str]:
     return set(re.findall(r"\bTCPRELAY_[A-Z_]*[A-Z]\b", text))
 
 
-@pytest.mark.parametrize("name", ["Dockerfile", "compose.yaml", "tcprelays.service", "tcprelayc.service"])
+@pytest.mark.parametrize(
+    "name", ["Dockerfile", "compose.yaml", "compose.tls.yaml", "tcprelays.service", "tcprelayc.service"]
+)
 def test_environment_variables_are_options(name: str) -> None:
     """Each TCPRELAY_... that is named is an option of one of the commands."""
     known = {f"TCPRELAY_{option.upper()}" for role in ROLES for option, _ in options_of(OPTIONS[role])}
@@ -196,11 +198,43 @@ def test_environment_variables_are_options(name: str) -> None:
     assert variables_in((DEPLOY / name).read_text()) - known == set()
 
 
-def compose_service(name: str) -> str:
-    """The lines of one service in compose.yaml."""
-    found = re.search(rf"^  {name}:\n((?:    .*\n|\n)+)", (DEPLOY / "compose.yaml").read_text(), re.MULTILINE)
+def compose_service(name: str, file: str = "compose.yaml") -> str:
+    """The lines of one service in a Compose file."""
+    found = re.search(rf"^  {name}:\n((?:    .*\n|\n)+)", (DEPLOY / file).read_text(), re.MULTILINE)
     assert found
     return found[1]
+
+
+def compose_environment(role: Role, file: str = "compose.yaml") -> dict[str, str]:
+    """What such a file gives a relay."""
+    return dict(re.findall(r'^      (TCPRELAY_\w+): "?(.*?)"?$', compose_service(role, file), re.MULTILINE))
+
+
+@pytest.mark.peer("openssl")
+def test_compose_with_tls(peers: Peers, tmp_path: Path) -> None:
+    """The certificate is made as the file says, and with its variables server and client find each other."""
+    text = (DEPLOY / "compose.tls.yaml").read_text()
+    command = re.search(r"^#   (openssl (?:.*\\\n)*.*)$", text, re.MULTILINE)
+    assert command
+    made = re.sub(r"\\\n#", " ", command[1])
+    subprocess.run(shlex.split(made), cwd=tmp_path, capture_output=True, check=True, timeout=6 * PATIENCE)
+    (tmp_path / "token").write_text("a token of the tests\n")
+    files = {"tcprelay_cert": "cert.pem", "tcprelay_key": "key.pem", "tcprelay_token": "token"}
+
+    def environment(role: Role) -> dict[str, str]:
+        given = {**compose_environment(role), **compose_environment(role, "compose.tls.yaml")}
+        for secret, file in files.items():
+            given = {
+                name: value.replace(f"/run/secrets/{secret}", str(tmp_path / file)) for name, value in given.items()
+            }
+        return given
+
+    free = {"TCPRELAY_RELAY_PORT": "0", "TCPRELAY_SERVICE_PORT": "0"}
+    server = peers.relay_process("server", "--hostname", "127.0.0.1", env={**environment("server"), **free})
+    words = "--relay-host", "127.0.0.1", "--tls-server-name", environment("client")["TCPRELAY_RELAY_HOST"]
+    at = {"TCPRELAY_RELAY_PORT": str(server.relay_port), "TCPRELAY_HOST": "127.0.0.1"}
+    client = peers.relay_process("client", *words, env={**environment("client"), **at})
+    client.wait_event("Published")
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -208,7 +242,7 @@ def test_a_relay_in_compose_is_configured_by_its_environment(role: Role, tmp_pat
     """The command is the role alone, and the variables are all that it needs."""
     service = compose_service(role)
     assert f'command: ["{role}"]' in service
-    environment = dict(re.findall(r'^      (TCPRELAY_\w+): "?(.*?)"?$', service, re.MULTILINE))
+    environment = compose_environment(role)
     assert environment.pop("TCPRELAY_TOKEN_FILE") == "/run/secrets/tcprelay_token"
     token = tmp_path / "token"
     token.write_text("a token of the tests\n")
@@ -266,18 +300,29 @@ def settings_of(role: Role) -> dict[str, str]:
     return dict(re.findall(r"^(\w+)=(.*)$", unit_of(role).read_text(), re.MULTILINE))
 
 
+@pytest.mark.parametrize("own_token", [False, True])
 @pytest.mark.parametrize("role", ROLES)
-def test_a_unit_starts_its_command_with_valid_options(role: Role, tmp_path: Path) -> None:
-    """The options and the environment pass the command's own check, with the credential that the unit loads."""
-    settings = settings_of(role)
+def test_a_unit_starts_its_command_with_valid_options(role: Role, own_token: bool, tmp_path: Path) -> None:
+    """The options and the environment pass the command's own check; a server's without a credential, too, and with the
+    one that the unit can load."""
+    if role == "client" and not own_token:
+        return  # it has the server's
+    text = unit_of(role).read_text()
+    if own_token:
+        text = re.sub("^#(LoadCredential|Environment)=", r"\1=", text, flags=re.MULTILINE)
+    settings = dict(re.findall(r"^(\w+)=(.*)$", text, re.MULTILINE))
     program, *options = shlex.split(settings["ExecStart"])
     assert program == f"/usr/local/bin/tcprelay{role[0]}"
-    credential, _, _ = settings["LoadCredential"].partition(":")
-    (tmp_path / credential).write_text("a token of the tests\n")
-    name, _, value = settings["Environment"].partition("=")
+    environment = {"STATE_DIRECTORY": str(tmp_path / "state")}
+    if own_token:
+        credential, _, _ = settings["LoadCredential"].partition(":")
+        (tmp_path / credential).write_text("a token of the tests\n")
+        name, _, value = settings["Environment"].partition("=")
+        environment[name] = value.replace("%d", str(tmp_path))
     options = [option.replace("/etc/tcprelay", str(DEPLOY)) for option in options]
-    result = check(role, *options, **{name: value.replace("%d", str(tmp_path))})
+    result = check(role, *options, **environment)
     assert (result.returncode, result.stderr) == (0, "")
+    assert (tmp_path / "state" / "token").exists() != (own_token or role == "client")
 
 
 @pytest.mark.parametrize("role", ROLES)
