@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] in (["-h"], ["--help"]):
         print("tcprelay server|client [options]: the commands tcprelays and tcprelayc; each has --help")
         return 0
-    if words[:1] == ["--version"]:
+    if words[:1] in (["-V"], ["--version"]):
         print(f"tcprelay {__version__}")
         return 0
     unknown = f"unknown word {shown(words[0])}: " if words else ""

@@ -57,6 +57,8 @@ def parse_host(text: str) -> str:
         return str(parse_endpoint(text))
     if not text or not text.isprintable() or set(text) & set(" \"'/"):
         raise ValueError("a host name or an address")
+    if ":" in text and not is_ipv6(text.removeprefix("[").removesuffix("]")):
+        raise ValueError("a host name or an address, without a port")
     return text[1:-1] if text.startswith("[") and text.endswith("]") else text
 
 

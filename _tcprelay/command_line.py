@@ -43,8 +43,8 @@ class Given(Generic[OptionsT]):
         ]
         for name, info in options_of(type(self.options)):
             value = getattr(self.options, name)
-            origin = self.origins.get(name) or (PARTNERS.get(name, "") and self.origins.get(PARTNERS[name]))
-            if not origin:
+            origin = self.origins.get(name) or self.origins.get(PARTNERS.get(name, ""))
+            if origin is None or value is None:
                 continue
             said = "(not shown)" if info.secret else shown(", ".join(map(str, value)) if info.many else say(value))
             lines.append(f"  {name.replace('_', '-')} = {said}    {origin}")
@@ -58,7 +58,9 @@ PARTNERS = {"port": "host", "relay_port": "relay_host"}
 
 def say(value: object) -> str:
     """A value as it stands in a configuration file."""
-    return str(value).lower() if isinstance(value, bool) else str(value).removesuffix(".0")
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def parse_options(prog: str, usage: str, cls: type[OptionsT], argv: Sequence[str] | None) -> Given[OptionsT]:

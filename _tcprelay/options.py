@@ -372,6 +372,7 @@ class ClientOptions(Options):
     def _complaints(self) -> Iterator[tuple[object, str]]:
         yield from super()._complaints()
         yield not self.relay_host, "--relay-host is required"
+        yield self.relay_port == 0, "--relay-port 0 is no port of a relay server"
         yield self.relay_port is None, "--relay-port is required"
         services = self.services
         yield not services, "--port (with --host) or --publish is required"

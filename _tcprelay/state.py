@@ -82,9 +82,7 @@ def private_file(path: str, make: Callable[[], bytes]) -> str:
         _check_file(path)
     except OSError as error:
         place = error.filename if isinstance(error.filename, str) else path
-        raise OSError(
-            error.errno, f"{say_error(error)} (--state-dir names another place, which this user can write to)", place
-        ) from error
+        raise OSError(error.errno, f"{say_error(error)} (or name another place with --state-dir)", place) from error
     return path
 
 

@@ -27,6 +27,8 @@ MAX_FRUITLESS = 65536
 """Bytes of TLS messages without data (KeyUpdate) in a row: more than a record, which may come in pieces."""
 SMALL_READS = 4
 """So many small reads in a row end bulk traffic."""
+NOT_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "UNEXPECTED_MESSAGE", "NO_PROTOCOLS_AVAILABLE")
+"""OpenSSL's reasons for a peer whose first bytes are no TLS handshake."""
 
 
 def tls_fault(error: ssl.SSLError) -> OSError:

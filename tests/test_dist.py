@@ -51,11 +51,14 @@ def empty(tmp_path: Path) -> Iterator[Path]:
     assert not list(path.iterdir())
 
 
-def run_bare(command: list[str], empty: Path, path: str = os.defpath) -> subprocess.CompletedProcess[str]:
-    """Run a command in an empty directory, with nothing but PATH in its environment."""
+def run_bare(
+    command: list[str], empty: Path, path: str = os.defpath, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in an empty directory, with nothing but PATH, and what is given, in its environment."""
     return subprocess.run(
-        command, cwd=empty, env={"PATH": path}, capture_output=True, text=True, timeout=6 * PATIENCE, check=False
-    )
+        command, cwd=empty, env={"PATH": path, **environment}, capture_output=True, text=True, timeout=6 * PATIENCE,
+        check=False,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("prog", ROLES)
@@ -89,6 +92,16 @@ def test_a_wrong_option_is_one_line_and_status_2(dist: Path, empty: Path, prog: 
     result = run_bare([*BARE, str(dist / prog), "--no-such-option"], empty)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == f"{prog}: unknown option: --no-such-option\n"
+
+
+def test_what_is_mistyped_is_told_there_too(dist: Path, empty: Path) -> None:
+    """An option, and a variable: that one silently meant no TLS once."""
+    result = run_bare([*BARE, str(dist / "tcprelays"), "1", "2", "--tsl"], empty)
+    assert result.stderr == "tcprelays: unknown option: --tsl; did you mean --tls?\n"
+    result = run_bare([*BARE, str(dist / "tcprelays"), "1", "2", "--check"], empty, TCPRELAY_TSL="true")
+    assert "WARNING there is no option for the environment variable TCPRELAY_TSL; did you mean TCPRELAY_TLS?" in (
+        result.stderr
+    )
 
 
 @pytest.mark.parametrize("prog", ROLES)

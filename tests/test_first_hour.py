@@ -25,7 +25,7 @@ from tcprelay import (
     ServiceUnreachable, ServiceUnserved, Unpublished,
 )  # fmt: skip
 
-from .certificates import Certificates
+from .certificates import Certificates, tls_context
 from .conftest import PATIENCE, Bench, connect, echo, read_exactly, replace, wait_until
 from .peers import HOST, ROOT, Peers, free_port
 from .peers_v1 import FakeServer
@@ -199,7 +199,24 @@ def test_who_does_not_accept_the_certificate_says_so(bench: Bench) -> None:
         with RelayClient(HOST, 1, HOST, server.relay_address[1], 1, tls="relay", drain_timeout=0, pin=pin):
             refused = bench.server_events.wait(LinkRefused, count)
     assert "the relay client refuses this server: its certificate is not the one that --pin asks for" in str(refused[0])
-    assert "it does not accept this server's certificate; has it the --pin, or the --ca-file" in str(refused[-1])
+    assert "it does not accept this server's certificate; does it have the --pin, or the --ca-file" in str(refused[-1])
+
+
+def test_on_the_raw_wire_nothing_is_said(bench: Bench, certificates: Certificates) -> None:
+    """There it would be bytes of a connection."""
+    context, got = tls_context(True, certificates.path("server.pem"), certificates.path("server.key")), []
+
+    def serve(sock: socket.socket) -> None:
+        with context.wrap_socket(sock, server_side=True) as secure:
+            try:
+                got.append(secure.recv(100))
+            except OSError:
+                got.append(b"")
+
+    relay, pin = bench.service(serve), f"sha256:{'0' * 64}"
+    with RelayClient(HOST, 1, HOST, relay.port, 1, tls="relay", wire="raw", pin=pin, drain_timeout=0):
+        wait_until(lambda: got)
+    assert set(got) == {b""}
 
 
 def test_a_plain_client_of_a_tls_service_port_is_no_relay_client(bench: Bench, certificates: Certificates) -> None:

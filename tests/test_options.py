@@ -208,17 +208,22 @@ def test_check_says_what_came_of_it(
     config = tmp_path / "c.conf"
     config.write_text("# mine\nrelay-host = relay.example.net:10080\ntls = yes\npublish = web=80\n")
     monkeypatch.setenv("TCPRELAY_TOKEN", "hunter2-hunter2-hunter2")
-    assert tcprelay_client.main(["--config", str(config), "--host", "nas:22", "--check"]) == 0
+    words = ["--config", str(config), "--keepalive", "6.0", "--try-service", "no", "--check"]
+    assert tcprelay_client.main([*words, "--host", "unix:/x"]) == 0
+    assert "  host = unix:/x    command line\n  publish" in capsys.readouterr().out
+    assert tcprelay_client.main([*words, "--host", "10.0.0.0:22"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "tcprelayc: the configuration is valid",
         f"read: {config}, TCPRELAY_TOKEN",
+        "  keepalive = 6    command line",
         "  token = (not shown)    environment variable TCPRELAY_TOKEN",
         f"  tls = relay    {config}, line 3",
         f"  relay-host = relay.example.net    {config}, line 2",
         f"  relay-port = 10080    {config}, line 2",
-        "  host = nas    command line",
+        "  host = 10.0.0.0    command line",
         "  port = 22    command line",
         f"  publish = web=localhost:80    {config}, line 4",
+        "  try-service = false    command line",
         "everything else has its default",
     ]
 
@@ -230,6 +235,8 @@ def test_check_says_what_came_of_it(
         (["--heartbeat", "soon"], "--heartbeat 'soon' (from command line): expected a number of seconds from 0.05"),
         (["--pair-timeout", "-1"], "--pair-timeout '-1' (from command line): expected a number of seconds, 0 or"),
         (["--pair-timeout", "nan"], "expected a number of seconds"),
+        (["--hostname", "localhost:80"], "expected a host name or an address, without a port"),
+        (["--public-host", "http://relay"], "--public-host 'http://relay' (from command line): expected a host name"),
         (["--wire", "v2"], "--wire 'v2' (from command line): expected v1 or raw"),
         (["--service", "web"], "expected NAME=PORT or NAME=ADDRESS:PORT"),
         (["--service", "w b=1"], "expected a name of 1 to 64 letters"),

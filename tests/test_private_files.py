@@ -20,7 +20,7 @@ from tcprelay import RelayServer
 from .conftest import PATIENCE, PEER_PATH, replace
 from .peers import ROOT, find, no_peer
 
-ELSEWHERE = "(--state-dir names another place, which this user can write to)"
+ELSEWHERE = "(or name another place with --state-dir)"
 
 
 def start(directory: Path | str) -> RelayServer:

@@ -23,7 +23,7 @@ from ..streams import Stream
 from ..system import ssl
 from ..tcp import say_path, unsent_bytes
 from ..text import is_tls_error, say_error, shown
-from ..tls import TLSStream
+from ..tls import NOT_TLS, TLSStream
 from ..waiting import Deadline
 from .stock import RefusedByServer, Unreachable
 
@@ -35,6 +35,9 @@ SILENCE_TIMEOUT = 2.0
 LINK_TIMEOUT = 30.0
 """Seconds from a link's TCP connection to WELCOME; clearly more than the relay server gives it, so that a link that
 is in the server's pool has not been given up here."""
+
+
+WHY_NO_WORD = "does it use --wire raw, or TLS?"
 
 
 class Greeting:
@@ -93,7 +96,8 @@ class Greeting:
             self._patiently(lambda until: stream.handshake(until, runtime.stop), sock, deadline, doubt)
             found = pin_of(stream.tls.getpeercert(binary_form=True) or b"")
             if options.pin and found != options.pin:
-                Link(stream, CLIENT).refuse("pin", "its certificate is not the one that --pin asks for")
+                if options.wire != "raw":  # there it would be bytes of a connection
+                    Link(stream, CLIENT).refuse("pin", "its certificate is not the one that --pin asks for")
                 raise RefusedByServer(f"the relay's certificate has another pin than --pin says: {found}")
         except BaseException as error:
             late = self._say_late(sock)
@@ -138,7 +142,12 @@ class Greeting:
             answer = self._patiently(lambda until: link.receive(until, stop), link.sock, deadline, doubt)
         except LinkFault as error:
             spoken = guess_protocol(link.unread())
-            raise RefusedByServer(f"the relay port answers with {spoken}, not the link protocol ({error})") from error
+            hint = f"; is {self.relay} the relay port, and not a service port?"
+            raise RefusedByServer(
+                f"the relay port answers with {spoken}, not the link protocol ({error}){hint}"
+            ) from error
+        except ConnectionResetError:
+            raise ConnectionResetError(f"the relay reset the link without a word; {WHY_NO_WORD}") from None
         except OSError as error:
             if not is_tls_error(error):
                 raise
@@ -146,7 +155,7 @@ class Greeting:
             reason = f"refused by the relay, maybe for this client's certificate: {say_error(error)}"
             raise RefusedByServer(reason) from error
         except EOFError:
-            raise EOFError("the relay closed the link without a word; does it use --wire raw, or TLS?") from None
+            raise EOFError(f"the relay closed the link without a word; {WHY_NO_WORD}") from None
         expected = ""
         if answer.kind == CHALLENGE:
             if not token:
@@ -181,7 +190,7 @@ def explain_tls(error: BaseException) -> str:
             "refused by the relay: it asks for neither a token nor certificates, so it accepts links from its own "
             "machine alone; set --token-file on both sides"
         )
-    if error.reason == "WRONG_VERSION_NUMBER":
+    if error.reason in NOT_TLS:
         return "the relay does not speak TLS: start it with --tls, or leave --tls out"
     return ""
 
@@ -190,7 +199,7 @@ def explain_service(error: Exception) -> str:
     """What is wrong where a TLS handshake with a service has failed, and what to change."""
     if is_tls_error(error) and isinstance(error, ssl.SSLCertVerificationError):
         return f"{say_error(error)}; give --service-ca-file, or --service-insecure"
-    if is_tls_error(error) and error.reason != "WRONG_VERSION_NUMBER":
+    if is_tls_error(error) and error.reason not in NOT_TLS:
         return say_error(error)
     said = "" if is_tls_error(error) else f" ({say_error(error)})"
     return f"the service does not speak TLS{said}: say --tls instead of --tls both"

@@ -22,12 +22,13 @@ from ..streams import Stream
 from ..system import ignore_oserror
 from ..tcp import say_path
 from ..text import is_tls_error, say_error, shown
+from ..tls import NOT_TLS
 from ..waiting import Deadline, Stopping, wait_for
 from .clients import Refusal
 from .intake import Intake
 from .limits import TOO_MANY_HANDSHAKES, Handshakes
 from .pool import PooledLink
-from .trust import NOT_TLS, check_protected_mode, explain_tls
+from .trust import check_protected_mode, explain_tls
 
 HANDSHAKE_TIMEOUT, HANDSHAKE_STEP = 20.0, 10.0
 """Seconds that a server gives a handshake as a whole, and each answer in it: three round trips of a saturated uplink

@@ -192,7 +192,7 @@ class Pairing:
             out += link.pack_end()
         while not stream.send_now(out):
             wait_for(link.fd, select.POLLOUT, deadline, cut)
-        return "" if frame.kind == READY else shown(frame.text("reason")) or "no reason given"
+        return "" if frame.kind == READY else shown(frame.text("reason"), 240) or "no reason given"
 
     def _suspect(self, pooled: PooledLink, client: ServiceClient) -> None:
         """START has had no answer for a while: where it was not even acknowledged, its relay client may be out of

@@ -17,11 +17,8 @@ from ..state import other_states, private_file, state_directory
 from ..streams import Stream
 from ..system import ssl
 from ..text import random_id, say_error
+from ..tls import NOT_TLS
 from .clients import Refusal
-
-NOT_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "UNEXPECTED_MESSAGE", "NO_PROTOCOLS_AVAILABLE")
-"""OpenSSL's reasons for a peer whose first bytes are not a TLS ClientHello."""
-
 
 REJECTIONS = ("TLSV1_ALERT_UNKNOWN_CA", "SSLV3_ALERT_BAD_CERTIFICATE", "SSLV3_ALERT_CERTIFICATE_UNKNOWN",
               "SSLV3_ALERT_CERTIFICATE_EXPIRED")  # fmt: skip
@@ -130,7 +127,7 @@ def explain_tls(error: ssl.SSLError) -> str:
     if error.reason in NOT_TLS:
         return "it does not speak TLS; if it is a tcprelayc, add --tls there"
     if error.reason in REJECTIONS:
-        return "it does not accept this server's certificate; has it the --pin, or the --ca-file, of another one?"
+        return "it does not accept this server's certificate; does it have the --pin, or the --ca-file, of another one?"
     if error.reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
         return "it showed no certificate, which --auth asks for; give the client --cert and --key, or --pfx"
     return say_error(error)
