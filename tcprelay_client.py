@@ -25,7 +25,7 @@ from _tcprelay.certificates import make_context, trust
 from _tcprelay.client.greeting import Greeting
 from _tcprelay.client.links import Links
 from _tcprelay.client.loops import OwnConnections
-from _tcprelay.client.stock import MOST_HANDSHAKES, Service, Stock
+from _tcprelay.client.stock import MOST_HANDSHAKES, MOST_REASONS, Service, Stock
 from _tcprelay.command import run_command
 from _tcprelay.events import Event, Published, Unpublished
 from _tcprelay.options import ClientOptions, make_options
@@ -72,9 +72,9 @@ class RelayClient(Relay[ClientOptions]):
 
     def __init__(
         self,
-        host: str,
-        port: int | None,
-        relay_host: str,
+        host: str = "localhost",
+        port: int | None = None,
+        relay_host: str = "",
         relay_port: int | None = None,
         num_conn: int = 8,
         *,
@@ -121,7 +121,7 @@ class RelayClient(Relay[ClientOptions]):
     def _obey_refusal(self, event: Event) -> None:
         """For the command: end where the relay server refuses this client, and that is asked for."""
         refused = isinstance(event, Unpublished) and event.lasting and self.options.exit_on_refusal
-        if refused and self.signals is not None:
+        if refused and self.signals is not None and not self.signals.status:
             self.runtime.log.error("ending, as the relay server refuses this client (--exit-on-refusal)")
             self.signals.give_up(REFUSED_STATUS)
 
@@ -144,8 +144,10 @@ class RelayClient(Relay[ClientOptions]):
         return Credentials(token, links, services)
 
     def prepare(self) -> None:
-        """Warns of what is not secure.  No name is looked up here: at boot the name server may not answer yet."""
+        """Says where to, and warns of what is not secure.  No name is looked up here: at boot the name server may not
+        answer yet."""
         options, log = self.options, self.runtime.log
+        log.info("connecting to the relay at %s", Endpoint(options.relay_host, options.relay_port or 0))
         warn_about_secrets(self.runtime)
         if options.tls in ("relay", "both") and not options.reject_unauthorized and not options.pin:
             log.warning("--reject-unauthorized false: whoever is on the way can pose as the relay server")
@@ -190,8 +192,8 @@ class ClientWorkers(Workers):
         self._become_one_of = become_one_of
         self._published: dict[str, set[int]] = {service.name: set() for service in client.options.services}
         """Which workers have links of each service."""
-        self._told: dict[str, str | None] = dict.fromkeys(self._published)
-        """As `Service.told`."""
+        self._told: dict[str, set[str]] = {name: set() for name in self._published}
+        """What was told of each service since it was published, or "" where it is: each reason once."""
 
     def become(self, worker: WorkerProcess, intake: socket.socket) -> None:
         self._become_one_of(worker.number, len(self.workers))
@@ -209,8 +211,10 @@ class ClientWorkers(Workers):
             self._published[service].discard(worker.number)
             if self._published[service]:
                 return
-        if self._told[service] != reason:
-            self._told[service] = reason
+        told = self._told[service]
+        if reason not in told:
+            few = told - {""} if reason and len(told) < MOST_REASONS else set()
+            self._told[service] = few | {reason}
             self.emit(Unpublished(**fields) if reason else Published(**fields))
 
 

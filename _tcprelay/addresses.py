@@ -55,7 +55,7 @@ def parse_host(text: str) -> str:
     """A host name or address; brackets around an IPv6 one are taken off.  Or ``unix:PATH``."""
     if text.startswith("unix:"):
         return str(parse_endpoint(text))
-    if not text or not text.isprintable() or set(text) & set(" \"'/"):
+    if not text or not text.isprintable() or set(text) & set(" \"'/@"):
         raise ValueError("a host name or an address")
     if ":" in text and not is_ipv6(text.removeprefix("[").removesuffix("]")):
         raise ValueError("a host name or an address, without a port")
@@ -92,7 +92,7 @@ def is_ipv6(text: str) -> bool:
 def _refuse_url(text: str) -> None:
     """Raises `ValueError` for a URL, with what to write instead."""
     scheme, mark, rest = text.partition("://")
-    if mark:
+    if mark and not text.startswith("unix:"):
         place = re.split("[/?#]", rest)[0].rpartition("@")[2]
         port = "" if re.search(r":\d+$", place) else f":{URL_PORTS.get(scheme.lower(), 'PORT')}"
         raise ValueError(f"a host and a port, not a URL: write {shown(place)}{port}")

@@ -98,7 +98,7 @@ def say_meant(name: str, known: Iterable[str], prefix: str = "--") -> str:
     def plain(word: str) -> str:
         return word.lower().removeprefix(prefix).lstrip("-").replace("_", "-")
 
-    names = {plain(word): word for word in known}
+    names = {plain(word): word for word in known if word.islower() or word.isupper()}  # without node-tcp-relay's
     near = get_close_matches(plain(name), names, 1)
     return f"; did you mean {names[near[0]]}?" if near else ""
 

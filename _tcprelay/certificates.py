@@ -91,10 +91,11 @@ def load_pfx(context: ssl.SSLContext, path: str, passphrase: str) -> None:
 
 def _openssl_pkcs12(path: str, what: list[str], passphrase: str, password: str) -> bytes:
     command = ["pkcs12", "-in", path, *what]
-    answer = run_openssl(command, passphrase, password)
+    instead = "make PEM files where it is (openssl pkcs12 -in FILE -out FILE.pem), and give --cert and --key"
+    answer = run_openssl(command, passphrase, password, instead=instead)
     if answer.returncode and b"unsupported" in answer.stderr.lower():
         # RC2 and 3DES, as older OpenSSL and Windows write them, are in a provider of their own since OpenSSL 3.
-        answer = run_openssl([*command, "-legacy"], passphrase, password)
+        answer = run_openssl([*command, "-legacy"], passphrase, password, instead=instead)
     said = answer.stderr.lower()
     if answer.returncode and (b"mac verify" in said or b"invalid password" in said or b"bad decrypt" in said):
         raise ValueError(f"the passphrase of {path} is wrong: give it with --passphrase-file or --passphrase")
@@ -114,7 +115,7 @@ def make_self_signed(directory: str) -> str:
         made = run_openssl([
             "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "36500",
             "-subj", "/CN=tcprelay", "-addext", "subjectAltName=DNS:tcprelay", "-keyout", "-", "-out", "-",
-        ])  # fmt: skip
+        ], instead="make a certificate elsewhere (openssl req -x509 …), and give --cert and --key")  # fmt: skip
         if made.returncode:
             raise ValueError(f"openssl cannot make a certificate: {shown(made.stderr.decode(errors='replace'))}")
         return made.stdout

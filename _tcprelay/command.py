@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -15,6 +16,7 @@ from .processes import can_fork_workers, default_workers, invite, serve
 from .role import Relay
 from .signals import Signals
 from .system import SWITCH_INTERVAL, raise_descriptor_limit
+from .state import NothingKept, looking_only
 from .text import say_error
 from .waiting import Stopping
 
@@ -41,17 +43,19 @@ def run_command(
     except KeyboardInterrupt:
         return 130
     finally:
-        log_writer.end()
+        with contextlib.suppress(KeyboardInterrupt):  # a further Ctrl-C, now that all is over
+            log_writer.end()
 
 
 def _run_role(given: Given[OptionsT], make: Callable[[OptionsT], Relay[Any]], log: logging.Logger) -> int:
     """The same with options and log; raises `OSError`, `ValueError`, and `Stopping` where it is ended as it starts."""
     raise_descriptor_limit()
     sys.setswitchinterval(SWITCH_INTERVAL)
-    options, role = given.options, make(given.options)
     if given.check:
-        print(given.report())
+        note = _look(given, make)
+        print(given.report(), *([note] if note else []), sep="\n")
         return 0
+    options, role = given.options, make(given.options)
     if summary := given.summary():
         log.info("the configuration is from %s", summary)
     count = default_workers() if options.workers is None else options.workers
@@ -70,6 +74,15 @@ def _run_role(given: Given[OptionsT], make: Callable[[OptionsT], Relay[Any]], lo
         status = serve(role, signals)
         log.info("ended")
         return status
+
+
+def _look(given: Given[OptionsT], make: Callable[[OptionsT], Relay[Any]]) -> str:
+    """Check what the options name, and make nothing.  Returns what is to be known besides; raises as `make` does."""
+    try:
+        with looking_only():
+            return make(given.options).invitation(with_secrets=False)
+    except NothingKept as error:
+        return f"{error.filename}: {say_error(error)}"
 
 
 def open_standard_files() -> None:

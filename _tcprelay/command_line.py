@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NoReturn
 
+from .addresses import split_place
 from .arguments import arrange, say_meant
 from .logs import fail
 from .options import ClientOptions, Options, OptionsT, ServerOptions, options_of
@@ -52,14 +53,22 @@ class Given(Generic[OptionsT]):
 
 
 VARIABLE = "environment variable"
+COMMAND_LINE = "command line"
 PARTNERS = {"port": "host", "relay_port": "relay_host"}
 """The port can stand in the same word as the host."""
+
+
+def _rank(origin: str) -> int:
+    """Which place counts before which, where the port stands in one and the host with its port in another."""
+    return 0 if origin == COMMAND_LINE else 1 if origin.startswith(VARIABLE) else 2
 
 
 def say(value: object) -> str:
     """A value as it stands in a configuration file."""
     if isinstance(value, float):
-        return f"{value:g}"
+        return str(value).removesuffix(".0")
+    if value == "relay":  # of --tls
+        return "true"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -99,8 +108,16 @@ def parse_options(prog: str, usage: str, cls: type[OptionsT], argv: Sequence[str
         try:
             parsed = [info.parse(word) for word in words]
         except ValueError as error:
-            wrong(name, "" if info.secret else f" {shown(','.join(words))!r}", error)
+            several = "; several are divided by commas" if info.many else ""
+            wrong(name, "" if info.secret else f" {shown(','.join(words))!r}", f"{error}{several}")
         values[name] = tuple(parsed) if info.many else parsed[0]
+    for port, host in PARTNERS.items():
+        if port in values and host in values and split_place(values[host])[1] is not None:
+            ranks = [_rank(origins[name]) for name in (host, port)]
+            if ranks[0] < ranks[1]:
+                del values[port]
+            elif ranks[1] < ranks[0]:
+                values[host] = split_place(values[host])[0]
     try:
         options = cls(**values)
     except ValueError as error:

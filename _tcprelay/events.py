@@ -102,9 +102,12 @@ class ConnectionFailed(Event):
 class Draining(Event):
     """`end` has begun; open connections have until the drain time-out."""
 
-    says = "ending: waiting up to {seconds:.3g} s for open connections: {connections}"
     connections: int
     seconds: float
+
+    def __str__(self) -> str:
+        seconds = f"{self.seconds:.1f}".removesuffix(".0")
+        return f"ending: waiting up to {seconds} s for open connections: {self.connections}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,7 +218,7 @@ class ServiceUnserved(Event):
     """A service client has come, and no relay client is connected for its service.  Told once until one is."""
 
     level = logging.WARNING
-    says = "service {service}: {peer} waits, and no relay client is connected"
+    says = "service {service}: {peer} has connected, and no relay client is there"
     service: str
     peer: str
 

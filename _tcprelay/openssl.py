@@ -46,8 +46,9 @@ def new_context(server_side: bool) -> ssl.SSLContext:
     return context
 
 
-def run_openssl(words: list[str], *passwords: str) -> subprocess.CompletedProcess[bytes]:
-    """Run the openssl command; it reads the passwords (-passin, -passout), one a line, from a pipe."""
+def run_openssl(words: list[str], *passwords: str, instead: str) -> subprocess.CompletedProcess[bytes]:
+    """Run the openssl command; it reads the passwords (-passin, -passout), one a line, from a pipe.  Raises `OSError`;
+    where there is no such command it says what to do `instead`."""
     reader, writer = os.pipe()
     try:
         try:
@@ -63,10 +64,7 @@ def run_openssl(words: list[str], *passwords: str) -> subprocess.CompletedProces
     except subprocess.TimeoutExpired as error:
         raise OSError(errno.ETIMEDOUT, "the openssl command does not come to an end") from error
     except FileNotFoundError as error:
-        raise OSError(
-            errno.ENOENT, "the openssl command, which reads PFX files and makes certificates, is not here: "
-            "make PEM files where it is (openssl pkcs12 -in FILE -out FILE.pem) and give them with --cert and --key",
-        ) from error  # fmt: skip
+        raise OSError(errno.ENOENT, f"the openssl command is not here: install it, or {instead}") from error
     finally:
         os.close(reader)
 

@@ -263,17 +263,17 @@ class ServerOptions(Options):
     state_dir: str = option(
         "", parse_path, "where the self-signed certificate and the token of a start with --tls alone are kept",
         group="TLS", metavar="DIRECTORY",
-        shown_default="systemd's state directory, or ~/.local/state/tcprelay")  # fmt: skip
+        shown_default="/var/lib/tcprelay under systemd and for root, else ~/.local/state/tcprelay")  # fmt: skip
     allow_unauthenticated: bool = option(
         False, parse_flag, "accept links from other hosts although neither token nor certificates are asked for",
         group="Trust")  # fmt: skip
 
     def _complaints(self) -> Iterator[tuple[object, str]]:
         yield from super()._complaints()
-        yield self.relay_port is None, "--relay-port is required"
+        yield self.relay_port is None, "--relay-port is required, as in tcprelays 10080 2222"
         yield not self.pair_timeout, "--pair-timeout must be more than 0"
         services = self.services
-        yield not services, "--service-port or --service is required"
+        yield not services, "--service-port or --service is required, as in tcprelays 10080 2222"
         yield from self._wrong_services([service.name for service in services])
         ports = [(self.hostname, self.relay_port)] + [(s.host or self.hostname, s.port) for s in services]
         taken = repeated([(host, port) for host, port in ports if port])
@@ -337,7 +337,7 @@ class ClientOptions(Options):
         group="Addresses", metavar="PORT", spelling="port")  # fmt: skip
     publish: tuple[Publication, ...] = option(
         (), parse_publication, "a further service, by its name at the relay server; may be repeated",
-        group="Addresses", metavar="NAME=HOST:PORT", many=True)  # fmt: skip
+        group="Addresses", metavar="NAME=[HOST:]PORT", many=True)  # fmt: skip
     try_service: bool = option(
         True, parse_flag, "connect to each service once when it is published, and warn where that fails; false for one "
         "that serves a single connection", group="Links", metavar="true|false")  # fmt: skip
@@ -371,11 +371,14 @@ class ClientOptions(Options):
 
     def _complaints(self) -> Iterator[tuple[object, str]]:
         yield from super()._complaints()
-        yield not self.relay_host, "--relay-host is required"
+        for name, placeholders in (("relay_host", "HOST"), ("host", "HOST PORT"), ("token_file", "FILE")):
+            value = getattr(self, name)
+            yield value in placeholders.split(), f"{value} stands for something: put that there instead"
+        yield not self.relay_host, "--relay-host is required, as in tcprelayc relay.example.net:10080 22"
         yield self.relay_port == 0, "--relay-port 0 is no port of a relay server"
-        yield self.relay_port is None, "--relay-port is required"
+        yield self.relay_port is None, "--relay-port is required, as in tcprelayc relay.example.net:10080 22"
         services = self.services
-        yield not services, "--port (with --host) or --publish is required"
+        yield not services, "--port (with --host) or --publish is required, as in tcprelayc relay.example.net:10080 22"
         yield from self._wrong_services([service.name for service in services])
         unreachable = [service.target for service in services if not (service.target.port or service.target.path)]
         yield unreachable, f"nothing can be reached at port 0: {', '.join(map(str, unreachable))}"

@@ -24,6 +24,8 @@ class Signals:
 
     status = 0
     """What the process is to end with."""
+    _ends = False
+    """The end has been asked for."""
 
     def __enter__(self) -> Signals:
         self._reader, self._writer = socket.socketpair()
@@ -53,6 +55,8 @@ class Signals:
             if number == signal.SIGHUP and self._ends_with_terminal and is_terminal_gone():
                 self._ends_with_terminal = False  # it may be told twice, by the kernel and by a shell
                 return signal.SIGTERM
+            if number in (signal.SIGTERM, signal.SIGINT):
+                self._ends = True
             if number in (*self.HANDLED, signal.SIGCHLD, 0):
                 return number
 
@@ -65,7 +69,10 @@ class Signals:
             self._writer.send(bytes([signal.SIGHUP]))
 
     def give_up(self, status: int) -> None:
-        """End as at SIGTERM, with this status; any thread."""
+        """End as at SIGTERM, with this status, unless the end has begun; any thread.  (A further SIGTERM would not let
+        connections finish.)"""
+        if self._ends or self.status:
+            return
         self.status = status
         self._writer.send(bytes([signal.SIGTERM]))
 

@@ -16,6 +16,7 @@ from .addresses import Endpoint
 from .names import Addresses, Name
 from .system import LINUX, ignore_oserror
 from .tcp import NEAR_SEGMENT, RESET_ON_CLOSE, Probing, hold_little, limit_sends, set_tcp_options
+from .text import say_error
 from .waiting import Deadline, Stop, Stopping, Wakes
 
 DIAL_TIMEOUT = 10.0
@@ -223,7 +224,8 @@ class Race:
     def run(self) -> socket.socket:
         """The first connection that comes about, on a blocking socket.
 
-        Raises the `OSError` of the address that has failed last; `TimeoutError` where none has; and `Stopping`.
+        Raises the `OSError` of the address that has failed last; `TimeoutError` where one has not answered; and
+        `Stopping`.
         """
         problem: OSError = TimeoutError("timed out")
         try:
@@ -239,6 +241,8 @@ class Race:
                     problem = error
                 if self._deadline.remaining() == 0:
                     break
+            if self._running and not isinstance(problem, TimeoutError):  # one that is silent tells more than one that
+                problem = TimeoutError(f"timed out; another address: {say_error(problem)}")  # cannot be there
             raise problem
         finally:
             for sock, _ in self._running.values():

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterator
 
 from .system import fcntl, ignore_oserror
@@ -64,6 +65,12 @@ def say_open(path: str) -> str:
     return f"others can {may} it (its mode is {mode:04o})" if mode & 0o026 else ""
 
 
+def _is_closed(directory: str) -> bool:
+    """Whether root alone can enter it."""
+    found = os.lstat(directory)
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == 0 and not stat.S_IMODE(found.st_mode) & 0o077
+
+
 def _is_root() -> bool:
     return hasattr(os, "geteuid") and os.geteuid() == 0
 
@@ -74,7 +81,10 @@ def private_file(path: str, make: Callable[[], bytes]) -> str:
     Several that start together end up with one file.  Raises `OSError`, with the path and what to do, for what
     cannot be made, and for what others could have put there or read.
     """
-    content = None if os.path.lexists(path) else make()
+    is_there = os.path.lexists(path)
+    if _looking.only and not is_there:
+        raise NothingKept(errno.ENOENT, "it is made at the first start", path)
+    content = None if is_there else make()
     try:
         if content is not None:
             _make_private(path, content)
@@ -82,8 +92,29 @@ def private_file(path: str, make: Callable[[], bytes]) -> str:
         _check_file(path)
     except OSError as error:
         place = error.filename if isinstance(error.filename, str) else path
-        raise OSError(error.errno, f"{say_error(error)} (or name another place with --state-dir)", place) from error
+        raise OSError(error.errno, f"{say_error(error)}; --state-dir names another place", place) from error
     return path
+
+
+class NothingKept(OSError):
+    """While `looking_only`: there is no such file yet."""
+
+
+class _Looking(threading.local):
+    only = False
+
+
+_looking = _Looking()
+
+
+@contextlib.contextmanager
+def looking_only() -> Iterator[None]:
+    """Meanwhile this thread makes no files: raises `NothingKept` instead."""
+    _looking.only = True
+    try:
+        yield
+    finally:
+        _looking.only = False
 
 
 def _make_private(path: str, content: bytes) -> None:
@@ -148,7 +179,7 @@ def _who_else(found: os.stat_result, forbidden: int, path: str) -> str:
     user whom systemd has made for the service is none to root: nobody else can be it."""
     if not hasattr(os, "geteuid"):
         return ""
-    is_service = _is_root() and os.path.realpath(path).startswith(SYSTEM_PRIVATE)
+    is_service = _is_root() and os.path.realpath(path).startswith(SYSTEM_PRIVATE) and _is_closed(SYSTEM_PRIVATE)
     if found.st_uid not in (os.geteuid(), 0) and not is_service:
         return f"user {found.st_uid}, its owner,"
     if found.st_uid != os.geteuid():

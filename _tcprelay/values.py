@@ -194,9 +194,9 @@ class Publication:
 
 
 def parse_publication(text: str) -> Publication:
-    """``NAME=HOST:PORT``, ``NAME=PORT`` of this host, or ``NAME=unix:PATH``.  Raises `ValueError` that says what is
+    """``NAME=HOST:PORT``, ``NAME=PORT`` on this host, or ``NAME=unix:PATH``.  Raises `ValueError` that says what is
     accepted."""
     name, equals, target = text.partition("=")
     if not equals:
-        raise ValueError("NAME=HOST:PORT or NAME=unix:PATH")
+        raise ValueError("NAME=[HOST:]PORT or NAME=unix:PATH")
     return Publication(parse_name(name), parse_endpoint(target, "localhost"))

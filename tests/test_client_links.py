@@ -49,6 +49,9 @@ def server() -> Iterator[FakeServer]:
         yield fake
 
 
+REFUSED_WORDS = "connection refused; is the relay server running, and is this its relay port?"
+
+
 def client_of(bench: Bench, server: FakeServer, service: Service | int, **options: Any) -> RelayClient:
     """A client of the played server, with one idle link unless told otherwise."""
     port = service if isinstance(service, int) else service.port
@@ -295,7 +298,7 @@ def test_a_relay_that_is_not_there_is_told_once_and_found_later(bench: Bench) ->
     bench.client_events.wait(Unpublished)
     service = client._stock.services[0]
     wait_until(lambda: service.failures >= 5)
-    assert [event.reason for event in bench.client_events.of(Unpublished)] == ["connection refused"]
+    assert [event.reason for event in bench.client_events.of(Unpublished)] == [REFUSED_WORDS]
     again = bench.enter(RelayServer(port, 0))
     wait_until(lambda: again.counters["links_idle"] == 2)
     assert len(bench.client_events.of(Published)) == 1
@@ -379,7 +382,7 @@ def test_a_relay_that_cannot_be_reached_is_tried_soon(bench: Bench) -> None:
     [service] = client._stock.services
     wait_until(lambda: service.failures >= 9)
     assert service.span <= LAST_BACKOFF
-    assert {event.reason for event in bench.client_events.of(Unpublished)} == {"connection refused"}
+    assert {event.reason for event in bench.client_events.of(Unpublished)} == {REFUSED_WORDS}
 
 
 def test_a_client_bounds_its_own_handshakes() -> None:

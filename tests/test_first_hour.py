@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -16,12 +17,14 @@ import pytest
 
 import tcprelay
 from _tcprelay import state
-from _tcprelay.client.loops import OwnConnections, leads_back
+from _tcprelay.client.loops import OwnConnections, are_shared, leads_back
 from _tcprelay.protocol import FAIL, READY, START
 from _tcprelay.server.listeners import HINTS
+from _tcprelay.signals import Signals
+from _tcprelay.threads import Threads
 from _tcprelay.waiting import Deadline
 from tcprelay import (
-    ClientDown, ConnectionFailed, LinkRefused, Published, RelayClient, RelayServer,
+    LinkDown, ClientDown, ConnectionFailed, LinkRefused, Published, RelayClient, RelayServer,
     ServiceUnreachable, ServiceUnserved, Unpublished,
 )  # fmt: skip
 
@@ -93,6 +96,56 @@ def test_a_service_without_tls_is_told_so(bench: Bench) -> None:
     assert failed.reason.endswith(told.reason)
 
 
+@pytest.mark.parametrize(
+    ("data", "reason"), [(b"", "the connection was closed"), (b"\x15\x03\x03\x00\x02\x02\x28", "")]
+)
+def test_a_service_whose_handshake_fails_may_speak_tls(bench: Bench, data: bytes, reason: str) -> None:
+    """Where it is cut off, or says itself what is wrong: only what is no TLS is called so."""
+
+    def serve(sock: socket.socket) -> None:
+        sock.recv(1000)
+        sock.sendall(data)
+
+    server, service = bench.server(), bench.service(serve)
+    bench.client(server, service.port, tls="service", service_insecure=True, try_service=True)
+    [told] = bench.client_events.wait(ServiceUnreachable)
+    assert told.reason.startswith(f"no TLS handshake with the service: {reason}")
+    assert told.reason.endswith("; does it speak TLS?")
+
+
+def test_a_look_that_cannot_be_had_costs_no_link(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is only a look: without a thread for it the link goes on."""
+    real = Threads.start
+
+    def start(threads: Threads, function: Any, *words: Any) -> None:
+        if function.__name__ == "_try":
+            raise RuntimeError("cannot start a thread")
+        real(threads, function, *words)
+
+    monkeypatch.setattr(Threads, "start", start)
+    server = bench.server()
+    bench.client(server, bench.service(echo).port, try_service=True)
+    assert not bench.client_events.of(LinkDown)
+
+
+@pytest.mark.parametrize("port_alone", [False, True])
+def test_a_relay_client_that_cannot_serve_is_told_at_the_server(
+    bench: Bench, caplog: pytest.LogCaptureFixture, port_alone: bool
+) -> None:
+    """Its service clients are served by another one, and nothing else there shows it: once, until it can again."""
+    server = bench.server()
+    if not port_alone:
+        bench.client(server, bench.service(echo).port, name="good")
+    bench.client(server, port := free_port(), name="bad")
+    for _ in range(4):
+        with bench.connect(server) as sock, contextlib.suppress(ConnectionResetError):
+            sock.sendall(b"x")
+            sock.recv(1)
+    said = [record.getMessage() for record in caplog.records if "cannot serve" in record.getMessage()]
+    reason = f"cannot reach 127.0.0.1:{port}: connection refused"
+    assert said == [f"service default: relay client bad at 127.0.0.1 cannot serve: {reason}"]
+
+
 def test_a_service_that_nobody_serves_is_told_at_once(bench: Bench) -> None:
     """When the first service client waits, not when it has waited in vain; and once, until a relay client has come."""
     server = bench.server(pair_timeout=PATIENCE)
@@ -112,9 +165,10 @@ def test_a_service_that_nobody_serves_is_told_at_once(bench: Bench) -> None:
         bench.server_events.wait(ServiceUnserved, 2)
 
 
-def test_it_is_told_once_for_all_workers(peers: Peers) -> None:
-    """By their parent, where service clients wait for the first relay client."""
-    words = "--token", TOKEN, "--workers", "2"
+@pytest.mark.parametrize("pending", ["512", "0"])
+def test_it_is_told_once_for_all_workers(peers: Peers, pending: str) -> None:
+    """By their parent, where service clients wait for the first relay client; and where they may not."""
+    words = "--token", TOKEN, "--workers", "2", "--max-pending", pending
     process = peers.relay_process("server", "0", "0", "web=0", "--hostname", HOST, *words)
     ports = [process.port_of(name) for name in ("default", "web")]
     for port in (*ports, *ports):
@@ -178,10 +232,29 @@ def test_a_client_that_is_refused_may_end(peers: Peers, workers: str, token: str
     assert (refusal in said) == bool(status)
 
 
-def test_what_passes_is_no_refusal(bench: Bench, fake: FakeServer) -> None:
-    """A server that is full or ending takes this client later."""
+def test_giving_up_is_one_signal_and_none_at_the_end() -> None:
+    """A further one would break open connections off."""
+    with Signals() as signals:
+        signals.give_up(3)
+        signals.give_up(4)
+        signals.done()
+        assert (signals.wait(), signals.wait(), signals.status) == (signal.SIGTERM, 0, 3)
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.wait() == signal.SIGTERM
+        signals.give_up(3)
+        signals.done()
+        assert (signals.wait(), signals.status) == (0, 0)
+
+
+def test_what_passes_is_no_refusal(bench: Bench, fake: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is full or ending takes this client later, and what is not known is no reason to end."""
+    replace(monkeypatch, "FIRST_BACKOFF", 0.01)
+    replace(monkeypatch, "REFUSED_BACKOFF", 0.01)
+    replace(monkeypatch, "LAST_BACKOFF", 0.01)
     bench.enter(RelayClient(HOST, 1, HOST, fake.port, 1, drain_timeout=0, on_event=bench.client_events))
-    for number, (code, lasting) in enumerate([("draining", False), ("limit", False), ("token", True)], 1):
+    codes = [("draining", False), ("limit", False), ("timeout", False), ("of tomorrow", False), ("token", True)]
+    for number, (code, lasting) in enumerate(codes, 1):
         link = fake.accept()
         link.receive(Deadline(PATIENCE))
         link.refuse(code, f"reason {number}")
@@ -198,8 +271,18 @@ def test_who_does_not_accept_the_certificate_says_so(bench: Bench) -> None:
     for count, pin in enumerate((f"sha256:{'0' * 64}", ""), 1):
         with RelayClient(HOST, 1, HOST, server.relay_address[1], 1, tls="relay", drain_timeout=0, pin=pin):
             refused = bench.server_events.wait(LinkRefused, count)
-    assert "the relay client refuses this server: its certificate is not the one that --pin asks for" in str(refused[0])
+    assert "the relay client gave up: this server's certificate is not the one in --pin" in str(refused[0])
     assert "it does not accept this server's certificate; does it have the --pin, or the --ca-file" in str(refused[-1])
+
+
+def test_a_client_without_a_token_says_so(bench: Bench) -> None:
+    """Instead of leaving without a word when it is asked for one."""
+    server = bench.server(token=TOKEN)
+    with RelayClient(HOST, 1, HOST, server.relay_address[1], 1, drain_timeout=0, on_event=bench.client_events):
+        [refused, *_] = bench.server_events.wait(LinkRefused)
+        [told] = bench.client_events.wait(Unpublished)
+    assert refused.reason == "the relay client gave up: it has no token; set --token-file there"
+    assert (told.reason, told.lasting) == ("the relay asks for a token; set --token-file or --token", True)
 
 
 def test_on_the_raw_wire_nothing_is_said(bench: Bench, certificates: Certificates) -> None:
@@ -227,7 +310,8 @@ def test_a_plain_client_of_a_tls_service_port_is_no_relay_client(bench: Bench, c
         sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
         [failed] = bench.server_events.wait(ConnectionFailed)
     assert failed.reason == (
-        "no TLS handshake: it does not speak TLS, and this service port does (--tls both); --tls is for the links alone"
+        "no TLS handshake: it does not speak TLS, and this service port does (--tls both); "
+        "with --tls the links alone would"
     )
     with connect(server.relay_address) as sock:
         sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
@@ -275,12 +359,35 @@ def test_a_service_on_its_own_service_port_is_refused(peers: Peers, workers: str
     for _ in range(3):
         with peers.connect(server.service_port) as sock, pytest.raises(ConnectionResetError):
             sock.recv(1)
-    reason = "that is the relay's own service port, and leads back here; name the port of the service itself"
+    reason = "that is a port of the relay's own, and leads back here; name the port of the service itself"
     failed = client.wait_event("ConnectionFailed")
     assert failed["reason"] == f"cannot reach {target}:{server.service_port}: {reason}"
     wait_until(lambda: len(client.events("ConnectionFailed")) >= 3)
     opened = len(client.events("ConnectionOpened"))
     assert 3 <= opened <= 12, "a thread that notes its connection late lets it go round once more"
+
+
+def test_a_chain_of_services_is_no_loop(peers: Peers, workers: str) -> None:
+    """One service may be published onto the service port of another, but not that one onto the first again."""
+    service = peers.service(echo)
+    server = peers.server("--token", TOKEN, "--service", "web=0")
+    alias, web = server.port_of("default"), server.port_of("web")
+    words = f"{HOST}:{server.relay_port}", f"{HOST}:{web}", "--token", TOKEN
+    client = peers.relay_process("client", *words, f"web={HOST}:{service.port}")
+    for name in ("default", "web"):
+        client.wait_event("Published", service=name)
+    with peers.connect(alias) as sock:
+        sock.sendall(b"x")
+        assert read_exactly(sock, 1) == b"x"
+    client.signal(signal.SIGTERM)
+    assert client.wait() == 0
+    ring = peers.relay_process("client", *words, f"web={HOST}:{alias}")
+    ring.wait_event("Published", service="default")
+    ring.wait_event("Published", service="web")
+    with peers.connect(alias) as sock, pytest.raises(ConnectionResetError):
+        sock.recv(1)
+    ring.wait_event("ConnectionFailed")
+    assert len(ring.events("ConnectionOpened")) <= 12
 
 
 def test_it_takes_both_addresses_to_know_an_own_connection(bench: Bench, fake: FakeServer) -> None:
@@ -310,19 +417,45 @@ def test_it_takes_both_addresses_to_know_an_own_connection(bench: Bench, fake: F
 
 
 def test_own_connections_are_known_while_they_live() -> None:
-    """By address and port, of IPv6 and IPv4; and nobody else's."""
+    """By address and port of both ends; and nobody else's."""
     own = OwnConnections()
     with socket.create_server((HOST, 0)) as listener, socket.create_connection(listener.getsockname()) as sock:
         near, far = (f"{HOST}:{one[1]}" for one in (sock.getsockname(), sock.getpeername()))
-        with own.holding(sock):
-            assert own.has(near, far)
-            assert not own.has(near.replace("127.0.0.1", "127.0.0.2"), far)
-            assert not own.has(near, f"{HOST}:1"), "the same port may be used for other places"
-            with own.holding(listener):
-                assert own.has(near, far)
-        assert not own.has(near, far)
+        with own.holding(sock, 4):
+            assert own.times(near, far) == 5
+            assert own.times(near.replace("127.0.0.1", "127.0.0.2"), far) == 0
+            assert own.times(near, f"{HOST}:1") == 0, "the same port may be used for other places"
+            with own.holding(listener, 0):
+                assert own.times(near, far) == 5
+            with own.holding(sock, 1000):
+                assert own.times(near, far) == 255
+        assert own.times(near, far) == 0
     for nonsense in ("", "x", "x:", f"{HOST}:99999", f"{HOST}:0", "a Unix socket", "x:\u0661"):
-        assert not own.has(nonsense, nonsense)
+        assert own.times(nonsense, nonsense) == 0
+
+
+@pytest.mark.parametrize(
+    ("relay", "here", "address", "shared"),
+    [
+        (("127.0.0.1", 1), ("127.0.0.1", 2), "127.0.0.1:8080", True),
+        (("192.0.2.1", 1), ("192.0.2.1", 2), "127.0.0.1:8080", True),
+        (("192.0.2.1", 1), ("10.0.0.5", 2), "192.0.2.1:8080", True),
+        (("2001:db8::1", 1, 0, 0), ("2001:db8::2", 2, 0, 0), "[2001:db8::1]:8080", True),
+        (("192.0.2.1", 1), ("10.0.0.5", 2), "127.0.0.1:8080", False),
+        (("192.0.2.1", 1), ("10.0.0.5", 2), "172.17.0.2:8080", False),
+        (("192.0.2.1", 1), ("10.0.0.5", 2), "", False),
+    ],
+)
+def test_two_hosts_have_the_same_loopback(relay: Any, here: Any, address: str, shared: bool) -> None:
+    """What somebody does on the relay server's host is not taken for a connection of this one's."""
+    assert are_shared(FakeSock(relay, here), address) == shared  # type: ignore[arg-type]
+
+
+class FakeSock:
+    """The ends of a socket."""
+
+    def __init__(self, peer: Any, own: Any = None) -> None:
+        self.getpeername, self.getsockname = lambda: peer, lambda: own
 
 
 @pytest.mark.parametrize(
@@ -337,18 +470,16 @@ def test_own_connections_are_known_while_they_live() -> None:
         (("127.0.0.1", 10080), ("127.0.0.1", 1), ("127.0.0.1", 2222), "[::]:2222", False),
         (("192.0.2.1", 10080), ("192.0.2.1", 1), ("192.0.2.1", 2222), "[::]:2222", False),
         (("192.0.2.1", 10080), ("10.0.0.5", 1), "/run/x.sock", "[::]:2222", False),
+        (("192.0.2.1", 10080), ("10.0.0.5", 1), ("192.0.2.1", 10080), "", True),
+        (("127.0.0.1", 10080), ("127.0.0.1", 1), ("::1", 10080, 0, 0), "[::]:2222", True),
+        (("127.0.0.1", 10080), ("127.0.0.1", 1), ("192.0.2.9", 10080), "[::]:2222", False),
     ],
 )
 def test_behind_a_nat_it_is_known_by_where_it_was_dialled(
     relay: Any, here: Any, dialled: Any, address: str, back: bool
 ) -> None:
     """The relay's host at the service's port, unless that is this host: another network of it may have that port."""
-
-    class Sock:
-        def __init__(self, peer: Any, own: Any = None) -> None:
-            self.getpeername, self.getsockname = lambda: peer, lambda: own
-
-    assert leads_back(Sock(dialled), Sock(relay, here), address) == back  # type: ignore[arg-type]
+    assert leads_back(FakeSock(dialled), FakeSock(relay, here), address) == back  # type: ignore[arg-type]
 
 
 # Secrets
@@ -462,8 +593,12 @@ def test_what_systemd_keeps_for_a_service_is_root_s_to_use(monkeypatch: pytest.M
         for path in (directory, file):
             os.chown(path, 64789, 64789)
         monkeypatch.setattr(state, "SYSTEM_PRIVATE", f"{private}/")
+        private.chmod(0o700)
         if allowed:
             assert state.private_file(str(file), lambda: b"") == str(file)
+            private.chmod(0o755)
+            with pytest.raises(PermissionError, match="user 64789, its owner"):
+                state.private_file(str(file), lambda: b"")
         else:
             with pytest.raises(PermissionError, match="user 64789, its owner"):
                 state.private_file(str(file), lambda: b"")
@@ -518,8 +653,17 @@ def test_waiting_ends_with_the_client(bench: Bench, fake: FakeServer) -> None:
     with pytest.raises(TimeoutError, match=r"service default is not published at .*: no answer from the relay yet"):
         client.wait_until_published(0)
     client.end(0)
-    with pytest.raises(TimeoutError):
+    with pytest.raises(TimeoutError, match="the relay client is ending"):
         client.wait_until_published()
+
+
+def test_after_the_end_nothing_is_published(bench: Bench) -> None:
+    server = bench.server()
+    client = bench.client(server, bench.service().port)
+    client.wait_until_published(PATIENCE)
+    client.end(0)
+    with pytest.raises(TimeoutError, match=r"service default is not published at .*: the relay client is ending"):
+        client.wait_until_published(PATIENCE)
 
 
 def test_a_start_says_what_it_has_read(peers: Peers, tmp_path: Path) -> None:

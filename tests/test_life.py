@@ -351,7 +351,7 @@ def test_a_reload_that_fails_in_a_way_nobody_expected(
     monkeypatch.setattr(
         "_tcprelay.system.subprocess.run", lambda *_, **__: raise_error(subprocess.TimeoutExpired("openssl", 60))
     )
-    monkeypatch.setattr(server, "_load_credentials", lambda: run_openssl(["version"]))
+    monkeypatch.setattr(server, "_load_credentials", lambda: run_openssl(["version"], instead=""))
     assert not server.reload()
     assert caplog.messages == [
         "cannot reload, the old certificates and token stay in force: the openssl command does not come to an end"

@@ -120,6 +120,24 @@ def test_host_and_port_in_one_word(place: str) -> None:
     assert tcprelay.RelayClient("localhost:22", None, place, None).options.relay_port == 10080
 
 
+def test_the_command_line_goes_before_the_file_for_host_and_port(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the port stands in one word with the host in one place, and alone in another."""
+    config = tmp_path / "c.conf"
+    config.write_text("relay-host = file:1\nport = 22\n")
+    words = ["--config", str(config)]
+    assert (client(*words).relay_host, client(*words).relay_port) == ("file", 1)
+    assert (client(*words, "new:2", "80").relay_host, client(*words, "new:2").relay_port) == ("new", 2)
+    options = client(*words, "--relay-port", "3")
+    assert (options.relay_host, options.relay_port) == ("file", 3)
+    monkeypatch.setenv("TCPRELAY_RELAY_PORT", "4")
+    assert (client(*words).relay_port, client(*words, "new:5").relay_port) == (4, 5)
+    config.write_text("relay-host = file\nrelay-port = 1\nport = 22\n")
+    monkeypatch.delenv("TCPRELAY_RELAY_PORT")
+    assert client(*words, "new:6").relay_port == 6
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -152,10 +170,31 @@ def test_the_short_form() -> None:
     assert (options.relay_port, options.service_port, options.tls) == (10080, 2222, "relay")
     assert [str(service) for service in options.service] == ["web=8080", "db=127.0.0.1:5432"]
     assert server("--tls", "both", "1", "2").tls == "both"
-    for word, target in (("22", "localhost:22"), ("nas:80", "nas:80"), ("unix:/run/x=1", "unix:/run/x=1")):
+    for word in ("localhost:22", "nas:80", "unix:/run/x=1", "unix:/a://b"):
         other = client("--tls", "relay.example.net:10080", word, "--pin", f"sha256:{'0' * 64}", "web=80")
         assert (other.relay_host, other.relay_port) == ("relay.example.net", 10080)
-        assert [str(service) for service in other.services] == [f"default={target}", "web=localhost:80"]
+        assert [str(service) for service in other.services] == [
+            f"default={word if ':' in word else 'localhost:22'}",
+            "web=localhost:80",
+        ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["r:1", "PORT"], "PORT stands for something: put that there instead"),
+        (["HOST:1", "22"], "HOST stands for something"),
+        (["r:1", "22", "--token-file", "FILE"], "FILE stands for something"),
+        (["r:1", "web=PORT"], "--publish 'web=PORT' (from command line): expected a port number"),
+        (["r", "22"], "--relay-port is required, as in tcprelayc relay.example.net:10080 22"),
+        ([], "--relay-host is required, as in tcprelayc relay.example.net:10080 22"),
+    ],
+)
+def test_what_was_left_in_the_pasted_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Or left out of it."""
+    with pytest.raises(SystemExit):
+        client(*words)
+    assert message in error(capsys)
 
 
 @pytest.mark.parametrize("words", [["22"], ["web=80"], ["r:1", "22", "80"], ["r:1", "22", "x"], ["unix:/x", "r:1"]])
@@ -217,7 +256,7 @@ def test_check_says_what_came_of_it(
         f"read: {config}, TCPRELAY_TOKEN",
         "  keepalive = 6    command line",
         "  token = (not shown)    environment variable TCPRELAY_TOKEN",
-        f"  tls = relay    {config}, line 3",
+        f"  tls = true    {config}, line 3",
         f"  relay-host = relay.example.net    {config}, line 2",
         f"  relay-port = 10080    {config}, line 2",
         "  host = 10.0.0.0    command line",
@@ -235,6 +274,8 @@ def test_check_says_what_came_of_it(
         (["--heartbeat", "soon"], "--heartbeat 'soon' (from command line): expected a number of seconds from 0.05"),
         (["--pair-timeout", "-1"], "--pair-timeout '-1' (from command line): expected a number of seconds, 0 or"),
         (["--pair-timeout", "nan"], "expected a number of seconds"),
+        (["--hostname", "root@host"], "expected a host name or an address"),
+        (["--relayport", "1"], "did you mean --relay-port?"),
         (["--hostname", "localhost:80"], "expected a host name or an address, without a port"),
         (["--public-host", "http://relay"], "--public-host 'http://relay' (from command line): expected a host name"),
         (["--wire", "v2"], "--wire 'v2' (from command line): expected v1 or raw"),

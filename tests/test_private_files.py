@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+import tcprelay_server
+
 from _tcprelay.state import _make_private, _who_else, private_file
 from _tcprelay.text import say_error
 from tcprelay import RelayServer
@@ -20,7 +22,7 @@ from tcprelay import RelayServer
 from .conftest import PATIENCE, PEER_PATH, replace
 from .peers import ROOT, find, no_peer
 
-ELSEWHERE = "(or name another place with --state-dir)"
+ELSEWHERE = "; --state-dir names another place"
 
 
 def start(directory: Path | str) -> RelayServer:
@@ -104,7 +106,7 @@ def test_a_file_that_others_can_read_or_write(state: Path, name: str, mode: int)
     file = state / name
     file.chmod(mode)
     who = f"others (its mode is {mode:04o})"
-    assert refusal(state) == f"{file}: {who} may know or have changed it: remove it, a new one is made {ELSEWHERE}"
+    assert refusal(state) == f"{file}: {who} may know or have changed it: remove it, a new one is made{ELSEWHERE}"
     file.unlink()
     start(state)
 
@@ -118,7 +120,7 @@ def test_a_directory_that_others_can_write(state: Path, mode: int, files: str) -
     there = set(state.iterdir())
     state.chmod(mode)
     advice = "can put files there: have it owned and written by this user alone"
-    assert refusal(state) == f"{state}: others (its mode is {mode:04o}) {advice} {ELSEWHERE}"
+    assert refusal(state) == f"{state}: others (its mode is {mode:04o}) {advice}{ELSEWHERE}"
     assert set(state.iterdir()) == there
 
 
@@ -138,7 +140,7 @@ def test_what_another_user_has_put_there(state: Path, monkeypatch: pytest.Monkey
         assert "user 1001, its owner, may know or have changed it" in str(caught.value)
         os.chown(state, 1001, -1)
     advice = "can put files there: have it owned and written by this user alone"
-    assert refusal(state) == f"{state}: user {state.stat().st_uid}, its owner, {advice} {ELSEWHERE}"
+    assert refusal(state) == f"{state}: user {state.stat().st_uid}, its owner, {advice}{ELSEWHERE}"
 
 
 def test_what_root_has_provided_for_a_group(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +165,7 @@ def test_a_link_or_a_directory_in_place_of_a_file(state: Path, tmp_path: Path, t
         if target == "a file":
             (tmp_path / "target").write_text("known\n")
         (state / "token").symlink_to(tmp_path / "target")
-    assert refusal(state) == f"{state / 'token'}: this is not a regular file: remove it {ELSEWHERE}"
+    assert refusal(state) == f"{state / 'token'}: this is not a regular file: remove it{ELSEWHERE}"
     assert (tmp_path / "target").exists() == (target == "a file")
 
 
@@ -176,9 +178,9 @@ def test_a_state_directory_that_is_a_link(state: Path, tmp_path: Path) -> None:
 
 def test_a_file_in_place_of_the_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    assert refusal(tmp_path / "file") == f"{tmp_path / 'file'}: this is not a directory {ELSEWHERE}"
+    assert refusal(tmp_path / "file") == f"{tmp_path / 'file'}: this is not a directory{ELSEWHERE}"
     below = tmp_path / "file" / "below"
-    assert refusal(below) == f"{below}: not a directory {ELSEWHERE}"
+    assert refusal(below) == f"{below}: not a directory{ELSEWHERE}"
 
 
 def test_a_file_system_with_one_mode_for_all_files(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +195,7 @@ def test_a_file_system_with_one_mode_for_all_files(state: Path, monkeypatch: pyt
 
     monkeypatch.setattr(os, "open", open_wide)
     reason = "the file system here cannot keep a file from others"
-    assert refusal(state) == f"{state / 'identity.pem'}: {reason} {ELSEWHERE}"
+    assert refusal(state) == f"{state / 'identity.pem'}: {reason}{ELSEWHERE}"
     assert not list(state.iterdir())
 
 
@@ -205,11 +207,11 @@ def test_a_disk_that_cannot_be_written(state: Path, mounted: str, reason: str) -
         no_peer("only root may mount a file system")
     spoil = "head -c 8192 /dev/zero > $STATE/fill" if mounted == "full" else "mount -o remount,ro $STATE"
     script = f'mount -t tmpfs -o size=8k,mode=700 tmpfs $STATE; {spoil} 2>&-; "$@"; echo $?; ls $STATE'
-    check = "server", "--relay-port", "0", "--service-port", "0", "--tls", "--state-dir", str(state), "--check"
-    command = find("unshare"), "--mount", "sh", "-c", script, "sh", sys.executable, "-m", "tcprelay", *check
+    start = "server", "--relay-port", "0", "--service-port", "0", "--tls", "--state-dir", str(state)
+    command = find("unshare"), "--mount", "sh", "-c", script, "sh", sys.executable, "-m", "tcprelay", *start
     environment = {**os.environ, "PATH": PEER_PATH, "STATE": str(state)}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False, env=environment)
-    assert f"tcprelays: {state / 'identity.pem'}: {reason} {ELSEWHERE}\n" == done.stderr
+    assert f"tcprelays: {state / 'identity.pem'}: {reason}{ELSEWHERE}\n" == done.stderr
     assert done.stdout.split() == ["1", *(["fill"] if mounted == "full" else [])]
 
 
@@ -240,7 +242,7 @@ def test_a_relative_place_counts_as_none(tmp_path: Path) -> None:
     """As XDG's rules say; the home directory is there instead."""
     done = run_without_home(tmp_path, XDG_STATE_HOME="relative", HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / ".local/state/tcprelay/token").exists()
+    assert f"{tmp_path}/.local/state/tcprelay/identity.pem: it is made at the first start\n" in done.stdout
     assert not list((tmp_path / "empty").iterdir())
 
 
@@ -248,7 +250,25 @@ def test_systemd_s_directory_needs_no_home(tmp_path: Path) -> None:
     done = run_without_home(tmp_path, STATE_DIRECTORY=str(tmp_path / "state"))
     assert done.stdout.startswith("tcprelays: the configuration is valid\n")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "state" / "token").exists()
+    assert f"{tmp_path}/state/identity.pem: it is made at the first start\n" in done.stdout
+    assert not (tmp_path / "state").exists(), "a check makes nothing"
+
+
+def test_a_check_says_what_there_is(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After a first start: the line to paste, again, with the pin that is in force."""
+    words = ["0", "0", "--tls", "--state-dir", str(state), "--check"]
+    assert tcprelay_server.main(words) == 0
+    assert f"{state}/identity.pem: it is made at the first start\n" in capsys.readouterr().out
+    with start(state) as server:
+        pin = server.runtime.credentials.pin
+    assert tcprelay_server.main(words) == 0
+    said = capsys.readouterr().out
+    assert f"--tls --pin {pin} --token-file FILE" in said
+    assert f"(certificate and token are kept in {state})" in said
+    (state / "identity.pem").write_text("-----BEGIN CERTIFICATE-----\nx\n")
+    with pytest.raises(SystemExit):
+        tcprelay_server.main(words)
+    assert f"{state}/identity.pem is damaged: remove it, a new one is made" in capsys.readouterr().err
 
 
 def test_the_pin_is_of_the_certificate_that_is_used(state: Path) -> None:

@@ -439,7 +439,10 @@ def test_what_is_missing_since_it_was_ignored(give: Give, monkeypatch: pytest.Mo
         monkeypatch.setenv(name, value)
     status, said = give.check("server", ["--relay-port", "1080"])
     assert (status, said.count("\n")) == (2, 1)
-    assert "--service-port or --service is required; TCPRELAY_PORT, TCPRELAY_SERVICE_PORT: ignored" in said
+    assert (
+        "--service-port or --service is required, as in tcprelays 10080 2222; TCPRELAY_PORT, TCPRELAY_SERVICE_PORT: ignored"
+        in said
+    )
     monkeypatch.setenv("TCPRELAY_SERVICE", "default=10081")
     assert give.check("server", ["--relay-port", "1080"])[0] == 0
 
@@ -519,7 +522,10 @@ def test_a_file_in_a_default_place_that_may_not_be_read(
         with pytest.raises(SystemExit) as caught:
             parse_client("--relay-port", "1")
         assert caught.value.code == 2
-        assert capsys.readouterr().err == f"tcprelayc: --relay-host is required; {warnings[0]}\n"
+        assert (
+            capsys.readouterr().err
+            == f"tcprelayc: --relay-host is required, as in tcprelayc relay.example.net:10080 22; {warnings[0]}\n"
+        )
         with pytest.raises(SystemExit) as caught:
             parse_client(*WORDS["client"], "--config", str(place))
         assert caught.value.code == 1

@@ -239,7 +239,7 @@ def refused(bench: Bench, server: RelayServer, service: Service, **options: Any)
         ("foreign", {"ca_file": "ca.pem"}, "the certificate is not accepted: unable to get local issuer certificate"),
         ("elsewhere", {"ca_file": "ca.pem"}, "the certificate is not accepted: IP address mismatch"),
         ("server", {"ca_file": "ca.pem", "tls_server_name": "other.example"}, "Hostname mismatch"),
-        ("server", {"pin": "sha256:" + "0" * 64}, "the relay's certificate has another pin than --pin says: sha256:"),
+        ("server", {"pin": "sha256:" + "0" * 64}, "not the one in --pin; compare it with what the server says"),
     ],
 )
 def test_a_server_that_cannot_be_verified_is_refused(
@@ -333,7 +333,10 @@ def test_a_tls_client_on_a_plain_port(bench: Bench) -> None:
     """Likewise."""
     server = bench.server()
     reason = refused(bench, server, bench.service(), tls="relay")
-    assert reason == "the relay does not speak TLS: start it with --tls, or leave --tls out"
+    assert reason == (
+        "what answers there does not speak TLS: is it the relay port of a tcprelays that was started with --tls? "
+        "A service port answers as its service does"
+    )
     assert "it speaks TLS" in bench.server_events.wait(LinkRefused)[0].reason
 
 
@@ -474,7 +477,7 @@ def test_a_start_with_tls_alone(bench: Bench, tmp_path: Path) -> None:
 def test_the_pasted_line_is_accepted_by_the_parser(bench: Bench, tmp_path: Path) -> None:
     """As it stands, with a port put in."""
     server = bench.server(tls="relay", state_dir=str(tmp_path / "state"), service="web=0")
-    line = server.invitation(with_secrets=True).splitlines()[1].replace("PORT", "22")
+    line = server.invitation(with_secrets=True).splitlines()[1].replace("PORT", "22").replace("HOST", "relay")
     options = parse_options("tcprelayc", "", ClientOptions, line.split()[1:]).options
     assert options.pin
     assert options.tls == "relay"

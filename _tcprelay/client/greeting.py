@@ -21,7 +21,7 @@ from ..role import Runtime
 from ..sockets import Dialer
 from ..streams import Stream
 from ..system import ssl
-from ..tcp import say_path, unsent_bytes
+from ..tcp import round_trip, say_path, unsent_bytes
 from ..text import is_tls_error, say_error, shown
 from ..tls import NOT_TLS, TLSStream
 from ..waiting import Deadline
@@ -37,7 +37,10 @@ LINK_TIMEOUT = 30.0
 is in the server's pool has not been given up here."""
 
 
-WHY_NO_WORD = "does it use --wire raw, or TLS?"
+NOT_YET_VALID, EXPIRED = 9, 10
+"""What OpenSSL calls a certificate (X509_V_ERR_CERT_NOT_YET_VALID and _HAS_EXPIRED)."""
+CLOCK = "; is this host's clock right?"
+WHY_NO_WORD = "does it use --wire raw, or TLS, or is this a service port?"
 
 
 class Greeting:
@@ -86,7 +89,9 @@ class Greeting:
         try:
             sock = self._dialer.dial(runtime.stop)
         except OSError as error:
-            raise Unreachable(say_error(error)) from error
+            refused = isinstance(error, ConnectionRefusedError)
+            hint = "; is the relay server running, and is this its relay port?" if refused else ""
+            raise Unreachable(f"{say_error(error)}{hint}") from error
         deadline.shorten(LINK_TIMEOUT)
         name, context = f"link with relay {self.relay}", runtime.credentials.links
         if context is None:
@@ -97,15 +102,20 @@ class Greeting:
             found = pin_of(stream.tls.getpeercert(binary_form=True) or b"")
             if options.pin and found != options.pin:
                 if options.wire != "raw":  # there it would be bytes of a connection
-                    Link(stream, CLIENT).refuse("pin", "its certificate is not the one that --pin asks for")
-                raise RefusedByServer(f"the relay's certificate has another pin than --pin says: {found}")
+                    Link(stream, CLIENT).refuse("pin", "this server's certificate is not the one in --pin")
+                raise RefusedByServer(
+                    f"the relay's certificate is {found}, not the one in --pin; compare it with what the server says "
+                    "at its start before you change that"
+                )
         except BaseException as error:
             late = self._say_late(sock)
             sock.close()
             if isinstance(error, TimeoutError):
                 raise late from None
             if hint := explain_tls(error):
-                raise RefusedByServer(hint) from error
+                raise RefusedByServer(hint, "clock" if hint.endswith(CLOCK) else "") from error
+            if isinstance(error, ConnectionResetError):
+                raise ConnectionResetError(f"the relay reset the link without a word; {WHY_NO_WORD}") from None
             raise
         return stream
 
@@ -117,8 +127,10 @@ class Greeting:
         although what was sent has arrived.  Raises what the step raises."""
         try:
             return step(deadline.within(SILENCE_TIMEOUT))
-        except TimeoutError:
-            if deadline.remaining() and not (unsent_bytes(sock) or say_path(sock)):
+        except TimeoutError as error:
+            if error.errno is not None:  # the system has given the connection up
+                raise
+            if deadline.remaining() and not unsent_bytes(sock) and round_trip(sock) < SILENCE_TIMEOUT / 4:
                 doubt(
                     f"no answer yet; is {self.relay} the relay port of a tcprelays, and not one of its service ports?"
                 )
@@ -147,6 +159,8 @@ class Greeting:
                 f"the relay port answers with {spoken}, not the link protocol ({error}){hint}"
             ) from error
         except ConnectionResetError:
+            if link.stream.secure:
+                raise
             raise ConnectionResetError(f"the relay reset the link without a word; {WHY_NO_WORD}") from None
         except OSError as error:
             if not is_tls_error(error):
@@ -155,10 +169,13 @@ class Greeting:
             reason = f"refused by the relay, maybe for this client's certificate: {say_error(error)}"
             raise RefusedByServer(reason) from error
         except EOFError:
+            if link.stream.secure:
+                raise
             raise EOFError(f"the relay closed the link without a word; {WHY_NO_WORD}") from None
         expected = ""
         if answer.kind == CHALLENGE:
             if not token:
+                link.refuse("token", "it has no token; set --token-file there")
                 raise RefusedByServer("the relay asks for a token; set --token-file or --token")
             parts = (nonce, answer.text("nonce"), service, self._id)
             expected = prove(token, SERVER, *parts)
@@ -183,6 +200,8 @@ def explain_tls(error: BaseException) -> str:
     """What to do about a failed TLS handshake that will not succeed by itself; "" for other errors."""
     if not is_tls_error(error):
         return ""
+    if isinstance(error, ssl.SSLCertVerificationError) and error.verify_code in (NOT_YET_VALID, EXPIRED):
+        return f"{say_error(error)}{CLOCK}"
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"{say_error(error)}; give --ca-file or --pin, or --tls-server-name where the name differs"
     if error.reason == "TLSV1_ALERT_ACCESS_DENIED":
@@ -191,7 +210,10 @@ def explain_tls(error: BaseException) -> str:
             "machine alone; set --token-file on both sides"
         )
     if error.reason in NOT_TLS:
-        return "the relay does not speak TLS: start it with --tls, or leave --tls out"
+        return (
+            "what answers there does not speak TLS: is it the relay port of a tcprelays that was started with --tls? "
+            "A service port answers as its service does"
+        )
     return ""
 
 
@@ -199,7 +221,6 @@ def explain_service(error: Exception) -> str:
     """What is wrong where a TLS handshake with a service has failed, and what to change."""
     if is_tls_error(error) and isinstance(error, ssl.SSLCertVerificationError):
         return f"{say_error(error)}; give --service-ca-file, or --service-insecure"
-    if is_tls_error(error) and error.reason not in NOT_TLS:
-        return say_error(error)
-    said = "" if is_tls_error(error) else f" ({say_error(error)})"
-    return f"the service does not speak TLS{said}: say --tls instead of --tls both"
+    if is_tls_error(error) and error.reason in NOT_TLS:
+        return "the service does not speak TLS: say --tls instead of --tls both"
+    return f"no TLS handshake with the service: {say_error(error)}; does it speak TLS?"

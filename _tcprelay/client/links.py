@@ -11,6 +11,7 @@ the connections.  An idle link's thread blocks in ``poll`` on its link and on `R
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import select
 import time
@@ -31,14 +32,14 @@ from ..text import connection_id, say_error, shown
 from ..tls import TLSStream
 from ..waiting import Deadline, Stop, Stopping, wait_for
 from .greeting import Greeting, explain_service, refused
-from .loops import OwnConnections, leads_back
+from .loops import OwnConnections, are_shared, leads_back
 from .stock import RefusedByServer, Service, Stock, longest_backoff
 
 BYE_TIMEOUT = 2.0
 """Seconds that the server has to close a link after BYE; meanwhile a START that crossed it is still served."""
 
 
-LOOP = "that is the relay's own service port, and leads back here; name the port of the service itself"
+LOOP = "that is a port of the relay's own, and leads back here; name the port of the service itself"
 
 
 class Links:
@@ -141,7 +142,8 @@ class Links:
                 where = str(Endpoint(self._greeting.relay.host, int(port)))
             emit(Published(service=service.name, target=str(service.target), relay=self._relay, address=where))
             if self._runtime.options.try_service and self._greeting.worker == 0:
-                self._runtime.threads.start(self._try, service)
+                with contextlib.suppress(RuntimeError, MemoryError):  # it is only a look
+                    self._runtime.threads.start(self._try, service)
             if remark := say_path(link.sock):
                 self._runtime.log.info("a link with %s is up%s", self._relay, remark)
         emit(LinkUp(service=service.name, peer=self._relay, client=self._id))
@@ -152,6 +154,7 @@ class Links:
             stream = self._dial_service(service, self._runtime.stop, little=False)
             stream.close_normally()
             stream.close()
+            self._runtime.log.info("service %s: something listens at %s", service.name, service.target)
         except Stopping:
             pass
         except (OSError, EOFError) as error:
@@ -229,8 +232,10 @@ class Links:
         try:
             if is_lost(link):  # START was read late: its service client has been refused, and must not be served now
                 raise EOFError("the link was lost before its connection began")
-            if stream := self._dial(service, link, record, began, shown(start.text("port"), 64)):
-                with self._own.holding(stream.sock):
+            port = shown(start.text("port"), 64)
+            times = self._own.times(record["peer"], port) if are_shared(link.sock, port) else 0
+            if stream := self._dial(service, link, record, began, port, times):
+                with self._own.holding(stream.sock, times):
                     self._splice(stream, link, service, record, link.pack_control(READY))
         finally:
             self._stock.shift(service, busy=-1, idle=idle)
@@ -257,12 +262,13 @@ class Links:
         return "its connection is over"
 
     def _dial(
-        self, service: Service, link: AnyLink, record: dict[str, str], began: float, port: str = ""
+        self, service: Service, link: AnyLink, record: dict[str, str], began: float, port: str = "", times: int = 0
     ) -> Stream | None:
-        """Connect to the service for a link; its service clients come to that port.  ``None`` where that cannot be
-        done: which is told, and the server too.  Raises `OSError` where the link is lost over that."""
+        """Connect to the service for a link; its service client has come to that port, and back so many `times`.
+        ``None`` where that cannot be done: which is told, and the server too.  Raises `OSError` where the link is
+        lost over that."""
         try:
-            if self._own.has(record["peer"], port):
+            if times >= len(self._stock.services):
                 raise ConnectionError(LOOP)
             stream = self._dial_service(service, self._runtime.cut, little=not is_near(link.sock))
             if leads_back(stream.sock, link.sock, port):

@@ -36,6 +36,8 @@ GROWTH = 4
 """Links that may be opened at once for each one in use, beyond the idle ones, where the server says that more service
 clients wait: 200 that come together have theirs after two rounds from a pool of 8, and a number that is
 not true opens a second pool at most."""
+MOST_REASONS = 16
+"""Reasons that are remembered as told."""
 STABLE_TIME = 10.0
 """Seconds that a link must have been up for its loss to count as the first."""
 
@@ -49,14 +51,21 @@ class RefusedByServer(ConnectionError):
 
     def __init__(self, reason: str, code: str = "") -> None:
         super().__init__(reason)
-        self.lasting = code not in ("draining", "limit")
-        """It will not pass by itself, or not soon."""
+        self.passing = code in ("draining", "limit")
+        """It passes soon."""
+        self.lasting = code in LASTING
+        """It does not pass by itself."""
+
+
+LASTING = ("", "version", "token", "service", "protected", "protocol", "tls")
+"""The codes of what does not pass before a setting is changed; "" is what is found wrong here.  An unknown one is like
+a time-out."""
 
 
 def longest_backoff(error: BaseException) -> float:
     """Where the span between two attempts stops growing after such a failure, in seconds."""
     passing = isinstance(error, (Unreachable, RuntimeError, MemoryError))
-    passing = passing or (isinstance(error, RefusedByServer) and not error.lasting)
+    passing = passing or (isinstance(error, RefusedByServer) and error.passing)
     return LAST_BACKOFF if passing else REFUSED_BACKOFF
 
 
@@ -112,6 +121,8 @@ class Service:
         """Connections that its links have begun to carry."""
         self.told: str | None = None
         """What was last told of its state: "" is published, ``None`` nothing yet, otherwise why not."""
+        self.reasons: set[str] = set()
+        """Those that were told since it was published: each is told once, also where they take turns."""
         self.is_known = False
         """A link of it has been up: the relay is where it was looked for."""
 
@@ -185,10 +196,13 @@ class Stock:
 
     def _should_tell(self, service: Service, reason: str) -> bool:
         """Whether the state of a service is to be told that has no link for this reason; then it counts as told."""
-        tell = service.idle + service.busy == 0 and service.told != reason
-        if tell:
-            service.told = reason
-        return tell
+        if service.idle + service.busy or reason in service.reasons:
+            return False
+        if len(service.reasons) >= MOST_REASONS:
+            service.reasons.clear()
+        service.reasons.add(reason)
+        service.told = reason
+        return True
 
     def add(self, link: AnyLink, service: Service, waiting: int) -> None:
         """A link is up: it counts as idle, and others may follow it.  So many service clients wait at the server."""
@@ -208,15 +222,18 @@ class Stock:
         with self._condition:
             tell, service.told = service.told != "", ""
             service.is_known = True
+            service.reasons.clear()
             self._condition.notify_all()  # who waits until all is published
             return tell
 
     def wait_until_published(self, deadline: Deadline) -> tuple[str, str] | None:
         """Wait until all services have links; at the deadline or the end returns one that has none, and why."""
         with self._condition:
-            while missing := [service for service in self.services if service.told != ""]:
+            while (missing := [service for service in self.services if service.told != ""]) or self._ending:
                 left = deadline.remaining()
-                if left == 0 or self._ending:
+                if self._ending:
+                    return (missing or self.services)[0].name, "the relay client is ending"
+                if left == 0:
                     return missing[0].name, missing[0].told or "no answer from the relay yet"
                 self._condition.wait(left)
         return None

@@ -118,7 +118,7 @@ class Greeting:
         runtime = self._runtime
         hello = link.receive(deadline.within(HANDSHAKE_STEP), runtime.stop)
         if hello.kind == REFUSED:
-            raise Refusal(f"the relay client refuses this server: {shown(hello.text('reason'))}", "lost")
+            raise Refusal(f"the relay client gave up: {shown(hello.text('reason'))}", "lost")
         if hello.kind != HELLO:
             raise LinkFault("the first frame is not HELLO")
         if hello.fields.get("version") != PROTOCOL_VERSION:
@@ -129,6 +129,8 @@ class Greeting:
             own_nonce = new_nonce()
             link.send(CHALLENGE, {"nonce": own_nonce})
             auth = link.receive(deadline.within(HANDSHAKE_STEP), runtime.stop)
+            if auth.kind == REFUSED:
+                raise Refusal(f"the relay client gave up: {shown(auth.text('reason'))}", "lost")
             expected = prove(token, CLIENT, nonce, own_nonce, service, client)
             if not is_proof(auth.text("proof"), expected):
                 raise Refusal(
@@ -142,7 +144,10 @@ class Greeting:
                 "the relay server has no token to prove: set the same --token-file there",
             )  # fmt: skip
         if service not in self._intake.addresses or not service:
-            raise Refusal(f"there is no service {shown(service, 64)} here; add --service to the server", "service")
+            known = shown(", ".join(name for name in self._intake.addresses if name), 200)
+            raise Refusal(
+                f"there is no service {shown(service, 64)} here; there is {known} (--service adds one)", "service"
+            )
         name, proven = shown(hello.text("name"), 64), certificate_name(link.stream)
         name = f"{name} (certificate {proven})" if proven else name
         pooled = PooledLink(link, service, client, name, link.stream.peer)

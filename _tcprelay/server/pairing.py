@@ -20,7 +20,7 @@ from ..protocol import FAIL, READY, REFUSED, START
 from ..role import Runtime
 from ..splice import Splice
 from ..tcp import is_resent, path_is_dead, unsent_bytes
-from ..text import is_tls_error, say_error, shown
+from ..text import say_error, shown
 from ..waiting import Deadline, Stopping, wait_for
 from .clients import NoLinkHere, Refusal, ServiceClient, Unacknowledged
 from .greeting import HANDSHAKE_STEP
@@ -33,6 +33,9 @@ from .trust import explain_service_tls
 SUSPICION = 3.0
 """Seconds without any acknowledgement of START after which its relay client's idle links are to be proven alive, where
 the kernel has sent it again by then: on a slow path an acknowledgement takes longer."""
+
+MOST_FAILING = 4096
+"""Of how many relay clients it is known that they cannot reach their service."""
 
 
 class Pairing:
@@ -50,6 +53,8 @@ class Pairing:
         self._intake = intake
         self._handshakes = handshakes
         self._links = links
+        self._failing: set[tuple[str, str]] = set()
+        """Services and the relay clients that could not reach them when they were last asked; each is one step."""
 
     def serve(self, client: ServiceClient) -> None:
         """A service client's connection, up to its end; the top of its thread."""
@@ -83,7 +88,7 @@ class Pairing:
         try:
             client.stream.handshake(Deadline(HANDSHAKE_STEP), self._runtime.stop)
         except (OSError, EOFError) as error:
-            reason = explain_service_tls(error) if is_tls_error(error) else say_error(error)
+            reason = explain_service_tls(error)
         finally:
             if not self._handshakes.leave(client.stream):
                 reason = TOO_MANY_HANDSHAKES
@@ -125,6 +130,7 @@ class Pairing:
                 self._links.drop(pooled, "unexpected error")
                 raise
             pooled.hear()
+            self._note_answer(pooled, reason)
             if not reason:
                 return pooled
             self._links.give_back(pooled)
@@ -132,6 +138,20 @@ class Pairing:
                 raise Refusal(client.gone)
             client.reason = reason
             client.failed |= {pooled.client}
+
+    def _note_answer(self, pooled: PooledLink, reason: str) -> None:
+        """Tell that a relay client cannot reach its service, once until it can: its service clients are served by
+        others, and nothing else here shows it."""
+        key = pooled.service, pooled.client
+        if not reason:
+            self._failing.discard(key)
+        elif key not in self._failing:
+            if len(self._failing) >= MOST_FAILING:
+                self._failing.clear()
+            self._failing.add(key)
+            self._runtime.log.warning(
+                "service %s: relay client %s at %s cannot serve: %s", pooled.service, pooled.name, pooled.host, reason
+            )
 
     def _take(self, client: ServiceClient, deadline: Deadline, first: bool) -> tuple[PooledLink, bool]:
         """As `Pool.take`, unless another process has a link: raises `NoLinkHere`."""

@@ -16,7 +16,7 @@ from ..sockets import public_address
 from ..state import other_states, private_file, state_directory
 from ..streams import Stream
 from ..system import ssl
-from ..text import random_id, say_error
+from ..text import is_tls_error, random_id, say_error
 from ..tls import NOT_TLS
 from .clients import Refusal
 
@@ -41,7 +41,12 @@ def load_credentials(options: ServerOptions) -> Credentials:
         cert, key = make_self_signed(directory), ""
         with open(cert) as file:
             certificate = file.read().partition("-----BEGIN CERTIFICATE")[1:]
-        pin = pin_of(ssl.PEM_cert_to_DER_cert("".join(certificate)))
+        try:
+            pin = pin_of(ssl.PEM_cert_to_DER_cert("".join(certificate)))
+        except ValueError:
+            raise ValueError(
+                f"{cert} is damaged: remove it, a new one is made, and relay clients need the new pin"
+            ) from None
         open_to_all = options.auth or options.allow_unauthenticated or options.wire == "raw" or not on_links
         if not (token or open_to_all):
             path = private_file(os.path.join(directory, "token"), lambda: random_id(32).encode() + b"\n")
@@ -71,7 +76,7 @@ def invitation(options: ServerOptions, credentials: Credentials, port: int, with
         notes.append("HOST: a name or address at which this host is reached from there; --public-host sets it")
     words = ["tcprelayc", str(Endpoint(host or "HOST", port))]
     words += ["PORT" if service.name == "default" else f"{service.name}=PORT" for service in options.services]
-    notes.append("PORT: where the service is on that side")
+    notes.append("PORT: of the service on that side, or HOST:PORT, or unix:PATH")
     words += ["--tls", "--pin", credentials.pin]
     copied = options.token_file
     if not copied and credentials.token and with_secrets:
@@ -80,7 +85,8 @@ def invitation(options: ServerOptions, credentials: Credentials, port: int, with
         copied = os.path.join(options.state_dir or state_directory(), "token")
     if copied:
         words += ["--token-file", "FILE"]
-        notes.append(f"FILE: a copy of {copied}")
+        notes.append(f"FILE: a copy of {os.path.abspath(copied)}")
+    notes.append(f"certificate and token are kept in {os.path.abspath(options.state_dir or state_directory())}")
     if options.wire == "raw":
         words += ["--wire", "raw"]
     return "\n  ".join(["on the other side, run:", shlex.join(words), *(f"({note})" for note in notes)])
@@ -133,8 +139,10 @@ def explain_tls(error: ssl.SSLError) -> str:
     return say_error(error)
 
 
-def explain_service_tls(error: ssl.SSLError) -> str:
-    """The same with a service client."""
-    if error.reason in NOT_TLS:
-        return "it does not speak TLS, and this service port does (--tls both); --tls is for the links alone"
+def explain_service_tls(error: Exception) -> str:
+    """The same with a service client, of any error."""
+    if is_tls_error(error) and error.reason in NOT_TLS:
+        return "it does not speak TLS, and this service port does (--tls both); with --tls the links alone would"
+    if isinstance(error, TimeoutError):
+        return "it said nothing; does it speak TLS, as this service port does (--tls both)?"
     return say_error(error)

@@ -152,12 +152,12 @@ class ServerWorkers(Workers):
         if options.max_connections and self._count_clients() >= options.max_connections:
             self._refuse(visitor, "too many connections at once (--max-connections)")
         elif queue or not self._send(visitor):
+            self._note_unserved(visitor.service, visitor.address)
             if len(queue) >= options.max_pending:
                 self._refuse(visitor, "too many service clients wait for a link (--max-pending)")
                 return
             visitor.queued = True
             queue.append(visitor)
-            self._note_unserved(visitor.service, visitor.address)
             self._guard(functools.partial(self._serve_queue, visitor.service))  # from here on it is not the acceptor's
 
     def _note_unserved(self, service: str, address: Any) -> None:
@@ -271,6 +271,7 @@ class ServerWorkers(Workers):
             if not self._send(visitor):
                 self._refuse(visitor, f"the service cannot be reached: {state['reason']}")
             return
+        self._note_unserved(visitor.service, visitor.address)
         queue = self._queues[visitor.service]  # where it has its place by the moment at which it came
         queue.insert(sum(other.since < visitor.since for other in queue), visitor)
         self._serve_queue(visitor.service)
