@@ -439,7 +439,7 @@ def test_what_is_missing_since_it_was_ignored(give: Give, monkeypatch: pytest.Mo
         monkeypatch.setenv(name, value)
     status, said = give.check("server", ["--relay-port", "1080"])
     assert (status, said.count("\n")) == (2, 1)
-    assert "--service-port or --service is required, as in tcprelays 10080 2222; TCPRELAY_PORT, TCPRELAY_SERVICE_" in said
+    assert "--service-port or --service is required, as in tcprelays 10080 2222; TCPRELAY_PORT, TCPRELAY" in said
     monkeypatch.setenv("TCPRELAY_SERVICE", "default=10081")
     assert give.check("server", ["--relay-port", "1080"])[0] == 0
 

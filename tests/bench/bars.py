@@ -8,7 +8,7 @@ from typing import Any
 
 from .cases import HELD
 from .report import Results, show
-from .subjects import OURS
+from .subjects import FLOORS, OURS
 
 ONE_STREAM = "stream-in", "stream-out"
 RATES = {"new connections/s, 8 at a time": "connections-8", "requests/s over 64 connections": "requests-64",
@@ -25,7 +25,7 @@ def make_bars(results: Results) -> list[dict[str, Any]]:
     for what, (cases, metric) in questions.items():
         for own, encrypted in OURS.items():
             peers = [name for name, about in results.subjects.items()
-                     if about["encrypted"] == encrypted and name not in (*OURS, "direct")]  # fmt: skip
+                     if about["encrypted"] == encrypted and name not in {*OURS, *FLOORS}]  # fmt: skip
             ratio, best = beside(results, cases, metric, own, peers)
             asked = f"{what}, {'encrypted' if encrypted else 'plain'}, against the best peer"
             bars.append(make_bar(asked, ratio, least=1, peer=best))

@@ -85,10 +85,21 @@ def start_direct(processes: Processes, order: Order) -> Relay:
     return Relay(processes.place.far, order.service)
 
 
+def start_pairs(processes: Processes, order: Order) -> Relay:
+    """Two bare relays, chained as a relay server and a relay client are; the near one dials the far one."""
+    port, between, place = free_port(), free_port(), processes.place
+    program: Command = [sys.executable, "-m", "tests.bench.pairs"]
+    far = [*program, place.far, between, place.far, order.service]
+    two = processes.start("far pairs", *far, far=True)
+    processes.wait_sockets(between, far=True)
+    one = launch(processes, "near pairs", [*program, place.near, port, place.far, between], (port, LISTEN, 1))
+    return Relay(place.near, port, one[0], two)
+
+
 # --- tcprelay and node-tcp-relay ------------------------------------------------------------------------------
 
 
-def start_tcprelay(processes: Processes, order: Order, tls: bool) -> Relay:
+def start_tcprelay(processes: Processes, order: Order, tls: bool, count: int | None = None) -> Relay:
     """With its own defaults, its log included, which goes to a file."""
     compileall.compile_dir(Path(__file__).parents[2], 0, quiet=2)  # as installed: compiling at start takes memory
     server: Command = [sys.executable, "-m", "tcprelay_server"]
@@ -103,7 +114,8 @@ def start_tcprelay(processes: Processes, order: Order, tls: bool) -> Relay:
     if order.pool.most:
         server += ["--max-connections", order.pool.most]
         client += ["--max-conn", order.pool.most]
-    workers: Command = [] if order.workers is None else ["--workers", order.workers]
+    count = order.workers if count is None else count
+    workers: Command = [] if count is None else ["--workers", count]
     return start_pair(processes, order, server + workers, client + workers, order.pool.size or 8)
 
 
@@ -260,7 +272,9 @@ def make_subjects() -> list[Subject]:
     both, no_old, no_new = {"encrypted": True, "pooled": True}, without_node(OLD), without_node(NEW)
     found = [
         Subject("direct", start_direct),
+        Subject("pairs", start_pairs),
         Subject("tcprelay", partial(start_tcprelay, tls=False), lambda: ours, pooled=True),
+        Subject("tcprelay-workers-2", partial(start_tcprelay, tls=False, count=2), lambda: ours, pooled=True),
         Subject("tcprelay-tls", partial(start_tcprelay, tls=True), lambda: ours, missing=openssl, **both),
         Subject("node-tcp-relay", partial(start_node, release=OLD), lambda: old, pooled=True, missing=no_old),
         Subject("node-tls", partial(start_node, release=NEW), lambda: new, missing=no_new, **both),
@@ -281,4 +295,6 @@ def make_subjects() -> list[Subject]:
 
 SUBJECTS = make_subjects()
 OURS = {"tcprelay": False, "tcprelay-tls": True}
-"""Our subjects, and whether they are encrypted."""
+"""What is asked for in the bars, and whether it is encrypted."""
+FLOORS = {"direct", "pairs", "tcprelay-workers-2"}
+"""What ours are compared with, and are no peers."""
