@@ -57,7 +57,7 @@ def say_open(path: str) -> str:
         found = os.stat(path)
     except OSError:
         return ""
-    places = ("/run/secrets/", os.environ.get("CREDENTIALS_DIRECTORY") or "/run/secrets/")
+    places = ("/run/secrets/", os.path.join(os.environ.get("CREDENTIALS_DIRECTORY") or "/run/secrets", ""))
     mode = stat.S_IMODE(found.st_mode)
     if os.path.realpath(path).startswith(places) or not stat.S_ISREG(found.st_mode) or not hasattr(os, "geteuid"):
         return ""

@@ -124,6 +124,12 @@ def command_lines() -> list[tuple[str, str]]:
     return sorted(set(lines))
 
 
+def test_command_lines_are_found() -> None:
+    """None of the tests below can be empty."""
+    assert len(command_lines()) > 15
+    assert len(list(blocks("python"))) == 2
+
+
 RELAYS = {"tcprelays": ["-m", "tcprelay_server"], "tcprelayc": ["-m", "tcprelay_client"], "python3": []}
 
 

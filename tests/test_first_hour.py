@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,21 +18,21 @@ import pytest
 
 import tcprelay
 from _tcprelay import state
+from _tcprelay.client.greeting import SILENCE_TIMEOUT
 from _tcprelay.client.loops import OwnConnections, are_shared, leads_back
-from _tcprelay.protocol import FAIL, READY, START
-from _tcprelay.server.listeners import HINTS
+from _tcprelay.protocol import BYE, FAIL, READY, START
 from _tcprelay.signals import Signals
 from _tcprelay.threads import Threads
 from _tcprelay.waiting import Deadline
 from tcprelay import (
-    LinkDown, ClientDown, ConnectionFailed, LinkRefused, Published, RelayClient, RelayServer,
-    ServiceUnreachable, ServiceUnserved, Unpublished,
+    ClientDown, ConnectionClosed, ConnectionFailed, Draining, LinkDown, LinkRefused, Published, RelayClient,
+    RelayServer, ServiceUnreachable, ServiceUnserved, Unpublished,
 )  # fmt: skip
 
 from .certificates import Certificates, tls_context
 from .conftest import PATIENCE, Bench, connect, echo, read_exactly, replace, wait_until
 from .peers import HOST, ROOT, Peers, free_port
-from .peers_v1 import FakeServer
+from .peers_v1 import FakeClient, FakeServer
 
 TOKEN = "a token of more than sixteen characters"
 
@@ -88,10 +89,8 @@ def test_a_service_without_tls_is_told_so(bench: Bench) -> None:
     bench.client(server, bench.service(lambda sock: sock.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")).port, **options)
     [told] = bench.client_events.wait(ServiceUnreachable)
     assert told.reason == "the service does not speak TLS: say --tls instead of --tls both"
-    with bench.connect(server) as sock:
-        sock.settimeout(PATIENCE)
-        with pytest.raises(ConnectionResetError):
-            sock.recv(1)
+    with pytest.raises(ConnectionResetError), bench.connect(server) as sock:
+        sock.recv(1)
     [failed] = bench.client_events.wait(ConnectionFailed)
     assert failed.reason.endswith(told.reason)
 
@@ -111,6 +110,34 @@ def test_a_service_whose_handshake_fails_may_speak_tls(bench: Bench, data: bytes
     [told] = bench.client_events.wait(ServiceUnreachable)
     assert told.reason.startswith(f"no TLS handshake with the service: {reason}")
     assert told.reason.endswith("; does it speak TLS?")
+
+
+def test_an_end_while_it_looks_is_no_word(bench: Bench) -> None:
+    """A service that is silent in its handshake is not called unreachable because the client ends."""
+    came: list[bytes] = []
+
+    def serve(sock: socket.socket) -> None:
+        came.append(sock.recv(1))
+        while sock.recv(1 << 16):
+            pass
+
+    client = bench.client(bench.server(), bench.service(serve).port, tls="service", service_insecure=True,
+                          try_service=True)  # fmt: skip
+    wait_until(lambda: came)
+    client.end(0)
+    assert not bench.client_events.of(ServiceUnreachable)
+
+
+def test_a_service_s_certificate_that_is_not_trusted(bench: Bench, certificates: Certificates) -> None:
+    context = tls_context(True, certificates.path("server.pem"), certificates.path("server.key"))
+
+    def serve(sock: socket.socket) -> None:
+        with context.wrap_socket(sock, server_side=True):
+            pass
+
+    bench.client(bench.server(), bench.service(serve).port, tls="service", try_service=True)
+    [told] = bench.client_events.wait(ServiceUnreachable)
+    assert told.reason.endswith("; give --service-ca-file, or --service-insecure")
 
 
 def test_a_look_that_cannot_be_had_costs_no_link(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,14 +195,37 @@ def test_a_service_that_nobody_serves_is_told_at_once(bench: Bench) -> None:
 @pytest.mark.parametrize("pending", ["512", "0"])
 def test_it_is_told_once_for_all_workers(peers: Peers, pending: str) -> None:
     """By their parent, where service clients wait for the first relay client; and where they may not."""
-    words = "--token", TOKEN, "--workers", "2", "--max-pending", pending
+    words = "--token", TOKEN, "--workers", "2", "--max-pending", pending, "--pair-timeout", "0.3"
     process = peers.relay_process("server", "0", "0", "web=0", "--hostname", HOST, *words)
     ports = [process.port_of(name) for name in ("default", "web")]
     for port in (*ports, *ports):
-        peers.connect(port)
-    for name in ("default", "web"):
-        process.wait_event("ServiceUnserved", service=name)
-    assert len(process.events("ServiceUnserved")) == 2
+        with contextlib.suppress(ConnectionResetError):
+            peers.connect(port)
+    wait_until(lambda: len(process.events("ConnectionFailed")) == 4)
+    assert [event["service"] for event in process.events("ServiceUnserved")] == ["default", "web"]
+    if pending != "0":
+        assert process.events("ConnectionFailed")[0]["reason"].endswith("; no relay client is connected")
+    client = peers.client(process.relay_port, free_port(), "--token", TOKEN)
+    client.signal(signal.SIGTERM)
+    client.wait()
+    process.wait_event("ClientDown")
+    peers.connect(ports[0])
+    wait_until(lambda: len(process.events("ServiceUnserved")) == 3)
+
+
+@pytest.mark.usefixtures("workers")
+def test_a_service_whose_links_are_busy_is_served(peers: Peers) -> None:
+    """Nobody is told that there is no relay client, and who waits in vain is told what for."""
+    server = peers.server("--token", TOKEN, "--pair-timeout", "0.3")
+    words = "--token", TOKEN, "--num-conn", "1", "--max-conn", "1", "--workers", "0"
+    peers.client(server.relay_port, peers.service(echo).port, *words)
+    with peers.connect(server.service_port) as held:
+        held.sendall(b"x")
+        assert read_exactly(held, 1) == b"x"
+        peers.connect(server.service_port)
+        failed = server.wait_event("ConnectionFailed")
+    assert failed["reason"] == "no link was idle in time (--pair-timeout)"
+    assert not server.events("ServiceUnserved")
 
 
 @pytest.mark.parametrize("tls", ["", "relay"])
@@ -247,6 +297,73 @@ def test_giving_up_is_one_signal_and_none_at_the_end() -> None:
         assert (signals.wait(), signals.status) == (0, 0)
 
 
+def test_without_the_option_a_refused_client_goes_on(peers: Peers, workers: str) -> None:
+    server = peers.server("--token", TOKEN)
+    words = f"{HOST}:{server.relay_port}", "1", "--token", f"{TOKEN}x"
+    client = peers.relay_process("client", *words)
+    client.wait_event("Unpublished", lasting=True)
+    wait_until(lambda: len(server.events("LinkRefused")) >= 2)
+    assert client.process.poll() is None
+
+
+def test_who_cannot_reach_the_relay_goes_on(peers: Peers, workers: str) -> None:
+    """With the option, too: it may be there later."""
+    words = f"{HOST}:{free_port()}", "1", "--token", TOKEN, "--exit-on-refusal"
+    client = peers.relay_process("client", *words)
+    client.wait_event("Unpublished", lasting=False)
+    client.signal(signal.SIGTERM)
+    assert client.wait() == 0
+
+
+def test_a_program_that_embeds_it_goes_on(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """It hears of the refusal, and nothing ends it."""
+    server = bench.server(token=TOKEN)
+    with RelayClient(HOST, 1, HOST, server.relay_address[1], 1, token=f"{TOKEN}x", exit_on_refusal=True,
+                     drain_timeout=0):  # fmt: skip
+        bench.server_events.wait(LinkRefused, 2)
+    assert "--exit-on-refusal" not in caplog.text
+    assert "on_event failed" not in caplog.text
+
+
+def test_what_is_no_relay_is_a_lasting_reason(bench: Bench) -> None:
+    """Another service on that port, which speaks."""
+    service = bench.service(lambda sock: sock.sendall(b"SSH-2.0-OpenSSH_9.2\r\n" + bytes(100)))
+    bench.enter(RelayClient(HOST, 1, HOST, service.port, 1, drain_timeout=0, on_event=bench.client_events))
+    [told, *_] = bench.client_events.wait(Unpublished)
+    assert told.lasting
+    assert told.reason.endswith(f"; is {HOST}:{service.port} the relay port, and not a service port?")
+
+
+def test_a_reset_without_a_word(bench: Bench, fake: FakeServer) -> None:
+    bench.enter(RelayClient(HOST, 1, HOST, fake.port, 1, drain_timeout=0, on_event=bench.client_events))
+    link = fake.accept()
+    link.receive(Deadline(PATIENCE))
+    link.stream.reset_on_close()
+    link.close()
+    [told, *_] = bench.client_events.wait(Unpublished)
+    why = "does it use --wire raw, or TLS, or is this a service port?"
+    assert told.reason == f"the relay reset the link without a word; {why}"
+
+
+@pytest.mark.parametrize(("name", "value"), [("round_trip", 10.0), ("unsent_bytes", 1)])
+def test_a_bad_path_is_not_doubted(
+    bench: Bench, fake: FakeServer, monkeypatch: pytest.MonkeyPatch, name: str, value: float
+) -> None:
+    """One that is slow, or on which what was sent has not arrived."""
+    replace(monkeypatch, "SILENCE_TIMEOUT", 0.05)
+    replace(monkeypatch, "LINK_TIMEOUT", 0.2)
+    monkeypatch.setattr(f"_tcprelay.client.greeting.{name}", lambda sock: value)
+    bench.enter(RelayClient(HOST, 1, HOST, fake.port, 1, drain_timeout=0, on_event=bench.client_events))
+    fake.accept()
+    [told, *_] = bench.client_events.wait(Unpublished)
+    assert told.reason.startswith("no answer within 0.2 s")
+
+
+def test_the_silence_that_is_doubted() -> None:
+    """Within a second or two, as a person waits."""
+    assert SILENCE_TIMEOUT == 2.0
+
+
 def test_what_passes_is_no_refusal(bench: Bench, fake: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that is full or ending takes this client later, and what is not known is no reason to end."""
     replace(monkeypatch, "FIRST_BACKOFF", 0.01)
@@ -268,11 +385,21 @@ def test_what_passes_is_no_refusal(bench: Bench, fake: FakeServer, monkeypatch: 
 def test_who_does_not_accept_the_certificate_says_so(bench: Bench) -> None:
     """A pin that is not the server's, and a certificate that no CA has signed; neither is called cut off."""
     server = bench.server(tls="relay", allow_unauthenticated=True)
-    for count, pin in enumerate((f"sha256:{'0' * 64}", ""), 1):
+    for pin, words in (
+        (f"sha256:{'0' * 64}", "the relay client gave up: this server's certificate is not the one in --pin"),
+        ("", "it does not accept this server's certificate; does it have the --pin, or the --ca-file"),
+    ):
         with RelayClient(HOST, 1, HOST, server.relay_address[1], 1, tls="relay", drain_timeout=0, pin=pin):
-            refused = bench.server_events.wait(LinkRefused, count)
-    assert "the relay client gave up: this server's certificate is not the one in --pin" in str(refused[0])
-    assert "it does not accept this server's certificate; does it have the --pin, or the --ca-file" in str(refused[-1])
+            wait_until(lambda: any(words in str(event) for event in bench.server_events.of(LinkRefused)))  # noqa: B023
+
+
+def test_a_wrong_name_is_a_certificate_that_is_not_accepted(bench: Bench, certificates: Certificates) -> None:
+    tls = {"cert": certificates.path("server.pem"), "key": certificates.path("server.key")}
+    server = bench.server(tls="relay", allow_unauthenticated=True, **tls)
+    with RelayClient(HOST, 1, HOST, server.relay_address[1], 1, tls="relay", drain_timeout=0,
+                     ca_file=certificates.path("ca.pem"), tls_server_name="other.example"):  # fmt: skip
+        [refused, *_] = bench.server_events.wait(LinkRefused)
+    assert "it does not accept this server's certificate" in refused.reason
 
 
 def test_a_client_without_a_token_says_so(bench: Bench) -> None:
@@ -329,9 +456,34 @@ def test_tls_at_a_plain_relay_port(bench: Bench) -> None:
 def test_a_client_that_was_stopped_says_so(bench: Bench) -> None:
     """It is told apart from one that was cut off."""
     server = bench.server()
-    bench.client(server, bench.service().port).end(0)
+    bench.client(server, bench.service().port).end(PATIENCE)
     [down] = bench.server_events.wait(ClientDown)
     assert down.reason == "the relay client is ending"
+
+
+@pytest.mark.parametrize(("fields", "reason"), [({}, "the relay client gave it up"), ({"reason": "a\nb"}, "a\\nb")])
+def test_what_a_client_says_at_its_end(bench: Bench, fields: dict[str, str], reason: str) -> None:
+    """Escaped, and in our words where it says nothing."""
+    server = bench.server()
+    link = bench.enter(FakeClient(server))
+    link.hello()
+    wait_until(lambda: server.counters["links_idle"] == 1)
+    link.send(BYE, fields)
+    [down] = bench.server_events.wait(ClientDown)
+    assert down.reason == reason
+
+
+def test_what_a_client_says_of_its_service_is_whole(bench: Bench) -> None:
+    """As long as the messages are that it gives."""
+    server = bench.server()
+    link = bench.enter(FakeClient(server))
+    link.hello()
+    wait_until(lambda: server.counters["links_idle"] == 1)
+    bench.connect(server)
+    assert link.receive(Deadline(PATIENCE)).kind == START
+    link.send(FAIL, {"reason": 200 * "x"})
+    [failed] = bench.server_events.wait(ConnectionFailed)
+    assert 200 * "x" in failed.reason
 
 
 def test_a_port_that_cannot_be_had_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,7 +495,6 @@ def test_a_port_that_cannot_be_had_says_what_to_do(monkeypatch: pytest.MonkeyPat
     replace(monkeypatch, "listen", listen)
     with pytest.raises(OSError, match=r"cannot listen on \*:80: permission denied; a port below 1024 needs CAP_NET"):
         RelayServer(80, 0).start()
-    assert len(HINTS) == 3
 
 
 # A service that leads back to the relay
@@ -357,7 +508,7 @@ def test_a_service_on_its_own_service_port_is_refused(peers: Peers, workers: str
     client = peers.relay_process("client", *words)
     client.wait_event("Published")
     for _ in range(3):
-        with peers.connect(server.service_port) as sock, pytest.raises(ConnectionResetError):
+        with pytest.raises(ConnectionResetError), peers.connect(server.service_port) as sock:
             sock.recv(1)
     reason = "that is a port of the relay's own, and leads back here; name the port of the service itself"
     failed = client.wait_event("ConnectionFailed")
@@ -384,7 +535,7 @@ def test_a_chain_of_services_is_no_loop(peers: Peers, workers: str) -> None:
     ring = peers.relay_process("client", *words, f"web={HOST}:{alias}")
     ring.wait_event("Published", service="default")
     ring.wait_event("Published", service="web")
-    with peers.connect(alias) as sock, pytest.raises(ConnectionResetError):
+    with pytest.raises(ConnectionResetError), peers.connect(alias) as sock:
         sock.recv(1)
     ring.wait_event("ConnectionFailed")
     assert len(ring.events("ConnectionOpened")) <= 12
@@ -430,8 +581,79 @@ def test_own_connections_are_known_while_they_live() -> None:
             with own.holding(sock, 1000):
                 assert own.times(near, far) == 255
         assert own.times(near, far) == 0
-    for nonsense in ("", "x", "x:", f"{HOST}:99999", f"{HOST}:0", "a Unix socket", "x:\u0661"):
+    for nonsense in ("", "x", "x:", f"{HOST}:99999", f"{HOST}:0", "a Unix socket", "x:\u00b2"):
         assert own.times(nonsense, nonsense) == 0
+
+
+def test_of_two_connections_from_one_port_the_later_one_counts() -> None:
+    """Also when the first one ends."""
+    own, near = OwnConnections(), ("10.0.0.5", 99)
+    first, second = own.holding(FakeSock(("192.0.2.1", 1), near), 0), own.holding(FakeSock(("192.0.2.2", 1), near), 0)  # type: ignore[arg-type]
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert own.times("10.0.0.5:99", "192.0.2.2:1") == 1
+    second.__exit__(None, None, None)
+    assert own.times("10.0.0.5:99", "192.0.2.2:1") == 0
+
+
+SHARED = """
+import os, socket, sys
+from _tcprelay.client.greeting import SILENCE_TIMEOUT
+from _tcprelay.client.loops import OwnConnections
+own = OwnConnections()
+with socket.create_server(("127.0.0.1", 0)) as one, socket.create_connection(one.getsockname()) as sock:
+    near, far = (f"127.0.0.1:{place[1]}" for place in (sock.getsockname(), sock.getpeername()))
+    (done, end), (begun, begin) = os.pipe(), os.pipe()
+    if not (child := os.fork()):
+        with own.holding(sock, 0):
+            os.write(begin, b"x")
+            os.read(done, 1)
+        os._exit(0)
+    try:
+        os.read(begun, 1)
+        known = own.times(near, far)
+    finally:
+        os.write(end, b"x")
+        os.waitpid(child, 0)
+    sys.exit((known, own.times(near, far)) != (1, 0))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="without fork there are no workers")
+def test_workers_know_each_other_s_connections() -> None:
+    """One holds it, another is asked."""
+    subprocess.run([sys.executable, "-c", SHARED], cwd=ROOT, check=True, timeout=60)
+
+
+def test_where_a_service_was_dialled_is_looked_at(
+    bench: Bench, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the port that START names; and that connection ends."""
+    asked, ends = [], []
+
+    def note(sock: socket.socket, link: socket.socket, port: str) -> bool:
+        asked.append((sock.getpeername()[1], link.getpeername()[1], port))
+        return True
+
+    def serve(sock: socket.socket) -> None:
+        try:
+            sock.recv(1)
+        finally:
+            ends.append(1)
+
+    replace(monkeypatch, "leads_back", note)
+    service = bench.service(serve)
+    bench.enter(RelayClient(HOST, service.port, HOST, fake.port, 1, drain_timeout=0, try_service=False,
+                            on_event=bench.client_events))  # fmt: skip
+    link = fake.accept()
+    fake.welcome(link)
+    link.send(START, {"id": "1", "client": f"{HOST}:1", "port": "relay:22"})
+    assert link.receive(Deadline(PATIENCE)).kind == FAIL
+    [failed] = bench.client_events.wait(ConnectionFailed)
+    assert "leads back here" in failed.reason
+    assert asked == [(service.port, fake.port, "relay:22")]
+    wait_until(lambda: ends)
 
 
 @pytest.mark.parametrize(
@@ -515,6 +737,43 @@ def test_a_secret_s_file_that_is_open_is_warned_of(
     assert warned == ([line] if said else [])
 
 
+def test_a_key_that_is_open_is_warned_of(
+    bench: Bench, certificates: Certificates, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """Where it is: in a file of its own, or in the certificate's, which is no secret otherwise."""
+    cert, key, both = (tmp_path / name for name in ("cert.pem", "key.pem", "both.pem"))
+    cert.write_bytes(Path(certificates.path("server.pem")).read_bytes())
+    key.write_bytes(Path(certificates.path("server.key")).read_bytes())
+    both.write_bytes(cert.read_bytes() + key.read_bytes())
+    for path, mode in ((cert, 0o644), (key, 0o600), (both, 0o644)):
+        path.chmod(mode)
+    bench.server(tls="relay", cert=str(cert), key=str(key), token=TOKEN)
+    assert "its mode" not in caplog.text
+    key.chmod(0o644)
+    bench.server(tls="relay", cert=str(cert), key=str(key), token=TOKEN)
+    bench.server(tls="relay", cert=str(both), token=TOKEN)
+    assert f"--key {key}: others can read it" in caplog.text
+    assert f"--cert {both}: others can read it" in caplog.text
+
+
+def test_raw_s_secret_is_looked_at_and_no_token_is_not(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    bench.server()
+    assert "the token has" not in caplog.text
+    bench.server(wire="raw", secret="short")
+    assert "the token has 5 characters" in caplog.text
+
+
+def test_what_begins_like_a_container_s_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Other directories whose names begin so, and what is no file."""
+    file = tmp_path / "secrets-of-others" / "token"
+    file.parent.mkdir()
+    file.write_text(TOKEN)
+    file.chmod(0o444)
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path / "secrets"))
+    assert state.say_open(str(file))
+    assert state.say_open("/dev/null") == ""
+
+
 def test_a_container_s_secret_may_be_readable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Docker makes them so, and nobody else is there; the same goes for what systemd hands over."""
     file = tmp_path / "token"
@@ -548,13 +807,20 @@ def test_a_configuration_with_a_secret_that_is_open_is_warned_of(tmp_path: Path)
 # Where the identity is
 
 
-def test_root_has_one_state_directory_in_a_shell_and_under_systemd(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_root_has_one_state_directory_in_a_shell_and_under_systemd(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """So that what was tried is what is started; an ordinary user's is in the home directory."""
+    assert state.SYSTEM_STATE == "/var/lib/tcprelay"
     for name in ("STATE_DIRECTORY", "XDG_STATE_HOME"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "root"))
     monkeypatch.setattr(state, "_is_root", lambda: True)
-    assert state.state_directory() == "/var/lib/tcprelay"
-    monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/tcprelay")
+    monkeypatch.setattr(state, "SYSTEM_STATE", str(tmp_path / "lib/tcprelay"))
+    assert state.state_directory() == str(tmp_path / "root/.local/state/tcprelay"), "there is no such system"
+    (tmp_path / "lib").mkdir()
+    assert state.state_directory() == str(tmp_path / "lib/tcprelay")
+    monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/tcprelay:/srv/two")
     monkeypatch.setattr(state, "_is_root", lambda: False)
     assert state.state_directory() == "/var/lib/tcprelay"
     monkeypatch.delenv("STATE_DIRECTORY")
@@ -567,7 +833,8 @@ def test_another_identity_is_warned_of(
 ) -> None:
     """Where the certificate that relay clients know may be another one; not where a directory was named."""
     home, system = tmp_path / "home", tmp_path / "system"
-    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    for name in ("XDG_STATE_HOME", "SUDO_USER"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setattr(state, "SYSTEM_STATE", str(system))
     monkeypatch.setattr(state, "_is_root", lambda: False)
@@ -582,11 +849,26 @@ def test_another_identity_is_warned_of(
     assert "there are others" not in caplog.text
 
 
+def test_the_other_places_of_an_identity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """That of whoever became root, too; and one that is the same by another name does not count."""
+    real, link, admin = tmp_path / "private", tmp_path / "lib", tmp_path / "admin" / ".local/state/tcprelay"
+    for place in (real, admin):
+        place.mkdir(parents=True)
+        (place / state.IDENTITY).touch()
+    link.symlink_to(real)
+    monkeypatch.setattr(state, "SYSTEM_STATE", str(link))
+    monkeypatch.setenv("SUDO_USER", "admin")
+    homes = {"~admin": str(tmp_path / "admin")}
+    monkeypatch.setattr(os.path, "expanduser", lambda path: homes.get(path, str(tmp_path / "none")))
+    assert state.other_states(str(link)) == [str(admin)]
+
+
 def test_what_systemd_keeps_for_a_service_is_root_s_to_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its files belong to a user that was made for it; elsewhere another owner's are refused."""
     if os.geteuid() != 0:
         pytest.skip("only root may give files away")
-    private = tmp_path / "private"
+    private = (tmp_path / "private").resolve()
+    (tmp_path / "lib").symlink_to(private / "tcprelay")
     for directory, allowed in ((private / "tcprelay", True), (tmp_path / "other", False)):
         file = directory / "token"
         state.private_file(str(file), lambda: b"secret")
@@ -596,6 +878,7 @@ def test_what_systemd_keeps_for_a_service_is_root_s_to_use(monkeypatch: pytest.M
         private.chmod(0o700)
         if allowed:
             assert state.private_file(str(file), lambda: b"") == str(file)
+            assert state.private_file(str(tmp_path / "lib" / "token"), lambda: b"")
             private.chmod(0o755)
             with pytest.raises(PermissionError, match="user 64789, its owner"):
                 state.private_file(str(file), lambda: b"")
@@ -654,7 +937,19 @@ def test_waiting_ends_with_the_client(bench: Bench, fake: FakeServer) -> None:
         client.wait_until_published(0)
     client.end(0)
     with pytest.raises(TimeoutError, match="the relay client is ending"):
-        client.wait_until_published()
+        client.wait_until_published(PATIENCE)
+
+
+def test_who_waits_is_woken() -> None:
+    """When the last service is published, and not at the time-out."""
+    client = RelayClient(HOST, 1, HOST, 1, 1)
+    [service] = client._stock.services
+    waiting = threading.Thread(target=client._stock.wait_until_published, args=(Deadline(6 * PATIENCE),))
+    waiting.start()
+    wait_until(lambda: client._stock._condition._waiters)  # type: ignore[attr-defined]
+    client._stock.tell_up(service)
+    waiting.join(PATIENCE)
+    assert not waiting.is_alive()
 
 
 def test_after_the_end_nothing_is_published(bench: Bench) -> None:
@@ -664,6 +959,24 @@ def test_after_the_end_nothing_is_published(bench: Bench) -> None:
     client.end(0)
     with pytest.raises(TimeoutError, match=r"service default is not published at .*: the relay client is ending"):
         client.wait_until_published(PATIENCE)
+
+
+def test_words_of_the_log() -> None:
+    """Singular and plural, and seconds that people read."""
+    assert str(Draining(connections=1, seconds=9.99923)).startswith("ending: waiting up to 10 s")
+    assert str(Draining(connections=1, seconds=0.34)).startswith("ending: waiting up to 0.3 s")
+    assert str(Draining(connections=1, seconds=3600.0)).startswith("ending: waiting up to 3600 s")
+    closed = ConnectionClosed(id="1", service="s", peer="p", reason="", seconds=1.0, bytes_in=1, bytes_out=2)
+    assert str(closed).endswith("complete after 1.000 s, 1 byte in, 2 bytes out")
+
+
+@pytest.mark.parametrize("count", ["0", "2"])
+def test_the_end_is_told(peers: Peers, count: str) -> None:
+    server = peers.server("--token", TOKEN, "--workers", count)
+    assert server.relay_port
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
+    server.wait_message("ended")
 
 
 def test_a_start_says_what_it_has_read(peers: Peers, tmp_path: Path) -> None:

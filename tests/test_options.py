@@ -148,6 +148,8 @@ def test_the_command_line_goes_before_the_file_for_host_and_port(
             "--relay-host 'tcp://r:10080' (from command line): expected a host and a port",
         ),
         (["--publish", "web=http://[::1]:8080/"], "not a URL: write [::1]:8080"),
+        (["--host", "ssh://nas"], "not a URL: write nas:22"),
+        (["--host", "HTTPS://nas"], "not a URL: write nas:443"),
         (["--host", "gopher://x"], "not a URL: write x:PORT"),
         (["--host", "nas:80", "--port", "81"], "--host nas:80 and --port 81 name two ports"),
         (["--relay-host", "r:1"], "--relay-host r:1 and --relay-port 1080 name two ports"),
@@ -170,6 +172,8 @@ def test_the_short_form() -> None:
     assert (options.relay_port, options.service_port, options.tls) == (10080, 2222, "relay")
     assert [str(service) for service in options.service] == ["web=8080", "db=127.0.0.1:5432"]
     assert server("--tls", "both", "1", "2").tls == "both"
+    assert [one.name for one in server("1", "web=3", "--service", "db=4").services] == ["db", "web"]
+    assert client("--tls", "--", "r:1", "22").tls == client("r:1", "--tls", "unix:/x").tls == "relay"
     for word in ("localhost:22", "nas:80", "unix:/run/x=1", "unix:/a://b"):
         other = client("--tls", "relay.example.net:10080", word, "--pin", f"sha256:{'0' * 64}", "web=80")
         assert (other.relay_host, other.relay_port) == ("relay.example.net", 10080)
@@ -187,6 +191,7 @@ def test_the_short_form() -> None:
         (["r:1", "22", "--token-file", "FILE"], "FILE stands for something"),
         (["r:1", "web=PORT"], "--publish 'web=PORT' (from command line): expected a port number"),
         (["r", "22"], "--relay-port is required, as in tcprelayc relay.example.net:10080 22"),
+        (["r:0", "22"], "--relay-port 0 is no port of a relay server"),
         ([], "--relay-host is required, as in tcprelayc relay.example.net:10080 22"),
     ],
 )
@@ -219,7 +224,8 @@ def test_short_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert server(*SERVER, "-v").log_level == "debug"
     with pytest.raises(SystemExit):
         server("-V")
-    assert capsys.readouterr().out == f"tcprelays {tcprelay.__version__}\n"
+    assert tcprelay.main(["-V"]) == 0
+    assert capsys.readouterr().out == f"tcprelays {tcprelay.__version__}\ntcprelay {tcprelay.__version__}\n"
 
 
 def test_what_is_mistyped_elsewhere(
@@ -309,6 +315,10 @@ def test_check_says_what_came_of_it(
         (["-relay_port", "1"], "unknown option: -relay_port; did you mean --relay-port?"),
         (["--num-conn", "1"], "unknown option: --num-conn (--num-conn is an option of tcprelayc)"),
         (["word"], "word: expected the relay port and services, as in 10080 2222 web=8080"),
+        (["--", "--tls"], "--tls: expected the relay port and services"),
+        (["-"], "-: expected the relay port and services"),
+        (["web=80"], "web=80: expected the relay port and services"),
+        (["--heartbeat", "--tls=both"], "--heartbeat needs a value"),
         (["1", "2", "3"], "3: expected the relay port and services"),
         (["1", "2"], "1: without an option it is the --relay-port, which is given, too"),
         (["--tls", "maybe"], "--tls 'maybe' (from command line): expected true (or yes, on, relay), both, service, or"),
