@@ -106,7 +106,8 @@ def show_address(address: Any) -> str:
     """A socket address as users write it; an IPv4 address mapped into IPv6 as the IPv4 one."""
     if not isinstance(address, tuple):
         return f"unix:{address}" if address else "a Unix socket"
-    return str(Endpoint(host_of(address), address[1]))
+    host = host_of(address)
+    return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
 
 
 def show_own(sock: socket.socket) -> str:
@@ -117,16 +118,10 @@ def show_own(sock: socket.socket) -> str:
         return ""
 
 
-def show_peer(sock: socket.socket) -> str:
-    """The far one, likewise."""
-    try:
-        return show_address(sock.getpeername())
-    except OSError:
-        return ""
-
-
 def host_of(address: Any) -> str:
     """The host of an Internet socket address, with the zone that a link-local one needs to be connected to."""
+    if len(address) == 2:
+        return str(address[0])
     host = str(address[0].removeprefix("::ffff:"))
     if len(address) < 4 or not address[3] or "%" in host:
         return host

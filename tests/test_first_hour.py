@@ -19,7 +19,7 @@ import pytest
 import tcprelay
 from _tcprelay import state
 from _tcprelay.client.greeting import SILENCE_TIMEOUT
-from _tcprelay.client.loops import OwnConnections, are_shared, leads_back
+from _tcprelay.client.loops import OwnConnections, RelayPlace, ends_of
 from _tcprelay.protocol import BYE, FAIL, READY, START
 from _tcprelay.signals import Signals
 from _tcprelay.threads import Threads
@@ -570,17 +570,17 @@ def test_it_takes_both_addresses_to_know_an_own_connection(bench: Bench, fake: F
 def test_own_connections_are_known_while_they_live() -> None:
     """By address and port of both ends; and nobody else's."""
     own = OwnConnections()
-    with socket.create_server((HOST, 0)) as listener, socket.create_connection(listener.getsockname()) as sock:
-        near, far = (f"{HOST}:{one[1]}" for one in (sock.getsockname(), sock.getpeername()))
-        with own.holding(sock, 4):
-            assert own.times(near, far) == 5
-            assert own.times(near.replace("127.0.0.1", "127.0.0.2"), far) == 0
-            assert own.times(near, f"{HOST}:1") == 0, "the same port may be used for other places"
-            with own.holding(listener, 0):
-                assert own.times(near, far) == 5
-            with own.holding(sock, 1000):
-                assert own.times(near, far) == 255
-        assert own.times(near, far) == 0
+    near, far, other = (HOST, 40001), (HOST, 8080), ("::1", 40001, 0, 0)
+    held = own.hold(near, far, 4)
+    assert own.times(f"{HOST}:40001", f"{HOST}:8080") == 5
+    assert own.times("127.0.0.2:40001", f"{HOST}:8080") == 0
+    assert own.times(f"{HOST}:40001", f"{HOST}:1") == 0, "the same port may be used for other places"
+    own.release(own.hold(other[:2], ("", 0), 0))
+    own.release(held)
+    assert own.times(f"{HOST}:40001", f"{HOST}:8080") == 0
+    held = own.hold(other, ("::1", 8080, 0, 0), 1000)
+    assert own.times("[::1]:40001", "[::1]:8080") == 255
+    own.release(held)
     for nonsense in ("", "x", "x:", f"{HOST}:99999", f"{HOST}:0", "a Unix socket", "x:\u00b2"):
         assert own.times(nonsense, nonsense) == 0
 
@@ -588,35 +588,32 @@ def test_own_connections_are_known_while_they_live() -> None:
 def test_of_two_connections_from_one_port_the_later_one_counts() -> None:
     """Also when the first one ends."""
     own, near = OwnConnections(), ("10.0.0.5", 99)
-    first, second = own.holding(FakeSock(("192.0.2.1", 1), near), 0), own.holding(FakeSock(("192.0.2.2", 1), near), 0)  # type: ignore[arg-type]
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
+    first, second = own.hold(near, ("192.0.2.1", 1), 0), own.hold(near, ("192.0.2.2", 1), 0)
+    own.release(first)
     assert own.times("10.0.0.5:99", "192.0.2.2:1") == 1
-    second.__exit__(None, None, None)
+    own.release(second)
     assert own.times("10.0.0.5:99", "192.0.2.2:1") == 0
 
 
 SHARED = """
-import os, socket, sys
-from _tcprelay.client.greeting import SILENCE_TIMEOUT
+import os, sys
 from _tcprelay.client.loops import OwnConnections
 own = OwnConnections()
-with socket.create_server(("127.0.0.1", 0)) as one, socket.create_connection(one.getsockname()) as sock:
-    near, far = (f"127.0.0.1:{place[1]}" for place in (sock.getsockname(), sock.getpeername()))
-    (done, end), (begun, begin) = os.pipe(), os.pipe()
-    if not (child := os.fork()):
-        with own.holding(sock, 0):
-            os.write(begin, b"x")
-            os.read(done, 1)
-        os._exit(0)
-    try:
-        os.read(begun, 1)
-        known = own.times(near, far)
-    finally:
-        os.write(end, b"x")
-        os.waitpid(child, 0)
-    sys.exit((known, own.times(near, far)) != (1, 0))
+near, far = ("127.0.0.1", 40001), ("127.0.0.1", 8080)
+(done, end), (begun, begin) = os.pipe(), os.pipe()
+if not (child := os.fork()):
+    held = own.hold(near, far, 0)
+    os.write(begin, b"x")
+    os.read(done, 1)
+    own.release(held)
+    os._exit(0)
+try:
+    os.read(begun, 1)
+    known = own.times("127.0.0.1:40001", "127.0.0.1:8080")
+finally:
+    os.write(end, b"x")
+    os.waitpid(child, 0)
+sys.exit((known, own.times("127.0.0.1:40001", "127.0.0.1:8080")) != (1, 0))
 """
 
 
@@ -632,8 +629,8 @@ def test_where_a_service_was_dialled_is_looked_at(
     """With the port that START names; and that connection ends."""
     asked, ends = [], []
 
-    def note(sock: socket.socket, link: socket.socket, port: str) -> bool:
-        asked.append((sock.getpeername()[1], link.getpeername()[1], port))
+    def note(place: RelayPlace, far: tuple[str, int], port: str) -> bool:
+        asked.append((far[1], port))
         return True
 
     def serve(sock: socket.socket) -> None:
@@ -642,7 +639,7 @@ def test_where_a_service_was_dialled_is_looked_at(
         finally:
             ends.append(1)
 
-    replace(monkeypatch, "leads_back", note)
+    monkeypatch.setattr(RelayPlace, "is_at", note)
     service = bench.service(serve)
     bench.enter(RelayClient(HOST, service.port, HOST, fake.port, 1, drain_timeout=0, try_service=False,
                             on_event=bench.client_events))  # fmt: skip
@@ -652,7 +649,7 @@ def test_where_a_service_was_dialled_is_looked_at(
     assert link.receive(Deadline(PATIENCE)).kind == FAIL
     [failed] = bench.client_events.wait(ConnectionFailed)
     assert "leads back here" in failed.reason
-    assert asked == [(service.port, fake.port, "relay:22")]
+    assert asked == [(service.port, "relay:22")]
     wait_until(lambda: ends)
 
 
@@ -670,13 +667,39 @@ def test_where_a_service_was_dialled_is_looked_at(
 )
 def test_two_hosts_have_the_same_loopback(relay: Any, here: Any, address: str, shared: bool) -> None:
     """What somebody does on the relay server's host is not taken for a connection of this one's."""
-    assert are_shared(FakeSock(relay, here), address) == shared  # type: ignore[arg-type]
+    assert RelayPlace(FakeSock(relay, here)).shares(address) == shared  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("relay", "here", "near", "far", "may"),
+    [
+        (("127.0.0.1", 1), ("127.0.0.1", 2), ("127.0.0.1", 3), ("127.0.0.1", 4), True),
+        (("127.0.0.1", 1), ("127.0.0.1", 2), ("192.0.2.9", 3), ("192.0.2.9", 4), True),
+        (("127.0.0.1", 1), ("127.0.0.1", 2), ("192.0.2.9", 3), ("192.0.2.8", 4), False),
+        (("192.0.2.1", 1), ("10.0.0.5", 2), ("10.0.0.5", 3), ("192.0.2.1", 4), True),
+        (("192.0.2.1", 1), ("10.0.0.5", 2), ("127.0.0.1", 3), ("127.0.0.1", 4), False),
+        (("192.0.2.1", 1), ("10.0.0.5", 2), "", "/run/x.sock", False),
+        (("192.0.2.1", 1), ("10.0.0.5", 2), None, None, False),
+    ],
+)
+def test_what_may_come_back(relay: Any, here: Any, near: Any, far: Any, may: bool) -> None:
+    """A connection to the relay server's host; most are to a service elsewhere, and cost nothing."""
+    assert RelayPlace(FakeSock(relay, here)).may_return(near, far) == may  # type: ignore[arg-type]
+
+
+def test_a_link_that_is_lost_leads_nowhere() -> None:
+    sock = socket.socket()
+    sock.close()
+    place = RelayPlace(sock)
+    assert ends_of(sock) == (None, None)
+    assert not place.shares("127.0.0.1:1")
+    assert not place.is_at(("127.0.0.1", 1), "")
 
 
 class FakeSock:
     """The ends of a socket."""
 
-    def __init__(self, peer: Any, own: Any = None) -> None:
+    def __init__(self, peer: Any, own: Any) -> None:
         self.getpeername, self.getsockname = lambda: peer, lambda: own
 
 
@@ -701,7 +724,10 @@ def test_behind_a_nat_it_is_known_by_where_it_was_dialled(
     relay: Any, here: Any, dialled: Any, address: str, back: bool
 ) -> None:
     """The relay's host at the service's port, unless that is this host: another network of it may have that port."""
-    assert leads_back(FakeSock(dialled), FakeSock(relay, here), address) == back  # type: ignore[arg-type]
+    place = RelayPlace(FakeSock(relay, here))  # type: ignore[arg-type]
+    assert place.is_at(dialled, address) == back
+    if back and dialled[1] != relay[1]:
+        assert place.may_return(("10.0.0.5", 1), dialled)
 
 
 # Secrets

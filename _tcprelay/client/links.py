@@ -32,7 +32,7 @@ from ..text import connection_id, say_error, shown
 from ..tls import TLSStream
 from ..waiting import Deadline, Stop, Stopping, wait_for
 from .greeting import Greeting, explain_service, refused
-from .loops import OwnConnections, are_shared, leads_back
+from .loops import OwnConnections, RelayPlace, ends_of
 from .stock import RefusedByServer, Service, Stock, longest_backoff
 
 BYE_TIMEOUT = 2.0
@@ -168,7 +168,7 @@ class Links:
         Raises `OSError`, `EOFError`, `LinkFault`, `TimeoutError` where it is lost while it is idle.
         """
         patience = SILENCE * link.heartbeat
-        settled = True
+        settled, place = True, RelayPlace(link.sock)
         while True:
             try:
                 frame = link.receive(Deadline(patience), self._runtime.stop)
@@ -185,7 +185,7 @@ class Links:
             if frame.kind == PING:
                 link.send_now(PONG)
             elif frame.kind == START:
-                if not self._serve(link, frame, service):
+                if not self._serve(link, frame, service, place):
                     return "its connection was broken off", False
                 if link.spent:
                     self._leave_to_server(link, service)
@@ -217,15 +217,15 @@ class Links:
                 wait_for(link.fd, select.POLLOUT, deadline, cut)
             while (frame := link.receive(deadline, cut)).kind != START:
                 pass
-            self._serve(link, frame, service, idle)
+            self._serve(link, frame, service, RelayPlace(link.sock), idle)
         except (OSError, EOFError):
             pass  # the server has closed it, as BYE asks it to
 
     # A connection
 
-    def _serve(self, link: Link, start: Frame, service: Service, idle: int = 1) -> bool:
-        """Connect a started link, which counts as so many `idle` ones, to the service; True where it is idle again
-        afterwards."""
+    def _serve(self, link: Link, start: Frame, service: Service, place: RelayPlace, idle: int = 1) -> bool:
+        """Connect a started link, which leads to that place and counts as so many `idle` ones, to the service; True
+        where it is idle again afterwards."""
         record = {"id": shown(start.text("id"), 32), "service": service.name, "peer": shown(start.text("client"), 64)}
         began = time.monotonic()
         self._stock.use(service, int(start.number("waiting", 0, 1e6)), idle)
@@ -233,13 +233,22 @@ class Links:
             if is_lost(link):  # START was read late: its service client has been refused, and must not be served now
                 raise EOFError("the link was lost before its connection began")
             port = shown(start.text("port"), 64)
-            times = self._own.times(record["peer"], port) if are_shared(link.sock, port) else 0
-            if stream := self._dial(service, link, record, began, port, times):
-                with self._own.holding(stream.sock, times):
+            times = self._own.times(record["peer"], port) if place.shares(port) else 0
+            if stream := self._dial(service, link, record, began, (place, port, times)):
+                held = self._hold(stream, place, times)
+                try:
                     self._splice(stream, link, service, record, link.pack_control(READY))
+                finally:
+                    if held:
+                        self._own.release(held)
         finally:
             self._stock.shift(service, busy=-1, idle=idle)
         return link.machine.state == IDLE
+
+    def _hold(self, stream: Stream, place: RelayPlace, times: int) -> tuple[int, int] | None:
+        """Note a connection to a service that may come back through the relay."""
+        near, far = ends_of(stream.sock)
+        return self._own.hold(near, far, times) if place.may_return(near, far) else None
 
     def _serve_raw(self, link: RawLink, service: Service) -> str:
         """Carry one connection on a raw link: the first bytes start it.  Raises as `_serve_idle` does."""
@@ -262,16 +271,17 @@ class Links:
         return "its connection is over"
 
     def _dial(
-        self, service: Service, link: AnyLink, record: dict[str, str], began: float, port: str = "", times: int = 0
-    ) -> Stream | None:
-        """Connect to the service for a link; its service client has come to that port, and back so many `times`.
-        ``None`` where that cannot be done: which is told, and the server too.  Raises `OSError` where the link is
-        lost over that."""
+        self, service: Service, link: AnyLink, record: dict[str, str], began: float,
+        way: tuple[RelayPlace, str, int] | None = None,
+    ) -> Stream | None:  # fmt: skip
+        """Connect to the service for a link: on the `way` of a service client that has come to that port of the relay's
+        place, and back so many times.  ``None`` where that cannot be done: which is told, and the server too.  Raises
+        `OSError` where the link is lost over that."""
         try:
-            if times >= len(self._stock.services):
+            if way and way[2] >= len(self._stock.services):
                 raise ConnectionError(LOOP)
             stream = self._dial_service(service, self._runtime.cut, little=not is_near(link.sock))
-            if leads_back(stream.sock, link.sock, port):
+            if way and way[0].is_at(ends_of(stream.sock)[1], way[1]):
                 stream.close()
                 raise ConnectionError(LOOP)
             return stream

@@ -7,9 +7,9 @@ all links are in use.  Two things show it:
   whichever of its processes, has a connection to a service between these very addresses, it is its own one that has
   come back (`OwnConnections`).  One of the two is not enough: a system gives the same port to connections that go to
   different places.  And both are not where they may be another host's, which has loopback and private ones as well
-  (`are_shared`).
+  (`RelayPlace.shares`).
 - A NAT in between changes that address.  There it is where the service was dialled that counts: at the relay server's
-  host, and the port at which the server says that service clients come (`leads_back`).
+  host, and the port at which the server says that service clients come (`RelayPlace.is_at`).
 
 A connection may come back for another service, which is published onto the service port of the first: once for each
 service, but not again and again.
@@ -17,13 +17,12 @@ service, but not again and again.
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import socket
 import zlib
-from collections.abc import Iterator
+from typing import Any
 
-from ..addresses import host_of, is_loopback, show_address, show_own, show_peer
+from ..addresses import host_of, is_loopback, show_address
 
 
 class OwnConnections:
@@ -36,18 +35,20 @@ class OwnConnections:
     def __init__(self) -> None:
         self._marks = memoryview(mmap.mmap(-1, 4 * 65536)).cast("I")  # what is not used takes no memory
 
-    @contextlib.contextmanager
-    def holding(self, sock: socket.socket, times: int) -> Iterator[None]:
-        """While a connection to a service is open, which has come back so many times before."""
-        port, mark = _mark(show_own(sock), show_peer(sock))
+    def hold(self, near: Any, far: Any, times: int) -> tuple[int, int]:
+        """Note a connection to a service, between these socket addresses, that has come back so many times before;
+        returns what `release` needs."""
+        port, mark = _mark(show_address(near), show_address(far))
         mark |= min(times + 1, 255) << 24
         if port:
             self._marks[port] = mark
-        try:
-            yield
-        finally:
-            if port and self._marks[port] == mark:
-                self._marks[port] = 0
+        return port, mark
+
+    def release(self, held: tuple[int, int]) -> None:
+        """That connection is over."""
+        port, mark = held
+        if port and self._marks[port] == mark:
+            self._marks[port] = 0
 
     def times(self, near: str, far: str) -> int:
         """How often the connection between these addresses has come back, as the relay server shows them; 0 where it is
@@ -64,33 +65,47 @@ def _mark(near: str, far: str) -> tuple[int, int]:
     return (int(port) if is_port else 0), zlib.crc32(f"{near} {far}".encode(errors="replace")) & 0xFFFFFF
 
 
-def are_shared(link: socket.socket, address: str) -> bool:
-    """Whether an address of the relay server's, at which a service client has connected, is known here by that name,
-    too: on one host with it, or as the host to which the link leads."""
+class RelayPlace:
+    """Where the relay server is, as a link shows it; made once for each."""
+
+    def __init__(self, link: socket.socket) -> None:
+        here, relay = ends_of(link)
+        if not (isinstance(relay, tuple) and isinstance(here, tuple)):  # the link is lost
+            relay = here = "", 0
+        self._host, self._port = host_of(relay), relay[1]
+        self._is_loopback = is_loopback(relay)
+        self._is_here = self._is_loopback or self._host == host_of(here) != ""
+        self._shown = show_address(relay).rpartition(":")[0]
+
+    def shares(self, address: str) -> bool:
+        """Whether an address of the relay server's, at which a service client has connected, is known here by that
+        name, too: on one host with it, or as the host to which the link leads."""
+        return self._is_here or address.rpartition(":")[0] == self._shown
+
+    def may_return(self, near: Any, far: Any) -> bool:
+        """Whether a connection to a service, between these addresses, may be one to the relay server's host."""
+        if not isinstance(far, tuple):
+            return False
+        host = host_of(far)
+        return host == self._host or (self._is_here and (host == host_of(near) or is_loopback(far)))
+
+    def is_at(self, far: Any, address: str) -> bool:
+        """Whether a service was dialled, at `far`, at the relay port itself, or at the relay server's host and the port
+        of its `address` there.
+
+        On one host with the relay server another network of that host, a container's say, can have the service port:
+        there that is left to `OwnConnections`.
+        """
+        if not isinstance(far, tuple):
+            return False
+        if far[1] == self._port and (host_of(far) == self._host or (self._is_loopback and is_loopback(far))):
+            return True
+        return not self._is_here and host_of(far) == self._host and str(far[1]) == address.rpartition(":")[2]
+
+
+def ends_of(sock: socket.socket) -> tuple[Any, Any]:
+    """The near and the far address of a connected socket; ``None`` where it is broken off already."""
     try:
-        relay, here = link.getpeername(), link.getsockname()
+        return sock.getsockname(), sock.getpeername()
     except OSError:
-        return False
-    if is_loopback(relay) or host_of(relay) == host_of(here):
-        return True
-    return address.rpartition(":")[0] == show_address(relay).rpartition(":")[0]
-
-
-def leads_back(service: socket.socket, link: socket.socket, address: str) -> bool:
-    """Whether a service was dialled at the relay port itself, or at the relay server's host and the port of its
-    `address` there; by a link.
-
-    On one host with the relay server another network of that host, a container's say, can have the service port: there
-    that is left to `OwnConnections`.
-    """
-    try:
-        relay, here, dialled = link.getpeername(), link.getsockname(), service.getpeername()
-    except OSError:
-        return False
-    if not all(isinstance(one, tuple) for one in (relay, here, dialled)):
-        return False
-    if dialled[1] == relay[1] and (host_of(dialled) == host_of(relay) or (is_loopback(dialled) and is_loopback(relay))):
-        return True
-    if is_loopback(relay) or host_of(relay) == host_of(here):
-        return False
-    return host_of(dialled) == host_of(relay) and str(dialled[1]) == address.rpartition(":")[2]
+        return None, None

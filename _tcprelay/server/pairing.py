@@ -130,7 +130,8 @@ class Pairing:
                 self._links.drop(pooled, "unexpected error")
                 raise
             pooled.hear()
-            self._note_answer(pooled, reason)
+            if reason or self._failing:
+                self._note_answer(pooled, reason)
             if not reason:
                 return pooled
             self._links.give_back(pooled)
