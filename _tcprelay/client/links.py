@@ -32,7 +32,7 @@ from ..text import connection_id, say_error, shown
 from ..tls import TLSStream
 from ..waiting import Deadline, Stop, Stopping, wait_for
 from .greeting import Greeting, explain_service, refused
-from .loops import OwnConnections, RelayPlace, ends_of
+from .loops import OwnConnections, RelayPlace, Way, ends_of
 from .stock import RefusedByServer, Service, Stock, longest_backoff
 
 BYE_TIMEOUT = 2.0
@@ -234,7 +234,7 @@ class Links:
                 raise EOFError("the link was lost before its connection began")
             port = shown(start.text("port"), 64)
             times = self._own.times(record["peer"], port) if place.shares(port) else 0
-            if stream := self._dial(service, link, record, began, (place, port, times)):
+            if stream := self._dial(service, link, record, began, Way(place, port, times)):
                 held = self._hold(stream, place, times)
                 try:
                     self._splice(stream, link, service, record, link.pack_control(READY))
@@ -271,17 +271,15 @@ class Links:
         return "its connection is over"
 
     def _dial(
-        self, service: Service, link: AnyLink, record: dict[str, str], began: float,
-        way: tuple[RelayPlace, str, int] | None = None,
-    ) -> Stream | None:  # fmt: skip
-        """Connect to the service for a link: on the `way` of a service client that has come to that port of the relay's
-        place, and back so many times.  ``None`` where that cannot be done: which is told, and the server too.  Raises
-        `OSError` where the link is lost over that."""
+        self, service: Service, link: AnyLink, record: dict[str, str], began: float, way: Way | None = None
+    ) -> Stream | None:
+        """Connect to the service for a link, on which a service client has come that `way`.  ``None`` where that cannot
+        be done: which is told, and the server too.  Raises `OSError` where the link is lost over that."""
         try:
-            if way and way[2] >= len(self._stock.services):
+            if way and way.times >= len(self._stock.services):
                 raise ConnectionError(LOOP)
             stream = self._dial_service(service, self._runtime.cut, little=not is_near(link.sock))
-            if way and way[0].is_at(ends_of(stream.sock)[1], way[1]):
+            if way and way.place.is_at(ends_of(stream.sock)[1], way.port):
                 stream.close()
                 raise ConnectionError(LOOP)
             return stream

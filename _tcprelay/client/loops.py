@@ -20,7 +20,7 @@ from __future__ import annotations
 import mmap
 import socket
 import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..addresses import host_of, is_loopback, show_address
 
@@ -101,6 +101,14 @@ class RelayPlace:
         if far[1] == self._port and (host_of(far) == self._host or (self._is_loopback and is_loopback(far))):
             return True
         return not self._is_here and host_of(far) == self._host and str(far[1]) == address.rpartition(":")[2]
+
+
+class Way(NamedTuple):
+    """How a service client has come: to a port of the relay's place, and back so many times."""
+
+    place: RelayPlace
+    port: str
+    times: int
 
 
 def ends_of(sock: socket.socket) -> tuple[Any, Any]:
