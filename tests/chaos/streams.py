@@ -438,8 +438,7 @@ EVERYWHERE = Legs("tls", port=True, service=True)
 @case(3, "key-updates", 600)
 def key_updates(run: Run) -> None:
     """Whoever floods a TLS leg with KeyUpdates, reading the answers or not, makes nothing grow and delays nobody."""
-    # A relay bears 2,427 without data, or with the answers not taken: of these a socket takes some first.
-    count = run.scaled(50, least=40) * Flooder.TALK
+    count = run.scaled(50, least=30) * Flooder.TALK  # a relay bears 2,427 without data, or with the answers not taken
     flooded = Flooded(run)
     relays = flooded.relays.server, flooded.relays.client
     flooded.serve_somebody()
@@ -705,19 +704,27 @@ class Tunnel(Stream):
         self._keyboard.send(data)
 
 
+FULL = 0.5
+"""Seconds without a piece of 64 KiB after which a way counts as full."""
+
+
 @contextmanager
 def pushing(end: TLSEnd) -> Iterator[None]:
-    """Meanwhile send all that the way takes; afterwards the connection is broken."""
+    """Send all that the way takes, which then is full; afterwards the connection is broken."""
+    last = time.monotonic()
 
     def push() -> None:
+        nonlocal last
         with suppress(OSError):
             while True:
                 end.sendall(bytes(65536))
+                last = time.monotonic()
 
     end.sock.settimeout(LONG)
     thread = threading.Thread(target=push)
     thread.start()
     try:
+        wait_until(lambda: time.monotonic() - last > FULL)
         yield
     finally:
         ignore_oserror(end.sock.shutdown, SHUT_RDWR)
