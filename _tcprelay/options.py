@@ -52,8 +52,8 @@ class Options:
     token_file: str = option(
         "", parse_path, "file whose first line is the token", group="Trust", metavar="FILE")  # fmt: skip
     tls: str = option(
-        "", parse_tls, "TLS on the links; both: on the service ports (server), or to the service (client), as well; "
-        "service: there alone", group="TLS", metavar="true|both|service|false")  # fmt: skip
+        "", parse_tls, "true (or yes, on): TLS on the links; both: on the service ports (server), or to the service "
+        "(client), as well; service: there alone", group="TLS", metavar="true|both|service|false")  # fmt: skip
     cert: str = option(
         "", parse_path, "this side's certificate and its chain, PEM", group="TLS", metavar="FILE")  # fmt: skip
     key: str = option(
@@ -106,7 +106,7 @@ class Options:
     @classmethod
     def short(cls, words: Sequence[str]) -> list[str]:
         """Which options the words of a command line are that stand there without one, up to the first that is none."""
-        raise NotImplementedError
+        return []
 
     def as_arguments(self) -> dict[str, Any]:
         """All of them for the constructor of a role, where ``None`` stands for what is not given."""

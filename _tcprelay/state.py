@@ -21,17 +21,18 @@ SYSTEM_PRIVATE = "/var/lib/private/"
 
 def state_directory() -> str:
     """Where things are kept by default: systemd's state directory, root's, or the user's (XDG).  Raises `OSError`."""
-    systemd = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
+    if systemd := os.environ.get("STATE_DIRECTORY", "").partition(":")[0]:
+        return systemd
     home = os.environ.get("XDG_STATE_HOME", "")
     if not os.path.isabs(home):
-        if systemd or (_is_root() and os.path.isdir(os.path.dirname(SYSTEM_STATE))):
-            return systemd or SYSTEM_STATE
+        if _is_root() and os.path.isdir(os.path.dirname(SYSTEM_STATE)):
+            return SYSTEM_STATE
         home = os.path.expanduser("~/.local/state")
-    if not (systemd or os.path.isabs(home)):
+    if not os.path.isabs(home):
         raise OSError(
             errno.ENOENT, "this user has no home directory to keep a certificate in: name one with --state-dir"
         )
-    return systemd or os.path.join(home, "tcprelay")
+    return os.path.join(home, "tcprelay")
 
 
 def other_states(directory: str) -> list[str]:
