@@ -13,7 +13,7 @@ from typing import Any
 
 from .protocol import (
     ABORT, BYE, CLIENT, CLOSED, DATA, END, FAIL, HEADER, IDLE, MAX_CONTROL, PING, REFUSED, START, Frame, LinkFault,
-    LinkMachine, decode_fields, encode_frame, encode_header,
+    LinkMachine, decode_fields, encode_frame, encode_header, HEAD, DATA_HEAD, MAX_DATA,
 )  # fmt: skip
 from .streams import BULK, FLUSH_TIMEOUT, Sink, Source, Stream
 from .system import ignore_oserror
@@ -24,6 +24,8 @@ from .waiting import Deadline, Stop, wait_for
 HEAR_OUT_TIME = 1.0
 """Seconds for which the other side's end is waited for where its bytes can no longer be passed on; two round trips of
 the link where that is more."""
+LINK_BUFFER = 512
+"""Bytes of a link's buffer, to begin with: most control frames are shorter."""
 MOST_DISCARDED = 1 << 20
 """Bytes that are received only to be dropped, behind this side's own end; for more, a link is closed."""
 
@@ -31,6 +33,7 @@ MOST_DISCARDED = 1 << 20
 class Link:
     """A link that speaks protocol 1: control frames, and one connection at a time, whose source and sink it is."""
 
+    head = HEADER
     speaks = True
     """Frames pass between connections: whether it is alive can be asked, and it can be given up in peace."""
     END_EVENTS = getattr(select, "POLLRDHUP", 0)
@@ -49,9 +52,10 @@ class Link:
         """Bytes of the present connection, or the last, that the relay client had passed on when it sent END."""
         self.spent = False
         """Not to be used again, since a new link would be faster: see `is_held_back`."""
-        self._buffer = bytearray(512)  # what has been received beyond the last frame: [_start:_end]
+        self._buffer = bytearray(LINK_BUFFER)  # what has been received beyond the last frame: [_start:_end]
         self._start = self._end = 0
-        self._left = 0  # bytes of the present DATA frame that are still to come out of here
+        self.left = 0
+        """Bytes of the present DATA frame that are still to come out of here."""
 
     def __repr__(self) -> str:
         return f"<Link {self.name} {self.machine.state}>"
@@ -167,7 +171,7 @@ class Link:
 
     def _recv(self, view: memoryview, receive: Callable[[memoryview], int | None]) -> int | None:
         """Bytes out of DATA frames; ``None`` where `receive` gives that."""
-        while self._left == 0:
+        while self.left == 0:
             if (frame := self._decode()) is None:
                 count = receive(self._space())
                 if count is None:
@@ -182,41 +186,60 @@ class Link:
                 raise ConnectionAbortedError(shown(frame.text("reason") or "broken off by the other relay"))
         ahead = self._end - self._start
         if ahead:
-            count = min(ahead, self._left, len(view))
+            count = min(ahead, self.left, len(view))
             view[:count] = memoryview(self._buffer)[self._start : self._start + count]
             self._start += count
-            rest = min(self._left, len(view)) - count
+            rest = min(self.left, len(view)) - count
             if rest:  # it came with the header, most likely: so one message stays one
                 try:
                     count += self.stream.recv_now(view[count : count + rest]) or 0
                 except OSError:
                     pass  # the next call meets it again, or the end of the link
         else:
-            count = receive(view[: self._left])
+            count = receive(view[: self.left])
             if count is None:
                 return None
             if count == 0:
                 raise ConnectionResetError("the link was lost")
-        self._left -= count
+        self.left -= count
         return count
+
+    def holds_frames(self) -> bool:
+        """Whether there are bytes in its own buffer: what the stream has comes behind them."""
+        return self._start < self._end
+
+    def take_frames(self, view: memoryview) -> memoryview:
+        """What is in the DATA frames with which these bytes begin; they were taken from its stream while it had none.
+
+        What comes behind them, another frame or a part of a header, is kept here for the decoder.
+        """
+        pieces, at = list[memoryview](), 0
+        while len(view) - at >= HEADER and 0 <= (length := HEAD.unpack_from(view, at)[0] - DATA_HEAD) <= MAX_DATA:
+            pieces.append(view[at + HEADER : at + HEADER + length])
+            at += HEADER + length
+        self.left = max(0, at - len(view))
+        rest = view[at:]
+        self._buffer[: len(rest)] = rest
+        self._start, self._end = 0, len(rest)
+        return memoryview(b"".join(pieces))
 
     def bulk_ahead(self) -> int:
         # Read exactly a header, nothing behind it: those bytes are to go from socket to socket.
-        while self._left == 0 and self._end - self._start < HEADER:
+        while self.left == 0 and self._end - self._start < HEADER:
             self._space()
             view = memoryview(self._buffer)[self._end : self._start + HEADER]
             count = self.stream.recv_into(view)
             if count == 0:
                 raise ConnectionResetError("the link was lost")
             self._end += count
-        if self._left == 0 and self._buffer[self._start] == DATA:
+        if self.left == 0 and self._buffer[self._start] == DATA:
             self._decode()
-        return self._left if self._start == self._end else 0
+        return self.left if self._start == self._end else 0
 
     def took_bulk(self, count: int) -> None:
         if count == 0:
             raise ConnectionResetError("the link was lost")
-        self._left -= count
+        self.left -= count
 
     # The sink of the other direction
 
@@ -289,6 +312,9 @@ class Link:
     def conclude(self, whole: bool, sent: int) -> None:
         """The connection is over, and so many bytes of it were sent on this link."""
         self.stream.rest()
+        if len(self._buffer) > HEADER + MAX_CONTROL and not self.holds_frames():
+            self._buffer = bytearray(LINK_BUFFER)
+            self._start = self._end = 0
         self.spent = is_held_back(self.sock, sent)
 
     def wake(self) -> None:
@@ -309,7 +335,7 @@ class Link:
         self.machine.check(kind, length)
         if kind == DATA:
             self._start += HEADER
-            self._left = length
+            self.left = length
             return Frame(DATA, length)
         if self._end - start < HEADER + length:
             return None

@@ -12,6 +12,8 @@ from .system import hashlib, hmac
 from .text import random_id
 
 HEADER = 4
+HEAD = struct.Struct("!I")
+"""The header of a frame: its kind in the first byte, its length in the others."""
 MAX_CONTROL = 4096
 MAX_DATA = (1 << 24) - 1
 PROTOCOL_VERSION = 1
@@ -20,6 +22,8 @@ SILENCE = 2.5
 HELLO, CHALLENGE, AUTH, WELCOME, REFUSED = 1, 2, 3, 4, 5
 PING, PONG = 6, 7
 START, READY, FAIL, DATA, END, ABORT, BYE = 8, 9, 10, 11, 12, 13, 14
+DATA_HEAD = DATA << 24
+"""The header of DATA, but for its length."""
 FRAME_NAMES = {
     HELLO: "HELLO", CHALLENGE: "CHALLENGE", AUTH: "AUTH", WELCOME: "WELCOME", REFUSED: "REFUSED",
     PING: "PING", PONG: "PONG", START: "START", READY: "READY", FAIL: "FAIL",
@@ -150,7 +154,7 @@ def encode_frame(kind: int, fields: dict[str, Any] | None = None) -> bytes:
 
 def encode_header(kind: int, length: int) -> bytes:
     """The four bytes before a frame's body."""
-    return struct.pack("!I", kind << 24 | length)
+    return HEAD.pack(kind << 24 | length)
 
 
 def decode_fields(kind: int, body: bytes) -> dict[str, Any]:

@@ -5,7 +5,13 @@
 
 A pump blocks in a plain ``recv``, ``send`` or ``splice`` and in nothing else; others end it by waking the socket it is
 blocked on, after they have set `Flow.halted`.  It begins with a small buffer, takes a larger one where reads fill it,
-and passes bulk traffic through a pipe inside the kernel, where both ends allow that.
+and passes bulk traffic through a pipe inside the kernel, where both ends allow that:
+
+    _pump ─▶ _pass_bytes           small messages of a stream
+             _pass_frames          small messages of a link, most of which come as one whole frame
+             _pump_bulk ─▶ _pump_in_kernel, _pump_large
+
+Small messages are where Python costs most: their two loops have the socket's own calls, and no method in between.
 """
 
 from __future__ import annotations
@@ -15,7 +21,8 @@ import os
 import socket
 import time
 
-from .protocol import HEADER
+from .link import Link
+from .protocol import DATA_HEAD, HEAD, HEADER
 from .streams import BULK, PIPE_SIZE, Sink, Source
 from .system import fcntl, go_home, roam
 from .tcp import UNSENT, hold_much, limit_unsent, waiting_bytes
@@ -141,30 +148,106 @@ class Flow:
             raise SinkError(self.sink, error) from error
 
     def _pump(self) -> None:
-        size, small = SMALL_BUFFER, 0
-        view = memoryview(bytearray(HEADER + size))
-        data = view[HEADER:]
-        while (count := self._pass_piece(view, data)) > 0:
-            small = small + 1 if count <= size // 8 else 0
-            if count == size < LARGE_BUFFER:
-                size *= 8
-            elif size == LARGE_BUFFER and count >= BULK:
-                if self._pump_bulk():
-                    return
-                size, small = SMALL_BUFFER, 0
-            elif size > SMALL_BUFFER and small >= SPARSE_READS:
-                size, small = SMALL_BUFFER, 0
+        size, pass_small = SMALL_BUFFER, self._pass_frames if self.source.head else self._pass_bytes
+        while count := pass_small(size, BULK if size == LARGE_BUFFER else size):
+            if size == LARGE_BUFFER and count >= BULK and self._pump_bulk():
+                return
+            size = 8 * size if size <= count and size < LARGE_BUFFER else SMALL_BUFFER
+
+    def _pass_bytes(self, size: int, enough: int) -> int:
+        """Pass on what a stream gives, up to `size` bytes at once, until that is `enough`, or little again and again;
+        returns how many it was, 0 at the end.
+
+        They are received into a view behind the room for a header, so that they leave in one call with what goes before
+        them and are never copied together.  DATA needs no leave of the link's state machine while its direction is
+        open, and this thread is the one that ends it.
+        """
+        source, sink, head = self.source, self.sink, self.sink.head
+        stream, out, pack = source.stream, sink.stream, HEAD.pack_into
+        receive, send = stream.calls()[0], out.calls()[1]
+        view, little, sparse = memoryview(bytearray(head + size)), _little(size), 0
+        data = view[head:]
+        while True:
+            try:
+                count = receive(data)
+                stream.received += count
+                self.ended = not count and stream.believe_end() == 0
+            except OSError as error:
+                raise SourceError(source, error) from error
+            if not count or self.halted:
+                return 0
+            try:
+                if head:
+                    pack(view, 0, DATA_HEAD | count)
+                sent = send(view[: head + count])
+                if sent < head + count:
+                    out.send(view[sent : head + count])
+            except BlockingIOError:
+                self._send_late(view[: head + count], count)
+            except OSError as error:
+                raise SinkError(sink, error, count) from error
+            self.carried += count
+            sparse = sparse + 1 if count <= little else 0
+            if count >= enough or sparse == SPARSE_READS:
+                return count
+
+    def _pass_frames(self, size: int, enough: int) -> int:
+        """The same for what a link gives.  A whole frame, by itself, needs no decoder; what is none is held by the
+        link, and decoded there."""
+        link, sink = self.source, self.sink
+        assert isinstance(link, Link)
+        stream, out, unpack = link.stream, sink.stream, HEAD.unpack_from
+        receive, send = stream.calls()[0], out.calls()[1]
+        view, little, sparse = memoryview(bytearray(HEADER + size)), _little(size), 0
+        decode = link.left > 0 or link.holds_frames()
+        while True:
+            if decode:
+                count = self._pass_piece(view, view[HEADER:])
+                decode = link.left > 0 or link.holds_frames()
+                if count == 0:
+                    return 0
             else:
-                continue
-            view = memoryview(bytearray(HEADER + size))
-            data = view[HEADER:]
+                try:
+                    count = receive(view)
+                    stream.received += count
+                    if count == 0:
+                        stream.believe_end()
+                        raise ConnectionResetError("the link was lost")
+                    if count > HEADER and unpack(view)[0] == DATA_HEAD + count - HEADER:
+                        piece = view[HEADER:count]
+                    else:
+                        piece = link.take_frames(view[:count])
+                        decode = link.left > 0 or link.holds_frames()
+                except OSError as error:
+                    raise SourceError(link, error) from error
+                if self.halted:
+                    return 0
+                if not (count := len(piece)):
+                    continue
+                try:
+                    sent = send(piece)
+                    if sent < count:
+                        out.send(piece[sent:])
+                except BlockingIOError:
+                    self._send_late(piece, count)
+                except OSError as error:
+                    raise SinkError(sink, error, count) from error
+                self.carried += count
+            sparse = sparse + 1 if count <= little else 0
+            if count >= enough or sparse == SPARSE_READS:
+                return count
+
+    def _send_late(self, piece: memoryview, count: int) -> None:
+        """Send what a sink has not taken for a while, unless that is to end."""
+        try:
+            self.sink.stream.keep_trying()
+            self.sink.stream.send(piece)
+        except OSError as error:
+            raise SinkError(self.sink, error, count) from error
 
     def _pass_piece(self, view: memoryview, data: memoryview) -> int:
-        """Pass on what one receive gives; how many bytes it was, 0 at the end.
-
-        They are received into `data`, which is the view behind its first `HEADER` bytes, so that they leave in one call
-        with what goes before them and are never copied together.
-        """
+        """Pass on what one receive gives, into `data`: the view behind its first `HEADER` bytes; returns how many bytes
+        it was, 0 at the end."""
         sink = self.sink
         try:
             count = self.source.recv_into(data)
@@ -291,6 +374,11 @@ class Queue:
         """Have the sink take as little as before."""
         if self.bound != self.LEAST:
             limit_unsent(self._sink)
+
+
+def _little(size: int) -> int:
+    """How much is so little for a buffer of that size that a small one would do; for the smallest, nothing is."""
+    return size // 8 if size > SMALL_BUFFER else 0
 
 
 def _open_pipe() -> tuple[int, int] | None:

@@ -11,6 +11,7 @@ import errno
 import os
 import select
 import socket
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from .system import ignore_oserror
@@ -32,8 +33,13 @@ class Source(Protocol):
     name: str
     sock: socket.socket
     fd: int
+    head: int
+    """Bytes of the header before each piece of them on the stream (see `protocol.HEAD`); 0 where there is none."""
     spliceable: bool
     """Whether its bytes can pass inside the kernel, from `fd`."""
+
+    @property
+    def stream(self) -> Stream: ...
 
     def recv_into(self, view: memoryview) -> int:
         """Receive at least a byte; 0 is the end, and one that can be believed."""
@@ -58,6 +64,8 @@ class Sink(Protocol):
     """Where the bytes of one direction go: over a stream, with what has to stand there before and behind them."""
 
     name: str
+    head: int
+    """As a source's."""
     spliceable: bool
 
     @property
@@ -85,6 +93,7 @@ class Stream:
     accepts is like that from the start (see `listen`), what it dials from `reset_on_close` on.
     """
 
+    head = 0
     spliceable = hasattr(os, "splice")
     secure = False
     """It speaks TLS: there is a handshake, bytes may have left although a send has failed, and its end is a message."""
@@ -100,17 +109,24 @@ class Stream:
         self._tcp = sock.family != socket.AF_UNIX
         self._fin_sent = False
         self.received = 0
-        """Bytes that were taken from the socket, in whichever process, for `_believe_end`."""
+        """Bytes that were taken from the socket, in whichever process, for `believe_end`."""
 
     def handshake(self, deadline: Deadline, stop: Stop | None = None) -> None:
         """What comes before the first byte.  Raises `OSError`, `TimeoutError`, `EOFError` and `Stopping`."""
+
+    def calls(self) -> tuple[Callable[[memoryview], int], Callable[[memoryview], int]]:
+        """What receives and what sends small messages, with nothing in between: the socket's own calls.
+
+        `received` is to be told of what was received so, and `believe_end` asked after a 0.
+        """
+        return self.sock.recv_into, self.sock.send
 
     # The source
 
     def recv_into(self, view: memoryview) -> int:
         count = self.sock.recv_into(view)
         self.received += count
-        return count or self._believe_end()
+        return count or self.believe_end()
 
     def recv_now(self, view: memoryview) -> int | None:
         try:
@@ -118,7 +134,7 @@ class Stream:
         except BlockingIOError:
             return None
         self.received += count
-        return count or self._believe_end()
+        return count or self.believe_end()
 
     def holds_bytes(self) -> bool:
         return False
@@ -132,7 +148,7 @@ class Stream:
     def took_bulk(self, count: int) -> None:
         self.received += count
 
-    def _believe_end(self) -> int:
+    def believe_end(self) -> int:
         """0, where a receive that gave 0 means the end.  Raises `ConnectionResetError` where it does not.
 
         The error of an RST is told once.  Where another thread's send takes it, a receive gives 0, as at a FIN;
@@ -165,14 +181,15 @@ class Stream:
 
     # Sending
 
-    def send(self, data: bytes | bytearray | memoryview, flags: int = 0) -> None:
-        """Send all of it, however long the peer takes.  Raises `OSError`."""
+    def send(self, data: bytes | bytearray | memoryview, flags: int = 0) -> int:
+        """Send all of it, however long the peer takes; returns how many bytes that is.  Raises `OSError`."""
         view = memoryview(data)
         while view:
             try:
                 view = view[self.sock.send(view, flags) :]
             except BlockingIOError:
                 self.keep_trying()
+        return len(data)
 
     def keep_trying(self) -> None:
         """Called when a send has been blocked for a while.  Raises `ConnectionAbortedError` to give up."""

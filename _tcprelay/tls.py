@@ -9,6 +9,7 @@ import errno
 import select
 import socket
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from .addresses import name_in_certificate
@@ -79,9 +80,13 @@ class TLSStream(Stream):
         self._error: OSError | None = None
         self._answers = 0  # bytes in _outgoing that receiving has put there
         self._fruitless = 0  # encrypted bytes since the last decrypted one
+        self._drained = False  # nothing can be decrypted before the socket has given more
         self._peer_ended = False  # it has sent close_notify
-        self._raw = bytearray(SMALL_TLS_BUFFER)
+        self._raw = memoryview(bytearray(SMALL_TLS_BUFFER))
         self._small_reads = 0
+
+    def calls(self) -> tuple[Callable[[memoryview], int], Callable[[memoryview], int]]:
+        return self.recv_into, self.send
 
     def handshake(self, deadline: Deadline, stop: Stop | None = None) -> None:
         """Shake hands.  Raises `ssl.SSLError` (an `OSError`), `TimeoutError`, `EOFError` and `Stopping`."""
@@ -100,26 +105,30 @@ class TLSStream(Stream):
                 raise EOFError("the connection was closed during the TLS handshake")
 
     def recv_into(self, view: memoryview) -> int:
-        while (count := self._decrypt(view)) is None:
+        while self._drained or (count := self._decrypt(view)) is None:
             self._receive()
         return count
 
+    def believe_end(self) -> int:
+        return 0  # it was a message
+
     def recv_now(self, view: memoryview) -> int | None:
         try:
-            while (count := self._decrypt(view)) is None:
+            while self._drained or (count := self._decrypt(view)) is None:
                 self._receive(socket.MSG_DONTWAIT)
         except BlockingIOError:
             return None
         return count
 
     def holds_bytes(self) -> bool:
-        return True
+        return not self._drained
 
-    def send(self, data: bytes | bytearray | memoryview, flags: int = 0) -> None:
+    def send(self, data: bytes | bytearray | memoryview, flags: int = 0) -> int:
         if data:
             with self._tls_lock:
                 self.tls.write(data)
         self._flush_records()
+        return len(data)
 
     def send_now(self, data: bytearray, end_follows: bool = False) -> bool:
         if data:
@@ -135,13 +144,14 @@ class TLSStream(Stream):
             try:
                 while self._error is None and (count := self._read(piece)):
                     self._stash += piece[:count]
+                    self._drained = False
                 self._peer_ended = self._error is None
             except ssl.SSLWantReadError:
                 pass
             except ssl.SSLZeroReturnError:
                 self._peer_ended = True
             except ssl.SSLError as error:
-                self._error = tls_fault(error)  # for the receiver, behind the stash
+                self._error, self._drained = tls_fault(error), False  # for the receiver, behind the stash
             try:
                 self.tls.unwrap()
             except ssl.SSLError:
@@ -170,10 +180,17 @@ class TLSStream(Stream):
                 raise self._error
             have, before = 0, self._outgoing.pending
             try:
-                while have < len(view) and (count := self._read(view[have:])):
+                while have < len(view):
+                    count = self._read(view[have:] if have else view)
+                    if not count:
+                        self._peer_ended = True
+                        break
                     have += count
-                self._peer_ended = self._peer_ended or have < len(view)
+                    if not self._incoming.pending and not self.tls.pending():
+                        self._drained = True  # known without an error, which would cost as much as all the rest
+                        break
             except ssl.SSLWantReadError:
+                self._drained = True
                 if not have and self._fruitless > MAX_FRUITLESS:
                     self._error = ConnectionResetError("the peer sends TLS messages without data again and again")
                     raise self._error from None
@@ -190,6 +207,8 @@ class TLSStream(Stream):
                 self._answers += self._outgoing.pending - before
                 if self._answers > MAX_ANSWERS:
                     self._error = ConnectionResetError("the peer makes TLS answer again and again")
+                if self._error is not None:
+                    self._drained = False
             return have
 
     def _read(self, view: memoryview) -> int:
@@ -203,13 +222,14 @@ class TLSStream(Stream):
         """Take encrypted bytes from the socket; False at its end.  Raises `BlockingIOError` where flags say so."""
         count = self.sock.recv_into(self._raw, 0, flags)
         with self._tls_lock:
+            self._drained = False
             if count:
                 self._fruitless += count
-                self._incoming.write(memoryview(self._raw)[:count])
+                self._incoming.write(self._raw[:count])
             else:
                 self._incoming.write_eof()
         if count == len(self._raw) < LARGE_TLS_BUFFER:
-            self._raw, self._small_reads = bytearray(8 * count), 0
+            self._raw, self._small_reads = memoryview(bytearray(8 * count)), 0
         elif count < SMALL_TLS_BUFFER < len(self._raw):
             self._small_reads += 1
             if self._small_reads == SMALL_READS:
@@ -218,7 +238,7 @@ class TLSStream(Stream):
 
     def rest(self) -> None:
         """Give back the memory that bulk traffic took; by the receiving thread, when there is none any more."""
-        self._raw = bytearray(SMALL_TLS_BUFFER)
+        self._raw = memoryview(bytearray(SMALL_TLS_BUFFER))
 
     def close(self) -> None:
         super().close()

@@ -7,6 +7,7 @@ import socket
 import struct
 import termios
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 
 from _tcprelay.link import Link
@@ -36,6 +37,13 @@ def tcp_pair(room: int = 0) -> tuple[socket.socket, socket.socket]:
         far.connect(listener.getsockname())
         near, _ = listener.accept()
     return near, far
+
+
+def receive_by(stream: Stream, receive: Callable[[memoryview], int]) -> None:
+    """Have a stream receive by this function, in whichever way it is asked."""
+    stream.recv_into = receive  # type: ignore[method-assign]
+    send = stream.calls()[1]
+    stream.calls = lambda: (receive, send)  # type: ignore[method-assign, assignment]
 
 
 class Rig:

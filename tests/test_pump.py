@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 
-from _tcprelay.protocol import DATA, END, IDLE, MAX_DATA, encode_frame, encode_header
+from _tcprelay.protocol import DATA, END, IDLE, MAX_DATA, READY, START, encode_frame, encode_header
 from _tcprelay.pump import LARGE_BUFFER, SMALL_BUFFER, SPARSE_READS, Flow, Queue, SinkError
 from _tcprelay.streams import PIPE_SIZE, Stream
 from _tcprelay.tcp import UNSENT, hold_little, limit_unsent
@@ -22,7 +22,7 @@ from _tcprelay.tls import LARGE_TLS_BUFFER
 
 from .conftest import PATIENCE, read_all, replace, wait_until
 from .ends import send_data, send_end
-from .rigs import Rig, bytes_waiting, tcp_pair
+from .rigs import Rig, bytes_waiting, receive_by, tcp_pair
 
 
 def test_bulk_and_small_mixed_arrive_in_order(rig: Rig) -> None:
@@ -88,6 +88,66 @@ def test_large_frames_cut_anywhere(rig: Rig) -> None:
     got = read_all(rig.far_stream)
     writer.join(PATIENCE)
     assert hashlib.sha256(got).digest() == hashlib.sha256(data).digest()
+
+
+def pass_on(rig: Rig, *pieces: bytes) -> None:
+    """Send these on the link, each when the one before has been taken."""
+    for piece in pieces:
+        rig.far.stream.send(piece)
+        wait_until(lambda: not bytes_waiting(rig.link.sock))
+
+
+@pytest.mark.parametrize("cut", range(40))
+def test_small_frames_cut_anywhere(later_rig: Rig, monkeypatch: pytest.MonkeyPatch, cut: int) -> None:
+    """One by one, several at once, in two pieces, empty ones in between, and the end behind the last."""
+    replace(monkeypatch, "OPENING_TIME", 0.0)  # pumps from the first byte on
+    rig, parts = later_rig, [b"first", b"", b"the second", b"3", b"", b"", b"and the fourth"]
+    rig.start()
+    first, *others = (encode_header(DATA, len(part)) + part for part in parts)
+    together = b"".join([first, *others, encode_frame(END)])
+    pass_on(rig, first, *others, together[:cut], together[cut:])
+    rig.far.machine.send(END)
+    assert read_all(rig.far_stream) == 2 * b"".join(parts)
+    assert rig.splice.from_link.carried == 2 * len(b"".join(parts))
+    rig.far_stream.shutdown(socket.SHUT_WR)
+    assert rig.done.wait(PATIENCE)
+    assert rig.splice.reason == ""
+
+
+def test_a_header_is_not_made_up_of_old_bytes(later_rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three bytes of a header stand before a byte of an earlier one, with which they would be a whole frame."""
+    replace(monkeypatch, "OPENING_TIME", 0.0)
+    rig = later_rig
+    rig.start()
+    short = (DATA << 24) - 1
+    pass_on(
+        rig, encode_header(DATA, 1) + b"x", encode_header(DATA, 255) + bytes(255), short.to_bytes(4, "big")[:3], b"\0"
+    )
+    assert rig.done.wait(PATIENCE)
+    assert rig.splice.reason == "link: FAIL of 16776960 bytes is longer than 4096"
+
+
+def test_many_frames_behind_an_end_are_kept_for_the_next_connection(
+    later_rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This side had ended before, so that the next START may follow END at once, with as much as there is room for."""
+    replace(monkeypatch, "OPENING_TIME", 0.0)
+    rig = later_rig
+    rig.start()
+    rig.far_stream.shutdown(socket.SHUT_WR)
+    wait_until(lambda: rig.splice.to_link.done)
+    pass_on(rig, encode_header(DATA, 300) + bytes(300), encode_header(DATA, 2048) + bytes(2048))
+    next_data = random.Random(5).randbytes(1500)
+    rig.far.stream.send(encode_frame(END) + encode_frame(START) + encode_header(DATA, 1500) + next_data)
+    assert rig.done.wait(PATIENCE)
+    assert rig.link.is_idle
+    frame, view = rig.link.receive_held(), memoryview(bytearray(4096))
+    assert frame is not None
+    assert frame.kind == START
+    rig.link.machine.send(READY)
+    assert rig.link.recv_into(view) == 1500
+    assert view[:1500] == next_data
+    rig.link.close()
 
 
 @pytest.mark.parametrize("cut", [4, 5, 70_000])
@@ -184,7 +244,7 @@ def test_a_pump_gives_its_large_buffer_back(
         sizes.append(len(view))
         return real(view)
 
-    monkeypatch.setattr(rig.stream, "recv_into", recv_into)
+    receive_by(rig.stream, recv_into)
     replace(monkeypatch, "roam", lambda: moves.append("roam"))
     replace(monkeypatch, "go_home", lambda: moves.append("home"))
     replace(monkeypatch, "OPENING_BYTES", 2048)
@@ -226,7 +286,7 @@ def test_little_waits_for_a_sink_that_does_not_read(
         return real_receive(view)
 
     monkeypatch.setattr(os, "splice", splice)
-    monkeypatch.setattr(rig.stream, "recv_into", recv_into)
+    receive_by(rig.stream, recv_into)
     limit_unsent(rig.link.sock)
     rig.far_stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
     rig.far_stream.settimeout(0.5)

@@ -25,7 +25,7 @@ from _tcprelay.watch import Splices
 
 from .conftest import PATIENCE, read_all, read_exactly, replace, wait_until
 from .ends import send_data, send_end
-from .rigs import Rig, bytes_waiting, receive, reset, sweep_until_broken, tcp_pair
+from .rigs import Rig, bytes_waiting, receive, receive_by, reset, sweep_until_broken, tcp_pair
 
 
 @pytest.mark.parametrize("first", ["stream", "link"])
@@ -614,7 +614,7 @@ def test_a_stream_that_fails_on_the_raw_wire_ends_the_connection(raw_rig: RawRig
             raise AssertionError
         raise ConnectionResetError("cut off without TLS close_notify")
 
-    raw_rig.stream.recv_into = recv_into  # type: ignore[method-assign]
+    receive_by(raw_rig.stream, recv_into)
     replace_now = raw_rig.stream.recv_now
 
     def recv_now(view: memoryview) -> int | None:
@@ -763,14 +763,14 @@ def test_a_raw_link_is_woken_hurried_and_never_drained() -> None:
             link.discard(Deadline(0))
 
 
-@pytest.mark.parametrize(("leg", "name"), [("stream", "recv_now"), ("stream", "recv_into"), ("link", "recv_into")])
+@pytest.mark.parametrize(("leg", "name"), [("stream", "recv_now"), ("stream", "calls"), ("link", "calls")])
 def test_an_unexpected_error_ends_the_connection(
     later_rig: Rig, monkeypatch: pytest.MonkeyPatch, leg: str, name: str
 ) -> None:
     """In whichever thread it happens: nobody waits for the other direction, and nobody sees a clean end."""
     rig = later_rig
-    replace(monkeypatch, "OPENING_TIME", 0.0 if name == "recv_into" else 6 * PATIENCE)
-    monkeypatch.setattr(getattr(rig, leg), name, Mock(side_effect=MemoryError))
+    replace(monkeypatch, "OPENING_TIME", 0.0 if name == "calls" else 6 * PATIENCE)
+    monkeypatch.setattr(getattr(rig, leg).stream, name, Mock(side_effect=MemoryError))
     rig.far_stream.sendall(b"x")
     rig.start()
     assert rig.done.wait(PATIENCE)

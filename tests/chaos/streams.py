@@ -700,8 +700,8 @@ class Tunnel(Stream):
         super().__init__(screen, "openssl")
         self._keyboard = keyboard
 
-    def send(self, data: bytes | bytearray | memoryview, flags: int = 0) -> None:
-        self._keyboard.send(data)
+    def send(self, data: bytes | bytearray | memoryview, flags: int = 0) -> int:
+        return self._keyboard.send(data)
 
 
 FULL = 0.5
