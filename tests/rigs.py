@@ -41,9 +41,9 @@ def tcp_pair(room: int = 0) -> tuple[socket.socket, socket.socket]:
 
 def receive_by(stream: Stream, receive: Callable[[memoryview], int]) -> None:
     """Have a stream receive by this function, in whichever way it is asked."""
-    stream.recv_into = receive  # type: ignore[method-assign]
+    stream.recv_into = receive  # type: ignore[method-assign, assignment]
     send = stream.calls()[1]
-    stream.calls = lambda: (receive, send)  # type: ignore[method-assign, assignment]
+    stream.calls = lambda: (receive, send)  # type: ignore[method-assign]
 
 
 class Rig:
