@@ -101,21 +101,26 @@ class TLSStream(Stream):
             finally:
                 self._flush_records()  # also the alert that says why it failed
             wait_for(self.fd, select.POLLIN, deadline, stop)
-            if not self._receive(socket.MSG_DONTWAIT):
+            count = self.sock.recv_into(self._raw, 0, socket.MSG_DONTWAIT)
+            with self._tls_lock:
+                self._feed(count)
+            if count == 0:
                 raise EOFError("the connection was closed during the TLS handshake")
 
     def recv_into(self, view: memoryview) -> int:
-        while self._drained or (count := self._decrypt(view)) is None:
-            self._receive()
+        count = None if self._drained else self._decrypt(view)
+        while count is None:
+            count = self._decrypt(view, self.sock.recv_into(self._raw))
         return count
 
     def believe_end(self) -> int:
         return 0  # it was a message
 
     def recv_now(self, view: memoryview) -> int | None:
+        count = None if self._drained else self._decrypt(view)
         try:
-            while self._drained or (count := self._decrypt(view)) is None:
-                self._receive(socket.MSG_DONTWAIT)
+            while count is None:
+                count = self._decrypt(view, self.sock.recv_into(self._raw, 0, socket.MSG_DONTWAIT))
         except BlockingIOError:
             return None
         return count
@@ -124,10 +129,13 @@ class TLSStream(Stream):
         return not self._drained
 
     def send(self, data: bytes | bytearray | memoryview, flags: int = 0) -> int:
-        if data:
-            with self._tls_lock:
-                self.tls.write(data)
-        self._flush_records()
+        with self._send_lock:
+            if data:
+                with self._tls_lock:
+                    self.tls.write(data)
+                    self._unsent, self._answers = self._unsent + self._outgoing.read(), 0
+            while not self._send_records(0):
+                self.keep_trying()
         return len(data)
 
     def send_now(self, data: bytearray, end_follows: bool = False) -> bool:
@@ -168,9 +176,12 @@ class TLSStream(Stream):
                 raise
         return True
 
-    def _decrypt(self, view: memoryview) -> int | None:
-        """Decrypted bytes that are here already: as many records as fit; 0 at close_notify, ``None`` for none."""
+    def _decrypt(self, view: memoryview, received: int | None = None) -> int | None:
+        """Decrypted bytes that are here already, now that so many encrypted ones were received: as many records as fit;
+        0 at close_notify, ``None`` for none."""
         with self._tls_lock:
+            if received is not None:
+                self._feed(received)
             if self._stash:
                 count = min(len(self._stash), len(view))
                 view[:count] = self._stash[:count]
@@ -218,23 +229,20 @@ class TLSStream(Stream):
             self._fruitless = 0
         return count
 
-    def _receive(self, flags: int = 0) -> bool:
-        """Take encrypted bytes from the socket; False at its end.  Raises `BlockingIOError` where flags say so."""
-        count = self.sock.recv_into(self._raw, 0, flags)
-        with self._tls_lock:
-            self._drained = False
-            if count:
-                self._fruitless += count
-                self._incoming.write(self._raw[:count])
-            else:
-                self._incoming.write_eof()
+    def _feed(self, count: int) -> None:
+        """Have TLS take the encrypted bytes that were received into `_raw`, none at their end; under the lock."""
+        self._drained = False
+        if count:
+            self._fruitless += count
+            self._incoming.write(self._raw[:count])
+        else:
+            self._incoming.write_eof()
         if count == len(self._raw) < LARGE_TLS_BUFFER:
             self._raw, self._small_reads = memoryview(bytearray(8 * count)), 0
         elif count < SMALL_TLS_BUFFER < len(self._raw):
             self._small_reads += 1
             if self._small_reads == SMALL_READS:
                 self.rest()
-        return count > 0
 
     def rest(self) -> None:
         """Give back the memory that bulk traffic took; by the receiving thread, when there is none any more."""
@@ -254,10 +262,16 @@ class TLSStream(Stream):
                         self._unsent, self._answers = self._outgoing.read(), 0
                 if not self._unsent:
                     return True
-                try:
-                    while self._unsent:
-                        self._unsent = self._unsent[self.sock.send(self._unsent, flags) :]
-                except BlockingIOError:
+                if not self._send_records(flags):
                     if flags:
                         return False
                     self.keep_trying()
+
+    def _send_records(self, flags: int) -> bool:
+        """Send the records that were taken from TLS; False where the socket does not take them now.  Under the lock."""
+        try:
+            while self._unsent:
+                self._unsent = self._unsent[self.sock.send(self._unsent, flags) :]
+        except BlockingIOError:
+            return False
+        return True

@@ -865,8 +865,10 @@ def test_ending_while_bulk_data_comes_in(certificates: Certificates) -> None:
         got, view = bytearray(), memoryview(bytearray(1 << 18))
         while len(receiver._raw) < 1 << 18:  # bulk traffic: it takes more at once
             got += view[: receiver.recv_into(view)]
-        receiver._receive()  # the receiving thread has taken bytes from the socket,
-        receiver.end()  # and before it decrypts them the sending thread ends its direction
+        count = receiver.sock.recv_into(receiver._raw)
+        with receiver._tls_lock:
+            receiver._feed(count)  # more than the receiving thread has room for,
+        receiver.end()  # and before it asks for the rest the sending thread ends its direction
         while count := receiver.recv_into(view):
             got += view[:count]
         thread.join(PATIENCE)
