@@ -56,6 +56,7 @@ def _run_role(given: Given[OptionsT], make: Callable[[OptionsT], Relay[Any]], lo
         print(given.report(), *([note] if note else []), sep="\n")
         return 0
     options, role = given.options, make(given.options)
+    role.runtime.emit.log = log_writer.tell
     if summary := given.summary():
         log.info("the configuration is from %s", summary)
     count = default_workers() if options.workers is None else options.workers

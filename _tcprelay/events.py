@@ -243,6 +243,9 @@ class Events:
         self._on_event = on_event
         self.listener: Callable[[Event], object] | None = None
         """The role's own, beside ``on_event``."""
+        self.log: Callable[[str, Event], object] | None = None
+        """In a command: takes an event for the log, with the logger's name, and makes no record of it: that would cost
+        the thread that serves a connection more than what it tells."""
         self.pass_on: Callable[[Event], object] | None = None
         """In a worker: tells the parent what is `of_all`."""
         self._lock = threading.Lock()  # over the two below
@@ -262,7 +265,10 @@ class Events:
             elif isinstance(event, ConnectionFailed):
                 self.counts["failed"] += 1
         if self._logger.isEnabledFor(event.level) and (not event.floods or self._may_log(type(event))):
-            self._logger.log(event.level, "%s", event, extra={"event": event})
+            if self.log is not None:
+                self.log(self._logger.name, event)
+            else:
+                self._logger.log(event.level, "%s", event, extra={"event": event})
         for listener in (self.listener, self._on_event):
             try:
                 if listener is not None:

@@ -555,6 +555,7 @@ def test_json_log_lines(capsys: pytest.CaptureFixture[str]) -> None:
     logger = logging.getLogger("tcprelay")
     try:
         events = Events(logging.getLogger("tcprelay.server"), None)
+        events.log = log_writer.tell
         closed = ConnectionClosed(
             id="1", service="web", peer="192.0.2.1:5", bytes_in=1, bytes_out=2, seconds=3.0, reason=""
         )
@@ -568,7 +569,7 @@ def test_json_log_lines(capsys: pytest.CaptureFixture[str]) -> None:
         logger.setLevel(logging.NOTSET)
     entry = json.loads(first)
     assert entry["event"] == "ConnectionClosed"
-    assert entry["level"] == "info"
+    assert (entry["level"], entry["logger"]) == ("info", "tcprelay.server")
     assert dataclasses.asdict(closed).items() <= entry.items()
     assert json.loads(second)["message"] == "a line\nwith a break"
 

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from statistics import median
 
 from .places import LongPath, Place, without_long_path
-from .processes import Failure, Processes, usage
+from .processes import Failure, Processes, times, usage
 from .programs import absent, find_program
 from .services import BODY
 from .subjects import OURS, Pool, Relay, Subject
@@ -103,6 +103,7 @@ class Requests(Case):
         self._connections = connections
         self._arguments = (f"-t{min(2, connections)}", f"-c{connections}", *arguments)
         self.metrics = {"rate": f"{kind}/s", "p50": "ms", "p99": "ms", "errors": "count"}
+        self.metrics |= {f"{role} {what}": "µs each" for role in ("server", "client") for what in ("user", "system")}
 
     def lasts(self, seconds: int) -> float:
         return self.around + self._length(seconds)
@@ -127,11 +128,18 @@ class Requests(Case):
     def measure(self, processes: Processes, relay: Relay, seconds: int) -> dict[str, float]:
         length, url = self._length(seconds), f"http://{relay.host}:{relay.port}/"
         arguments = (*self._arguments, "-d", length, "--timeout", 5, "--latency", url)
-        return parse_wrk(processes.run(length + SPARE_TIME, "wrk", *arguments))
+        roles = {"server": relay.server, "client": relay.client} if relay.server else {}
+        before = {role: times(pid) for role, pid in roles.items()}
+        figures = parse_wrk(processes.run(length + SPARE_TIME, "wrk", *arguments))
+        count = figures["rate"] * length
+        for role, pid in roles.items():
+            for what, now, then in zip(("user", "system"), times(pid), before[role], strict=True):
+                figures[f"{role} {what}"] = 1e6 * (now - then) / count
+        return figures
 
 
 def parse_wrk(output: str) -> dict[str, float]:
-    """The figures of `Requests`.  Raises `Failure` where there are none."""
+    """The figures of `Requests` that it tells.  Raises `Failure` where there are none."""
     rate = float((re.findall(r"Requests/sec:\s*([\d.]+)", output) or [0])[0])
     latencies = re.findall(r"\s(50|99)%\s+([\d.]+)(us|ms|s|m)\b", output)
     if not rate or len(latencies) != 2:

@@ -43,6 +43,14 @@ def usage(*pids: int) -> tuple[float, int, int]:
     return seconds, pages * os.sysconf("SC_PAGE_SIZE"), threads
 
 
+def times(pid: int) -> tuple[float, float]:
+    """User and system seconds of a process and its descendants, as exact as a second or so of load makes the kernel's
+    division of its clock; 0 is no process."""
+    stats = find_family(pid).values()
+    user, system = (sum(int(stat[index]) for stat in stats) for index in (11, 12))
+    return user / os.sysconf("SC_CLK_TCK"), system / os.sysconf("SC_CLK_TCK")
+
+
 def processor_clock(pid: int) -> float:
     """Processor seconds of a process alone: its clock is finer than the ticks in /proc."""
     with suppress(OSError):
