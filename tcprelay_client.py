@@ -99,7 +99,7 @@ class RelayClient(Relay[ClientOptions]):
         self._worker, self._most_idle = number, share(options.num_conn)
         if options.max_conn:
             runtime.places.most = share(options.max_conn)
-        services = [Service(one, self._most_idle, runtime.probing, count) for one in options.services]
+        services = [Service(one, self._most_idle, count) for one in options.services]
         self._stock = Stock(services, self._most_idle, runtime.places, max(1, share(MOST_HANDSHAKES)))
 
     @property

@@ -331,7 +331,8 @@ class Link:
         buffer, start = self._buffer, self._start
         if self._end - start < HEADER:
             return None
-        kind, length = buffer[start], int.from_bytes(buffer[start + 1 : start + HEADER], "big")
+        head = HEAD.unpack_from(buffer, start)[0]
+        kind, length = head >> 24, head & MAX_DATA
         self.machine.check(kind, length)
         if kind == DATA:
             self._start += HEADER

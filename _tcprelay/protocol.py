@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import threading
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from .system import hashlib, hmac
 from .text import random_id
@@ -121,13 +120,15 @@ class LinkMachine:
                 self._ended = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+_NO_FIELDS: dict[str, Any] = {}
+
+
+class Frame(NamedTuple):
     """A control frame (`fields` is its JSON object), or the head of a DATA frame of `length` bytes."""
 
     kind: int
     length: int = 0
-    fields: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, Any] = _NO_FIELDS
 
     def text(self, name: str, default: str = "") -> str:
         """A string field.  Raises `LinkFault` where it is something else."""
@@ -144,9 +145,12 @@ class Frame:
         return min(value, most)
 
 
+_encode_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
 def encode_frame(kind: int, fields: dict[str, Any] | None = None) -> bytes:
     """The bytes of a control frame.  Raises `ValueError` where the body is longer than `MAX_CONTROL`."""
-    body = json.dumps(fields, separators=(",", ":")).encode() if fields else b""
+    body = _encode_json(fields).encode() if fields else b""
     if len(body) > MAX_CONTROL:
         raise ValueError(f"{FRAME_NAMES[kind]} of {len(body)} bytes is longer than {MAX_CONTROL}")
     return encode_header(kind, len(body)) + body

@@ -75,7 +75,7 @@ class Runtime(Generic[OptionsT]):
         self.threads = Threads()
         self.probing = Probing(options.keepalive, options.dead_path)
         self.places = Places(most or from_descriptor_limit())
-        self.splices = Splices(options.idle_timeout, options.half_close_timeout, options.dead_path)
+        self.splices = Splices(options.idle_timeout, options.half_close_timeout, options.dead_path, self.probing)
         self._channel: socket.socket | None = None
         """In a worker process, to its parent; see `_tcprelay.processes`."""
 

@@ -91,7 +91,8 @@ def _listen_on(family: int, address: Any, probing: Probing) -> socket.socket:
     both = address[0] == "::" and socket.has_dualstack_ipv6()
     listener = socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=both)
     limit_sends(listener)
-    set_tcp_options(listener, probing)
+    set_tcp_options(listener)
+    probing.apply(listener)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
     listener.setblocking(False)
     return listener
@@ -110,11 +111,12 @@ class Dialer:
         probing: Probing | None = None,
         again: float | None = None,
     ) -> None:
-        """With `again` each address is tried once more after so many seconds without an answer: where a path is back,
-        the kernel's own next attempt may be far away."""
+        """Without `probing` that is left for when a connection turns out to last.  With `again` each address is tried
+        once more after so many seconds without an answer: where a path is back, the kernel's own next attempt may be
+        far away."""
         self._target = target
         self._timeout = timeout
-        self._probing = probing or Probing()
+        self._probing = probing
         self._again = again
         self._name = Name(target.host, target.port)
         self._favourite: tuple[int, Any] | None = None
@@ -204,7 +206,7 @@ class Race:
         addresses: Addresses,
         deadline: Deadline,
         stop: Stop | None,
-        probing: Probing,
+        probing: Probing | None,
         again: float | None = None,
         little: bool = False,
     ) -> None:
@@ -307,7 +309,9 @@ class Race:
         # A port of the ephemeral range on this host where nothing listens can connect to itself.
         if to[1][1] in EPHEMERAL_PORTS and connected_to_itself(sock):
             raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
-        set_tcp_options(sock, self._probing)
+        set_tcp_options(sock)
+        if self._probing is not None:
+            self._probing.apply(sock)
         if self._little:
             hold_little(sock)
         self.winner = to

@@ -54,6 +54,8 @@ class Splice:
         self._broken_at = 0.0
         self._over = False
         """No other thread uses the two any more."""
+        self.probed = False
+        """The system asks whether the stream's peer is still there: see `Splices`."""
         # For the sweep alone: what was carried when it last looked, since when; and when it saw the stream lost.
         self._lost_at = 0.0
         self._seen = 0

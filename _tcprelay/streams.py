@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from .system import ignore_oserror
-from .tcp import BYTES_RECEIVED, CLOSE_NORMALLY, RESET_ON_CLOSE, STATE, tcp_info, unsent_bytes
+from .tcp import BYTES_RECEIVED, CLOSE_NORMALLY, RESET_ON_CLOSE, STATE, Probing, tcp_info, unsent_bytes
 from .waiting import Deadline, Stop, wait_for
 
 FLUSH_TIMEOUT = 5.0
@@ -110,6 +110,11 @@ class Stream:
         self._fin_sent = False
         self.received = 0
         """Bytes that were taken from the socket, in whichever process, for `believe_end`."""
+
+    def probe(self, probing: Probing) -> None:
+        """Have the system ask whether the peer is still there, now that its connection has turned out to last."""
+        if self._tcp:
+            ignore_oserror(probing.apply, self.sock)
 
     def handshake(self, deadline: Deadline, stop: Stop | None = None) -> None:
         """What comes before the first byte.  Raises `OSError`, `TimeoutError`, `EOFError` and `Stopping`."""

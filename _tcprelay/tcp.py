@@ -68,8 +68,8 @@ class Probing:
 _turns = itertools.count()
 
 
-def set_tcp_options(sock: socket.socket, probing: Probing) -> None:
-    """No delay, urgent bytes among the others, and keepalive.
+def set_tcp_options(sock: socket.socket) -> None:
+    """No delay, urgent bytes among the others, and little that is unsent.
 
     Without SO_OOBINLINE an urgent byte (Telnet's and FTP's interrupt) would be taken out of the stream and lost.
 
@@ -79,7 +79,6 @@ def set_tcp_options(sock: socket.socket, probing: Probing) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
     limit_unsent(sock)
-    probing.apply(sock)
 
 
 UNSENT = 1 << 15

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from .link import Link
 from .splice import Splice
+from .tcp import Probing
 from .waiting import Deadline
 
 BATCH = 256
@@ -64,11 +65,15 @@ class Places:
 class Splices:
     """The watch over the connections of one role."""
 
-    def __init__(self, idle_timeout: float, half_close_timeout: float, dead_path: float = 0.0) -> None:
-        """Times in seconds; 0 is never."""
+    def __init__(
+        self, idle_timeout: float, half_close_timeout: float, dead_path: float = 0.0, probing: Probing | None = None
+    ) -> None:
+        """Times in seconds; 0 is never.  What a sweep finds is probed from then on: a short connection need not pay
+        for that."""
         self._idle_timeout = idle_timeout
         self._half_close_timeout = half_close_timeout
         self._dead_path = dead_path
+        self._probing = probing or Probing()
         self._condition = threading.Condition()  # over the next
         self._all: set[Splice] = set()
 
@@ -120,6 +125,9 @@ class Splices:
         poller = select.poll()
         by_fd: dict[int, Splice] = {}
         for splice in splices:
+            if not splice.probed:
+                splice.probed = True
+                splice.stream.probe(self._probing)
             splice.check_time(now, self._idle_timeout, self._half_close_timeout, self._dead_path)
             poller.register(splice.stream.fd, 0)
             # A link that has ended after END is lost; on the raw wire that is what its end looks like.

@@ -28,7 +28,7 @@ from _tcprelay.protocol import (
     encode_frame, encode_header, prove,
 )  # fmt: skip
 from _tcprelay.sockets import Race
-from _tcprelay.tcp import Probing, unsent_bytes
+from _tcprelay.tcp import unsent_bytes
 from _tcprelay.text import say_error
 from _tcprelay.threads import Threads
 from _tcprelay.waiting import Deadline
@@ -863,7 +863,7 @@ def test_each_service_may_try_one_link() -> None:
 
 
 def make_stock(places: int = 8) -> tuple[Stock, stock_room.Service]:
-    service = stock_room.Service(tcprelay.Publication("web", Endpoint("localhost", 1)), 4, Probing())
+    service = stock_room.Service(tcprelay.Publication("web", Endpoint("localhost", 1)), 4)
     return Stock([service], 4, Places(places), 8), service
 
 

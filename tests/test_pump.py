@@ -119,10 +119,9 @@ def test_a_header_is_not_made_up_of_old_bytes(later_rig: Rig, monkeypatch: pytes
     replace(monkeypatch, "OPENING_TIME", 0.0)
     rig = later_rig
     rig.start()
-    short = (DATA << 24) - 1
-    pass_on(
-        rig, encode_header(DATA, 1) + b"x", encode_header(DATA, 255) + bytes(255), short.to_bytes(4, "big")[:3], b"\0"
-    )
+    short = ((DATA << 24) - 1).to_bytes(4, "big")[:3]
+    pass_on(rig, encode_header(DATA, 1) + b"x", encode_header(DATA, 255) + bytes(255), short)
+    rig.far.stream.send(b"\0")
     assert rig.done.wait(PATIENCE)
     assert rig.splice.reason == "link: FAIL of 16776960 bytes is longer than 4096"
 

@@ -234,8 +234,8 @@ class Links:
                 raise EOFError("the link was lost before its connection began")
             port = shown(start.text("port"), 64)
             times = self._own.times(record["peer"], port) if place.shares(port) else 0
-            if stream := self._dial(service, link, record, began, Way(place, port, times)):
-                held = self._hold(stream, place, times)
+            if stream := self._dial(service, link, record, began, way := Way(place, port, times)):
+                held = self._own.hold(*way.ends, times) if place.may_return(*way.ends) else None
                 try:
                     self._splice(stream, link, service, record, link.pack_control(READY))
                 finally:
@@ -244,11 +244,6 @@ class Links:
         finally:
             self._stock.shift(service, busy=-1, idle=idle)
         return link.machine.state == IDLE
-
-    def _hold(self, stream: Stream, place: RelayPlace, times: int) -> tuple[int, int] | None:
-        """Note a connection to a service that may come back through the relay."""
-        near, far = ends_of(stream.sock)
-        return self._own.hold(near, far, times) if place.may_return(near, far) else None
 
     def _serve_raw(self, link: RawLink, service: Service) -> str:
         """Carry one connection on a raw link: the first bytes start it.  Raises as `_serve_idle` does."""
@@ -279,9 +274,11 @@ class Links:
             if way and way.times >= len(self._stock.services):
                 raise ConnectionError(LOOP)
             stream = self._dial_service(service, self._runtime.cut, little=not is_near(link.sock))
-            if way and way.place.is_at(ends_of(stream.sock)[1], way.port):
-                stream.close()
-                raise ConnectionError(LOOP)
+            if way:
+                way.ends = ends_of(stream.sock)
+                if way.place.is_at(way.ends[1], way.port):
+                    stream.close()
+                    raise ConnectionError(LOOP)
             return stream
         except (OSError, EOFError) as error:
             reason = f"cannot reach {service.target}: {say_error(error)}"

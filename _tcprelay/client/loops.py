@@ -20,7 +20,7 @@ from __future__ import annotations
 import mmap
 import socket
 import zlib
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..addresses import host_of, is_loopback, show_address
 
@@ -103,12 +103,15 @@ class RelayPlace:
         return not self._is_here and host_of(far) == self._host and str(far[1]) == address.rpartition(":")[2]
 
 
-class Way(NamedTuple):
-    """How a service client has come: to a port of the relay's place, and back so many times."""
+class Way:
+    """How a service client has come: to a port of the relay's place, and back so many times; and where that leads."""
 
-    place: RelayPlace
-    port: str
-    times: int
+    def __init__(self, place: RelayPlace, port: str, times: int) -> None:
+        self.place = place
+        self.port = port
+        self.times = times
+        self.ends: tuple[Any, Any] = None, None
+        """The addresses of the connection to the service, when there is one."""
 
 
 def ends_of(sock: socket.socket) -> tuple[Any, Any]:

@@ -15,7 +15,6 @@ import time
 from ..link import AnyLink
 from ..sockets import Dialer
 from ..system import random_fraction
-from ..tcp import Probing
 from ..values import Publication
 from ..waiting import Deadline
 from ..watch import Places
@@ -101,10 +100,10 @@ class Pace:
 class Service:
     """A published service and the state of its links; all but the first three under `Stock._condition`."""
 
-    def __init__(self, publication: Publication, most_idle: int, probing: Probing, workers: int = 1) -> None:
+    def __init__(self, publication: Publication, most_idle: int, workers: int = 1) -> None:
         self.name = publication.name
         self.target = publication.target
-        self.dialer = Dialer(publication.target, probing=probing)
+        self.dialer = Dialer(publication.target)
         self.idle = self.busy = self.connecting = 0
         self.pace = Pace(most_idle, workers)
         self.asked = 0

@@ -156,7 +156,8 @@ class Listeners:
             counted = False
             try:
                 sock.setblocking(True)  # whatever default a program has set, or the listener handed down
-                self._runtime.probing.spread(sock)
+                if not service:  # of service clients those that last: see `Splices`
+                    self._runtime.probing.spread(sock)
                 counted = share.enter(address)
                 if counted:
                     self.hand_on(service, sock, address)

@@ -25,7 +25,6 @@ from _tcprelay.client.stock import STABLE_TIME, RefusedByServer, Service, Unreac
 from _tcprelay.protocol import (
     AUTH, CHALLENGE, CLIENT, HELLO, PING, PONG, REFUSED, SERVER, WELCOME, encode_frame, new_nonce, prove,
 )  # fmt: skip
-from _tcprelay.tcp import Probing
 from tcprelay import Publication, RelayClient
 
 from ..peers import HOST, RelayProcess
@@ -151,7 +150,7 @@ class DistantClient:
         self._crowd = crowd
         self._source = f"127.{1 + (number >> 16)}.{number >> 8 & 255}.{number & 255}"
         self._id = f"distant-{number}"
-        self._service = Service(Publication("default", Endpoint(HOST, 1)), 1, Probing())
+        self._service = Service(Publication("default", Endpoint(HOST, 1)), 1)
         self._sock: socket.socket | None = None
         self._tls: ssl.SSLObject | None = None
         self._attempt = 0
