@@ -35,6 +35,7 @@ from _tcprelay.server.intake import Intake, ParentIntake, PortIntake
 from _tcprelay.server.limits import Handshakes, bounds_of_handshakes
 from _tcprelay.server.links import Links
 from _tcprelay.server.listeners import Listeners
+from _tcprelay.server.nonces import Nonces
 from _tcprelay.server.pairing import Pairing
 from _tcprelay.server.pool import Pool
 from _tcprelay.server.trust import invitation, load_credentials, warn_about_trust
@@ -80,6 +81,7 @@ class RelayServer(Relay[ServerOptions]):
         checked = make_options(ServerOptions, relay_port=relay_port, service_port=service_port, **options)
         super().__init__(Runtime("tcprelay.server", checked, checked.max_connections, on_event))
         self._listeners = Listeners(self.runtime)
+        self._nonces = Nonces()
         self._account: WorkerAccount | None = None
         """In a worker, as is the next."""
         self._source: socket.socket
@@ -146,7 +148,7 @@ class RelayServer(Relay[ServerOptions]):
         self._intake = intake
         bounds = bounds_of_handshakes(most, account.workers if account else 1)
         of_links, of_clients = map(Handshakes, bounds)
-        self._links = Links(runtime, pool, intake, of_links)
+        self._links = Links(runtime, pool, intake, of_links, self._nonces)
         pairing = Pairing(runtime, pool, intake, of_clients, self._links)
         intake.serve_link, intake.serve_client = self._links.serve, pairing.serve
         self._is_made = True
@@ -170,11 +172,13 @@ class RelayServer(Relay[ServerOptions]):
     # With workers
 
     def make_workers(self, count: int) -> ServerWorkers:
+        self._nonces = Nonces(count)
         return ServerWorkers(self, count, self._listeners, self._become_one_of)
 
     def _become_one_of(self, account: WorkerAccount, source: socket.socket) -> None:
         """Be one worker: what is accepted, bounded and counted over all of them is its parent's business."""
         self._account, self._source = account, source
+        self._nonces.process = account.number
 
     def obey(self, order: dict[str, Any]) -> None:
         if "suspect" in order:

@@ -34,6 +34,7 @@ Each room imports only rooms that stand above it in this list (tests/test_house.
     command         how a command begins and ends
     server.limits     what one address may take; handshakes under way
     server.clients    a service client until its service has answered
+    server.nonces     nonces that are handed out ahead
     server.account    what was handed to workers, and what became of it
     server.pool       idle links and waiting service clients
     server.listeners  the ports, and what each address may have of them

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import select
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .protocol import (
@@ -104,9 +104,10 @@ class Link:
             self.passed = 0
         return encode_frame(kind, fields)
 
-    def pack_ping(self) -> bytes:
-        """What asks whether the other side is there, and has done with what came before."""
-        return self.pack_control(PING)
+    def pack_ping(self, nonces: Sequence[str] = ()) -> bytes:
+        """What asks whether the other side is there, and has done with what came before; with `nonces` for its next
+        links."""
+        return self.pack_control(PING, {"nonces": nonces} if nonces else None)
 
     def pack_bye(self, again: bool) -> bytes:
         """What ends an idle link in peace; the relay client may open one `again` at once."""
@@ -396,7 +397,7 @@ class RawLink:
     def fail(self, reason: str, stop: Stop) -> None:
         """Nor for this."""
 
-    def pack_ping(self) -> bytes:
+    def pack_ping(self, nonces: Sequence[str] = ()) -> bytes:
         return b""
 
     def pack_bye(self, again: bool) -> bytes:

@@ -137,6 +137,13 @@ class Frame(NamedTuple):
             raise LinkFault(f"{FRAME_NAMES[self.kind]}: {name} is not a string")
         return value
 
+    def texts(self, name: str, most: int) -> list[str]:
+        """A list of strings, the first `most` of them.  Raises `LinkFault` where it is something else."""
+        value = self.fields.get(name, [])
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise LinkFault(f"{FRAME_NAMES[self.kind]}: {name} is not a list of strings")
+        return value[:most]
+
     def number(self, name: str, default: float, most: float) -> float:
         """A number field, at least 0 and at most `most`.  Raises `LinkFault` where it is something else."""
         value = self.fields.get(name, default)

@@ -6,6 +6,7 @@ Each runs in the thread of its link.
 from __future__ import annotations
 
 import socket
+from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -37,6 +38,8 @@ LINK_TIMEOUT = 30.0
 is in the server's pool has not been given up here."""
 
 
+MOST_NONCES, LONGEST_NONCE = 64, 128
+"""So many of the server's nonces are kept for links to come, and how long one may be; the oldest go first."""
 NOT_YET_VALID, EXPIRED = 9, 10
 """What OpenSSL calls a certificate (X509_V_ERR_CERT_NOT_YET_VALID and _HAS_EXPIRED)."""
 CLOCK = "; is this host's clock right?"
@@ -58,6 +61,7 @@ class Greeting:
         self._name = (options.name or socket.gethostname())[:64]
         self.relay = Endpoint(options.relay_host, options.relay_port or 0)
         self._dialer = Dialer(self.relay, RELAY_DIAL_TIMEOUT, runtime.probing, DIAL_AGAIN)
+        self._nonces: deque[str] = deque(maxlen=MOST_NONCES)
 
     def connect(self, service: str, doubt: Callable[[str], object]) -> tuple[AnyLink, str, int]:
         """Dial the relay server and bring a link to its idle state; with the service's address there, and how many
@@ -81,6 +85,10 @@ class Greeting:
             if isinstance(error, TimeoutError):
                 raise late from None
             raise
+
+    def keep_nonces(self, frame: Frame) -> None:
+        """Keep what a WELCOME or a PING brings for the next links.  Raises `LinkFault`."""
+        self._nonces.extend(nonce for nonce in frame.texts("nonces", MOST_NONCES) if len(nonce) <= LONGEST_NONCE)
 
     def _dial(self, deadline: Deadline, doubt: Callable[[str], object]) -> Stream:
         """Connect to the relay server, with TLS where it is asked for; the deadline begins when there is a connection.
@@ -142,15 +150,20 @@ class Greeting:
         return TimeoutError(f"no answer within {LINK_TIMEOUT:g} s{why}")
 
     def _greet(self, link: Link, service: str, deadline: Deadline, doubt: Callable[[str], object]) -> Frame:
-        """HELLO, CHALLENGE, AUTH; returns WELCOME.  The server proves that it knows the token, too."""
+        """HELLO, and CHALLENGE and AUTH where there was no nonce for HELLO; returns WELCOME.  The server proves that it
+        knows the token, too."""
         runtime = self._runtime
-        nonce, token = new_nonce(), runtime.credentials.token
+        nonce, token, expected = new_nonce(), runtime.credentials.token, ""
         hello = {"version": PROTOCOL_VERSION, "service": service, "client": self._id, "worker": self.worker,
                  "name": self._name, "idle": self._most_idle, "nonce": nonce, "token": bool(token)}  # fmt: skip
+        if token and (ahead := self._take_nonce()):
+            parts = (nonce, ahead, service, self._id)
+            hello |= {"server_nonce": ahead, "proof": prove(token, CLIENT, *parts)}
+            expected = prove(token, SERVER, *parts)
         link.send(HELLO, hello)
         # Once WELCOME may be on its way, so may START behind it: then nothing but BYE ends a link in peace.
         try:
-            stop = runtime.stop if token else runtime.cut
+            stop = runtime.stop if token and not expected else runtime.cut
             answer = self._patiently(lambda until: link.receive(until, stop), link.sock, deadline, doubt)
         except LinkFault as error:
             spoken = guess_protocol(link.unread())
@@ -172,7 +185,6 @@ class Greeting:
             if link.stream.secure:
                 raise
             raise EOFError(f"the relay closed the link without a word; {WHY_NO_WORD}") from None
-        expected = ""
         if answer.kind == CHALLENGE:
             if not token:
                 link.refuse("token", "it has no token; set --token-file there")
@@ -185,7 +197,15 @@ class Greeting:
             raise refused(answer)
         if token and not (expected and is_proof(answer.text("proof"), expected)):
             raise RefusedByServer("the relay did not prove that it knows the token; is --token-file set there?")
+        self.keep_nonces(answer)
         return answer
+
+    def _take_nonce(self) -> str:
+        """The one that came last; "" where there is none."""
+        try:
+            return self._nonces.pop()
+        except IndexError:
+            return ""
 
 
 ResultT = TypeVar("ResultT")

@@ -183,6 +183,7 @@ class Links:
                 self._leave_to_server(link, service)
                 return "no PING in time after its connection", False
             if frame.kind == PING:
+                self._greeting.keep_nonces(frame)
                 link.send_now(PONG)
             elif frame.kind == START:
                 if not self._serve(link, frame, service, place):

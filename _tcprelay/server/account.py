@@ -109,24 +109,24 @@ class WorkerAccount:
 
     def __init__(self, account: Account, number: int) -> None:
         self._account = account
-        self._number = number
+        self.number = number
         self._lock = threading.Lock()  # over what is added to
         self.workers = account.workers
 
     def settle(self, kind: str) -> None:
         """A service client, or a link, needs no link any more."""
         with self._lock:
-            self._account.add(self._number, kind, SETTLED)
+            self._account.add(self.number, kind, SETTLED)
 
     def leave(self, kind: str) -> None:
         """It is gone."""
         with self._lock:
-            self._account.add(self._number, kind, LEFT)
+            self._account.add(self.number, kind, LEFT)
 
     def show(self, service: str, idle: int, waiting: int) -> None:
         """So many links are idle, and service clients wait, here and now; under the pool's lock."""
-        self._account.write(self._number, service, IDLE, idle)
-        self._account.write(self._number, service, WAITING, waiting)
+        self._account.write(self.number, service, IDLE, idle)
+        self._account.write(self.number, service, WAITING, waiting)
 
     def count_waiting_elsewhere(self, service: str) -> int:
-        return self._account.count_waiting(service, without=self._number)
+        return self._account.count_waiting(service, without=self.number)

@@ -27,12 +27,15 @@ from ..waiting import Deadline, Stopping, wait_for
 from .clients import Refusal
 from .intake import Intake
 from .limits import TOO_MANY_HANDSHAKES, Handshakes
+from .nonces import Nonces
 from .pool import PooledLink
 from .trust import check_protected_mode, explain_tls
 
 HANDSHAKE_TIMEOUT, HANDSHAKE_STEP = 20.0, 10.0
 """Seconds that a server gives a handshake as a whole, and each answer in it: three round trips of a saturated uplink
 take that long, and a silent peer is not waited for longer."""
+WELCOME_NONCES = 4
+"""So many are handed out with a WELCOME: a burst has a relay client open links in growing numbers."""
 ACCESS_DENIED = b"\x15\x03\x03\x00\x02\x02\x31"
 """A TLS alert before the handshake: fatal, access_denied (RFC 8446, 6)."""
 
@@ -40,17 +43,19 @@ ACCESS_DENIED = b"\x15\x03\x03\x00\x02\x02\x31"
 class Greeting:
     """Shakes hands with relay clients.
 
-    Parameters: the runtime; where connections come from; the handshakes under way; and what counts a link in before its
+    Parameters: the runtime; where connections come from; the handshakes under way; the nonces that are handed out; and
+    what counts a link in before its
     client is told WELCOME, which may raise `Refusal`, and out again, with the reason.
     """
 
     def __init__(
-        self, runtime: Runtime[ServerOptions], intake: Intake, handshakes: Handshakes,
+        self, runtime: Runtime[ServerOptions], intake: Intake, handshakes: Handshakes, nonces: Nonces,
         join: Callable[[PooledLink], None], forget: Callable[[PooledLink, str], None],
     ) -> None:  # fmt: skip
         self._runtime = runtime
         self._intake = intake
         self._handshakes = handshakes
+        self._nonces = nonces
         self._join = join
         self._forget = forget
 
@@ -126,9 +131,11 @@ class Greeting:
         service, client, nonce = hello.text("service"), hello.text("client")[:64], hello.text("nonce")
         proof, token = "", runtime.credentials.token
         if token:
-            own_nonce = new_nonce()
-            link.send(CHALLENGE, {"nonce": own_nonce})
-            auth = link.receive(deadline.within(HANDSHAKE_STEP), runtime.stop)
+            own_nonce, auth = hello.text("server_nonce"), hello
+            if not self._nonces.take(own_nonce, client):
+                own_nonce = new_nonce()
+                link.send(CHALLENGE, {"nonce": own_nonce})
+                auth = link.receive(deadline.within(HANDSHAKE_STEP), runtime.stop)
             if auth.kind == REFUSED:
                 raise Refusal(f"the relay client gave up: {shown(auth.text('reason'))}", "lost")
             expected = prove(token, CLIENT, nonce, own_nonce, service, client)
@@ -161,7 +168,9 @@ class Greeting:
         self._join(pooled)
         pooled.pongs_due += 1  # until it has answered once, others are given out first: its client may have given up
         try:
-            out = link.pack_control(WELCOME, {"proof": proof, **welcome} if proof else welcome)
+            if proof:
+                welcome = {"proof": proof, **welcome, "nonces": self._nonces.hand_out(client, WELCOME_NONCES)}
+            out = link.pack_control(WELCOME, welcome)
             link.stream.send(out + link.pack_ping())
         except BaseException as error:
             self._forget(pooled, say_error(error))

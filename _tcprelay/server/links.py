@@ -28,6 +28,7 @@ from .clients import NOBODY, NoLinkHere, Refusal, make_stream
 from .greeting import Greeting
 from .intake import Intake
 from .limits import TOO_MANY_HANDSHAKES, Handshakes
+from .nonces import Nonces
 from .pool import Pool, PooledLink
 
 SURPLUS_TIME = 60.0
@@ -37,17 +38,24 @@ SURPLUS_TIME = 60.0
 class Links:
     """Takes links in, keeps them while they are idle, and closes them.
 
-    Parameters: the runtime, the pool, where connections come from, and the handshakes under way.
+    Parameters: the runtime, the pool, where connections come from, the handshakes under way, and the nonces that are
+    handed out.
     """
 
-    def __init__(self, runtime: Runtime[ServerOptions], pool: Pool, intake: Intake, handshakes: Handshakes) -> None:
+    PING_NONCES = 2
+    """So many are handed out with a PING, where there is a token: a relay client has fresh ones at any time, then."""
+
+    def __init__(
+        self, runtime: Runtime[ServerOptions], pool: Pool, intake: Intake, handshakes: Handshakes, nonces: Nonces
+    ) -> None:
         self._runtime = runtime
         self._pool = pool
         self._intake = intake
         self._handshakes = handshakes
         self.keeper = runtime.own_thread(self._keep, "keeper", runtime.cut)
         """The thread that keeps what is idle; it lives as long as the server."""
-        self._greeting = Greeting(runtime, intake, handshakes, self._join, self._forget)
+        self._nonces = nonces
+        self._greeting = Greeting(runtime, intake, handshakes, nonces, self._join, self._forget)
 
     def start(self) -> None:
         """Begin to keep what is idle."""
@@ -131,8 +139,9 @@ class Links:
         """PING on an idle link, and put it back."""
         pooled.last_pinged = time.monotonic()
         pooled.pongs_due += 1
+        token = self._runtime.credentials.token
         try:
-            pooled.send(pooled.link.pack_ping())
+            pooled.send(pooled.link.pack_ping(self._nonces.hand_out(pooled.client, self.PING_NONCES) if token else []))
         except OSError as error:
             self.drop(pooled, say_error(error))
         else:
