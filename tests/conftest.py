@@ -42,6 +42,12 @@ def wait_until(condition: Callable[[], Any], timeout: float = PATIENCE) -> Any:
     return value
 
 
+def unused_port() -> int:
+    """A port of this host where nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
 def connect(address: tuple[str, int], timeout: float = PATIENCE) -> socket.socket:
     """A connection to a port on loopback, with a deadline on every call."""
     return socket.create_connection(("127.0.0.1", address[1]), timeout)

@@ -38,7 +38,7 @@ from tcprelay import (
     Unpublished,
 )  # fmt: skip
 
-from .conftest import PATIENCE, Bench, Service, connect, read_exactly, replace, wait_until
+from .conftest import PATIENCE, Bench, Service, connect, read_exactly, replace, unused_port, wait_until
 from .ends import send_data
 from .peers_v1 import FakeServer
 
@@ -59,11 +59,6 @@ def client_of(bench: Bench, server: FakeServer, service: Service | int, **option
     options = {**own, **options}
     client: RelayClient = bench.enter(RelayClient("127.0.0.1", port, "127.0.0.1", server.port, **options))
     return client
-
-
-def unused_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 def next_frame(link: Link) -> Any:

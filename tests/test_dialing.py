@@ -18,7 +18,7 @@ from _tcprelay.tcp import NEAR_BUFFER, NEAR_SEGMENT, UNSENT
 from _tcprelay.text import say_error
 from _tcprelay.waiting import Stop, Stopping
 
-from .conftest import PATIENCE, Bench, replace, wait_until
+from .conftest import PATIENCE, Bench, replace, unused_port, wait_until
 
 
 class Names:
@@ -49,11 +49,6 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[Names]:
 
 def at(port: int, host: str = "127.0.0.1") -> Addresses:
     return [(socket.AF_INET, (host, port))]
-
-
-def unused_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 def make_old(dialer: Dialer) -> None:

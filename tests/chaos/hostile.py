@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from _tcprelay.client.greeting import LINK_TIMEOUT
 from _tcprelay.protocol import (
@@ -87,7 +87,7 @@ class Peer:
         header = self._take(4)
         return header[0], self._take(int.from_bytes(header[1:], "big"))
 
-    def read(self, kind: int) -> dict[str, str]:
+    def read(self, kind: int) -> dict[str, Any]:
         """The fields of the next frame, which has to be of this kind.  Raises `OSError`, `EOFError`."""
         found, body = self.next()
         if found != kind:
@@ -956,6 +956,12 @@ def replay(record: list[bytes], peer: Peer) -> None:
         peer.sock.sendall(frame)
 
 
+def steal(nonce: str, peer: Peer) -> None:
+    """HELLO with a nonce that was handed out to a member, and no proof for it; AUTH where that is used already."""
+    peer.say(HELLO, version=1, service="default", client="peer", nonce=new_nonce(), server_nonce=nonce, proof="0" * 64)
+    peer.say(AUTH, proof="0" * 64)
+
+
 def reflect(relay: Address, context: Context, peer: Peer) -> None:
     """Let the relay server answer its own challenge, on another link."""
     say_hello(peer)
@@ -973,14 +979,25 @@ def token_attempts(relay: Address, members: set[str], context: Context = None) -
     with connect(relay, context=context) as member:
         members.add(member.name)
         member.greet(TOKEN)
-        member.read(WELCOME)
+        nonces: list[str] = member.read(WELCOME)["nonces"]
         record = list(member.said)
+        member.say(BYE)
+        member.hear_out()
+    with connect(relay, context=context) as member:
+        members.add(member.name)
+        own = new_nonce()
+        proof = prove(TOKEN.encode(), CLIENT, own, nonces[0], "default", "peer")
+        member.say(HELLO, version=1, service="default", client="peer", nonce=own, server_nonce=nonces[0], proof=proof)
+        member.read(WELCOME)
+        short_record = [*member.said, encode_frame(AUTH, {"proof": proof})]
         member.say(BYE)
         member.hear_out()
     ways: dict[str, tuple[Speech, str]] = {
         "no token": (show_no_proof, "token"),
         "wrong token": (lambda peer: peer.greet("another-token"), "token"),
         "replayed AUTH": (partial(replay, record), "token"),
+        "replayed HELLO": (partial(replay, short_record), "token"),
+        "a nonce of another's": (lambda peer: steal(nonces[1], peer), "token"),
         "reflected challenge": (partial(reflect, relay, context), "token"),
         "claimed WELCOME": (claim_welcome, "protocol"),
     }
