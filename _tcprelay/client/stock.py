@@ -31,10 +31,10 @@ REFILL_TIME, REFILL_RATE = 5.0, 4.0
 """Idle links that were lost are replaced within so many seconds, at so many a second where that is faster."""
 MOST_HANDSHAKES = 256
 """Links that are being opened at once: as many handshakes as each relay server takes."""
-GROWTH = 4
+GROWTH = 24
 """Links that may be opened at once for each one in use, beyond the idle ones, where the server says that more service
-clients wait: 200 that come together have theirs after two rounds from a pool of 8, and a number that is
-not true opens a second pool at most."""
+clients wait: 200 that come together have theirs after one round from a pool of 8, as with relays that open one for
+each; and a number that is not true opens three pools more for each connection that is real."""
 MOST_REASONS = 16
 """Reasons that are remembered as told."""
 STABLE_TIME = 10.0

@@ -134,6 +134,9 @@ class PortIntake(Intake):
             client.unsettled = True
             self._pool.expect(client.service, 1)
 
+    def count_waiting(self, service: str) -> int:
+        return self._pool.count_unserved(service)
+
     def note_unserved(self, client: ServiceClient) -> None:
         if self._pool.is_unserved(client.service):
             self._runtime.emit(ServiceUnserved(service=client.service, peer=client.peer))

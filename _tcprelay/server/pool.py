@@ -229,6 +229,11 @@ class Pool:
         with self._lock:
             self._expected[service] += more
 
+    def count_unserved(self, service: str) -> int:
+        """How many service clients have come for whom there is no idle link: those that wait for one, and those that
+        will when their threads ask."""
+        return max(0, self._expected[service] - self._idle_counts[service])
+
     def is_full(self, service: str) -> bool:
         """Whether as many service clients have no link as may wait for one, while others still get theirs: then the
         kernel holds the next ones.  Where none is served they are refused instead (see `take`)."""

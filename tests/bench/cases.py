@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import selectors
 import socket
@@ -13,10 +14,10 @@ from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from statistics import median
 
-from .places import LongPath, Place, without_long_path
-from .processes import Failure, Processes, times, usage
+from .places import LongPath, LossyPath, Place, SatellitePath, without_long_path
+from .processes import Failure, Processes, find_family, times, usage
 from .programs import absent, find_program
-from .services import BODY
+from .services import BODY, BULK, MESSAGE
 from .subjects import OURS, Pool, Relay, Subject
 
 SPARE_TIME = 20.0  # seconds beyond its own duration that a load generator may take
@@ -70,17 +71,25 @@ class Stream(Case):
 
     def __init__(self, name: str, streams: int, back: bool, place: type[Place] = Place) -> None:
         self.name, self.place, self.pool = name, place, Pool(stock=streams + 1)
-        self.around *= 2 if place is LongPath else 1
+        self.around *= 1 if place is Place else 2
         self._arguments = ["-P", streams] + ["-R"] * back
-        self.missing = absent("iperf3") or (without_long_path() if place is LongPath else "")
+        self.missing = absent("iperf3") or ("" if place is Place else without_long_path())
+
+    def lasts(self, seconds: int) -> float:
+        return self.around + self._length(seconds)
+
+    def _length(self, seconds: int) -> int:
+        """Where a round trip takes that long, TCP has hardly begun after a few seconds."""
+        return 5 * seconds if self.place is SatellitePath else seconds
 
     def start_service(self, processes: Processes, port: int) -> None:
         processes.start("iperf3 server", find_program("iperf3"), "-s", "-B", processes.place.far, "-p", port, far=True)
 
     def measure(self, processes: Processes, relay: Relay, seconds: int) -> dict[str, float]:
-        arguments = ("-c", relay.host, "-p", relay.port, "-t", seconds, "-J", *self._arguments)
+        length = self._length(seconds)
+        arguments = ("-c", relay.host, "-p", relay.port, "-t", length, "-J", *self._arguments)
         before, *_ = usage(relay.server, relay.client)
-        speed, received = parse_iperf3(processes.run(seconds + SPARE_TIME, "iperf3", *arguments))
+        speed, received = parse_iperf3(processes.run(length + SPARE_TIME, "iperf3", *arguments))
         after, *_ = usage(relay.server, relay.client)
         return {"speed": speed} | ({"processor": (after - before) / received * 2**30} if relay.server else {})
 
@@ -131,7 +140,7 @@ class Requests(Case):
         roles = {"server": relay.server, "client": relay.client} if relay.server else {}
         before = {role: times(pid) for role, pid in roles.items()}
         figures = parse_wrk(processes.run(length + SPARE_TIME, "wrk", *arguments))
-        count = figures["rate"] * length
+        count = figures["requests"]
         for role, pid in roles.items():
             for what, now, then in zip(("user", "system"), times(pid), before[role], strict=True):
                 figures[f"{role} {what}"] = 1e6 * (now - then) / count
@@ -141,13 +150,37 @@ class Requests(Case):
 def parse_wrk(output: str) -> dict[str, float]:
     """The figures of `Requests` that it tells.  Raises `Failure` where there are none."""
     rate = float((re.findall(r"Requests/sec:\s*([\d.]+)", output) or [0])[0])
+    [requests] = re.findall(r"(\d+) requests in", output) or [0]
     latencies = re.findall(r"\s(50|99)%\s+([\d.]+)(us|ms|s|m)\b", output)
     if not rate or len(latencies) != 2:
         raise Failure("wrk: no request was answered")
     scale = {"us": 0.001, "ms": 1, "s": 1000, "m": 60000}
     figures = {f"p{percent}": float(number) * scale[unit] for percent, number, unit in latencies}
     errors = re.findall(r"(?:connect|read|write|timeout|responses:) (\d+)", output)
-    return figures | {"rate": rate, "errors": sum(map(int, errors))}
+    return figures | {"rate": rate, "errors": sum(map(int, errors)), "requests": int(requests)}
+
+
+class LockCalls(Requests):
+    """Futex calls of both roles for a small request, which is four messages: what it costs that threads wait for each
+    other.  perf(1) counts them, and disturbs."""
+
+    missing = absent("wrk", "perf") or ("perf has to be run by root" if os.geteuid() else "")
+
+    def __init__(self, connections: int) -> None:
+        super().__init__("locks", connections)
+        self.metrics = {"futex calls": "a request", "rate": "requests/s"}
+
+    def times(self, subject: Subject, repeat: int) -> int:
+        return 0 if subject.name == "direct" else repeat
+
+    def measure(self, processes: Processes, relay: Relay, seconds: int) -> dict[str, float]:
+        length, counts = self._length(seconds), processes.directory / "perf.txt"
+        pids = ",".join(str(pid) for role in (relay.server, relay.client) for pid in find_family(role))
+        arguments = ("stat", "-x,", "-o", counts, "-e", "syscalls:sys_enter_futex", "-p", pids, "--", "wrk",
+                     *self._arguments, "-d", length, "--latency", f"http://{relay.host}:{relay.port}/")  # fmt: skip
+        figures = parse_wrk(processes.run(length + SPARE_TIME, "perf", *arguments))
+        calls = int(counts.read_text().splitlines()[-1].partition(",")[0])
+        return {"futex calls": calls / figures["requests"], "rate": figures["rate"]}
 
 
 class Burst(Case):
@@ -159,8 +192,10 @@ class Burst(Case):
 
     metrics = {"served": "count", "p50": "ms", "p99": "ms", "to the last": "ms"}
 
-    def __init__(self, count: int, links: int) -> None:
+    def __init__(self, count: int, links: int, place: type[Place] = Place) -> None:
         self.name, self._count, self.pool = f"burst-{count}-pool-{links}", count, Pool(size=links)
+        if place is not Place:
+            self.name, self.place, self.missing = f"far-{self.name}", place, without_long_path()
 
     def times(self, subject: Subject, repeat: int) -> int:
         return repeat if subject.pooled or self.pool.size == 8 else 0
@@ -232,6 +267,85 @@ class Path(Case):
         began = time.monotonic()
         with socket.create_connection((relay.host, relay.port), SPARE_TIME):
             return {"round trip": 1000 * (time.monotonic() - began), "speed of 8 streams": speed}
+
+
+class Beside(Case):
+    """Requests of 100 bytes on eight connections, while one bulk stream passes the same way as the answers.
+
+    The service sends bulk on the first connection and is an echo on all others.
+    """
+
+    CONNECTIONS = 8
+    pool = Pool(stock=CONNECTIONS + 1)
+    metrics = {"p50": "ms", "p99": "ms", "requests": "count", "bulk": "Mbit/s"}
+    around = 2.0
+    missing = without_long_path()
+
+    def __init__(self, name: str, place: type[Place]) -> None:
+        self.name, self.place = name, place
+
+    def lasts(self, seconds: int) -> float:
+        return self.around + 3 * seconds
+
+    def start_service(self, processes: Processes, port: int) -> None:
+        start_python_service(processes, "bulk", port)
+
+    def measure(self, processes: Processes, relay: Relay, seconds: int) -> dict[str, float]:
+        times, taken, length = list[float](), 0, 3 * seconds
+        with selectors.DefaultSelector() as selector, ExitStack() as stack:
+            for number in range(self.CONNECTIONS + 1):
+                sock = stack.enter_context(socket.create_connection((relay.host, relay.port), SPARE_TIME))
+                sock.sendall(BULK if number == 0 else MESSAGE)
+                selector.register(sock, selectors.EVENT_READ, [time.monotonic(), 0, number == 0])
+            end = time.monotonic() + length
+            while (left := end - time.monotonic()) > 0:
+                for key, _ in selector.select(left):
+                    data = key.fileobj.recv(1 << 18)  # type: ignore[union-attr]
+                    if not data:
+                        raise Failure("a connection was closed")
+                    if key.data[2]:
+                        taken += len(data)
+                        continue
+                    key.data[1] += len(data)
+                    if key.data[1] == len(MESSAGE):
+                        times.append(1000 * (time.monotonic() - key.data[0]))
+                        key.data[:2] = time.monotonic(), 0
+                        key.fileobj.sendall(MESSAGE)  # type: ignore[union-attr]
+        if not times:
+            raise Failure("no request was answered")
+        return percentiles(times) | {"requests": len(times), "bulk": 8 * taken / length / 1e6}
+
+
+def percentiles(times: list[float]) -> dict[str, float]:
+    times = sorted(times)
+    return {"p50": median(times), "p99": times[math.ceil(0.99 * len(times)) - 1]}
+
+
+class Opening(Case):
+    """Connecting and getting the first byte, eight at a time again and again."""
+
+    AT_ONCE, ROUNDS = 8, 12
+    PAUSE = 0.2
+    """Seconds between them, beyond two round trips: for pools to fill up."""
+    pool = Pool(stock=AT_ONCE)
+    metrics = {"p50": "ms", "p99": "ms", "served": "count"}
+    missing = without_long_path()
+
+    def __init__(self, name: str, place: type[LongPath], rounds: int = ROUNDS) -> None:
+        self.name, self.place, self._rounds = name, place, rounds
+        self._pause = self.PAUSE + 4 * place.way.delay
+
+    def lasts(self, seconds: int) -> float:
+        return self.around + self._rounds * (2 * self._pause)
+
+    def measure(self, processes: Processes, relay: Relay, seconds: int) -> dict[str, float]:
+        times: list[float] = []
+        for _ in range(self._rounds):
+            time.sleep(self._pause)
+            times += [1000 * one for one in first_bytes(relay, self.AT_ONCE, BURST_TIMEOUT)]
+        if not times:
+            raise Failure("no service client was served")
+        return percentiles(times) | {"served": len(times)}
 
 
 class FirstByte(Case):
@@ -396,6 +510,13 @@ CASES: tuple[Case, ...] = (
     *(Requests("requests", count) for count in (1, 8, 64, 512)),
     *(Requests("connections", count, "-H", "Connection: close") for count in (1, 8, 64)),
     Burst(200, 1), Burst(200, 8),
+    LockCalls(64), LockCalls(512),
     Path(), FirstByte(), Stream("far-in", 1, False, LongPath), Stream("far-out", 1, True, LongPath),
+    Burst(200, 8, LongPath),
+    Stream("lossy-in", 1, False, LossyPath), Stream("lossy-out", 1, True, LossyPath),
+    Stream("lossy-8-in", 8, False, LossyPath), Stream("lossy-8-out", 8, True, LossyPath),
+    Beside("lossy-beside", LossyPath), Opening("lossy-opening", LossyPath),
+    Stream("satellite-in", 1, False, SatellitePath), Stream("satellite-out", 1, True, SatellitePath),
+    Beside("satellite-beside", SatellitePath), Opening("satellite-opening", SatellitePath, 5),
     Held(), Idle(1000),
 )  # fmt: skip

@@ -12,8 +12,10 @@ from ..wire import CLIENT, SERVER, Way, Wire, without_wire
 from .programs import absent, find_program
 from .sockets import SocketTable
 
-ROUND_TRIP = 0.040
+ROUND_TRIP, SATELLITE = 0.040, 0.600
 """Seconds."""
+LOSS = 0.01
+"""The share of packets that are lost, of 1,500 bytes each."""
 
 
 class Place(ExitStack):
@@ -41,6 +43,7 @@ class LongPath(Place):
     """
 
     near, far = SERVER, CLIENT
+    way, offload = Way(delay=ROUND_TRIP / 2), True
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,12 +54,24 @@ class LongPath(Place):
             raise
 
     def _build(self) -> None:
-        wire = Wire(self, Way(delay=ROUND_TRIP / 2), offload=True)
+        wire = Wire(self, self.way, offload=self.offload)
         with wire.client.inside():
             self.far_sockets = self._table()
         self.entrance = (find_program("nsenter"), f"--net={wire.client.path}")
         self.enter_context(wire.server.inside())
         self.near_sockets = self._table()
+
+
+class LossyPath(LongPath):
+    """The same with losses that hit single packets, and at most 50 Mbit/s."""
+
+    way, offload = Way(delay=ROUND_TRIP / 2, loss=LOSS, rate=50e6, queue=0.1), False
+
+
+class SatellitePath(LongPath):
+    """A path without losses that is far longer."""
+
+    way = Way(delay=SATELLITE / 2)
 
 
 def without_long_path() -> str:
