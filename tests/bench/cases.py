@@ -14,7 +14,9 @@ from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from statistics import median
 
-from .places import LongPath, LossyPath, Place, SatellitePath, without_long_path
+from .places import (
+    CubicPath, LongPath, LossyPath, NarrowCubicPath, NarrowPath, Place, SatellitePath, without_long_path,
+)  # fmt: skip
 from .processes import Failure, Processes, find_family, times, usage
 from .programs import absent, find_program
 from .services import BODY, BULK, MESSAGE
@@ -512,6 +514,9 @@ CASES: tuple[Case, ...] = (
     Burst(200, 1), Burst(200, 8),
     LockCalls(64), LockCalls(512),
     Path(), FirstByte(), Stream("far-in", 1, False, LongPath), Stream("far-out", 1, True, LongPath),
+    *(Stream(f"{name}-{way}", 1, way == "out", place)
+      for name, place in (("cubic", CubicPath), ("narrow", NarrowPath), ("narrow-cubic", NarrowCubicPath))
+      for way in ("in", "out")),
     Burst(200, 8, LongPath),
     Stream("lossy-in", 1, False, LossyPath), Stream("lossy-out", 1, True, LossyPath),
     Stream("lossy-8-in", 8, False, LossyPath), Stream("lossy-8-out", 8, True, LossyPath),

@@ -44,6 +44,8 @@ class LongPath(Place):
 
     near, far = SERVER, CLIENT
     way, offload = Way(delay=ROUND_TRIP / 2), True
+    control = ""
+    """TCP's congestion control at both ends; "" is the system's choice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,11 +57,30 @@ class LongPath(Place):
 
     def _build(self) -> None:
         wire = Wire(self, self.way, offload=self.offload)
+        for host in (wire.client, wire.server) if self.control else ():
+            # A namespace may not choose all as its default; a route may.
+            host.ip(f"route replace 198.18.0.0/16 dev tun0 src {host.address} congctl lock {self.control}")
         with wire.client.inside():
             self.far_sockets = self._table()
         self.entrance = (find_program("nsenter"), f"--net={wire.client.path}")
         self.enter_context(wire.server.inside())
         self.near_sockets = self._table()
+
+
+class CubicPath(LongPath):
+    """The same with the congestion control that Linux has by default."""
+
+    control = "cubic"
+
+
+class NarrowPath(LongPath):
+    """The same with 100 Mbit/s, as many paths have, and a queue of a round trip before them."""
+
+    way = Way(delay=ROUND_TRIP / 2, rate=100e6, queue=ROUND_TRIP)
+
+
+class NarrowCubicPath(NarrowPath, CubicPath):
+    """Both."""
 
 
 class LossyPath(LongPath):
