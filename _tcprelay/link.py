@@ -52,7 +52,7 @@ class Link:
         """Bytes of the present connection, or the last, that the relay client had passed on when it sent END."""
         self.spent = False
         """Not to be used again, since a new link would be faster: see `is_held_back`."""
-        self._buffer = bytearray(LINK_BUFFER)  # what has been received beyond the last frame: [_start:_end]
+        self._buffer = bytearray()  # what has been received beyond the last frame: [_start:_end]
         self._start = self._end = 0
         self.left = 0
         """Bytes of the present DATA frame that are still to come out of here."""
@@ -209,6 +209,11 @@ class Link:
         """Whether there are bytes in its own buffer: what the stream has comes behind them."""
         return self._start < self._end
 
+    def rest(self) -> None:
+        """Give the buffer back where there is nothing in it."""
+        if not self.holds_frames():
+            self._buffer, self._start, self._end = bytearray(), 0, 0
+
     def take_frames(self, view: memoryview) -> memoryview:
         """What is in the DATA frames with which these bytes begin; they were taken from its stream while it had none.
 
@@ -313,9 +318,7 @@ class Link:
     def conclude(self, whole: bool, sent: int) -> None:
         """The connection is over, and so many bytes of it were sent on this link."""
         self.stream.rest()
-        if len(self._buffer) > HEADER + MAX_CONTROL and not self.holds_frames():
-            self._buffer = bytearray(LINK_BUFFER)
-            self._start = self._end = 0
+        self.rest()
         self.spent = is_held_back(self.sock, sent)
 
     def wake(self) -> None:
@@ -347,13 +350,15 @@ class Link:
         return Frame(kind, length, fields)
 
     def _space(self) -> memoryview:
-        """Where the next bytes go; the buffer grows to one control frame and no further."""
+        """Where the next bytes go; the buffer grows from nothing to `LINK_BUFFER`, then to one control frame and no
+        further."""
         if self._start:
             self._buffer[: self._end - self._start] = self._buffer[self._start : self._end]
             self._end -= self._start
             self._start = 0
         if self._end == len(self._buffer):
-            self._buffer.extend(bytes(HEADER + MAX_CONTROL - len(self._buffer)))
+            size = HEADER + MAX_CONTROL if self._buffer else LINK_BUFFER
+            self._buffer.extend(bytes(size - len(self._buffer)))
         return memoryview(self._buffer)[self._end :]
 
 

@@ -200,6 +200,7 @@ class Flow:
         receive, send = stream.calls()[0], out.calls()[1]
         view, little, sparse = memoryview(bytearray(HEADER + size)), _little(size), 0
         decode = link.left > 0 or link.holds_frames()
+        link.rest()
         while True:
             if decode:
                 count = self._pass_piece(view, view[HEADER:])

@@ -59,7 +59,7 @@ def field_tables() -> dict[str, dict[str, str]]:
     for line in TEXT.splitlines():
         if found := re.match(r"(?:- )?\*\*([A-Z]+)\*\*", line):
             frame = found[1]
-        elif found := re.match(r"\s*\| `(\w+)` \| (string|number|boolean) \|", line):
+        elif found := re.match(r"\s*\| `(\w+)` \| (string|number|boolean|list) \|", line):
             fields.setdefault(frame, {})[found[1]] = found[2]
     return fields
 
@@ -149,15 +149,22 @@ def test_the_worked_example_of_the_proofs() -> None:
 def test_the_examples_are_one_connection() -> None:
     """The frames that are shown use the inputs of the worked example."""
     given = inputs()
-    bodies = {name: json.loads(body) for name, body, _ in hex_blocks() if body}
+    blocks = [(name, json.loads(body)) for name, body, _ in hex_blocks() if body]
+    bodies = dict(reversed(blocks))  # the first of each
     assert bodies["HELLO"]["nonce"] == given["nonce of HELLO"]
     assert bodies["HELLO"]["client"] == given["client id"]
     assert bodies["CHALLENGE"]["nonce"] == given["nonce of CHALLENGE"]
     assert bodies["AUTH"]["proof"] == given["client proof"]
     assert bodies["WELCOME"]["proof"] == given["server proof"]
-    for name, body in bodies.items():
+    for name, body in blocks:
         if name != "DATA":
-            assert set(body) == set(FIELDS[name])
+            assert set(FIELDS[name]) - set(body) <= ({"server_nonce", "proof"} if body is bodies["HELLO"] else set())
+            assert set(body) <= set(FIELDS[name])
+    later = dict(blocks)
+    parts = later["HELLO"]["nonce"], bodies["PING"]["nonces"][0], "web", given["client id"]
+    assert later["HELLO"]["server_nonce"] == parts[1]
+    assert later["HELLO"]["proof"] == prove(given["token"], "client", *parts)
+    assert later["WELCOME"]["proof"] == prove(given["token"], "server", *parts)
 
 
 def test_the_numbers() -> None:
@@ -238,9 +245,9 @@ class Wire:
         if TYPES[name][2] == "bytes":
             return body
         fields = json.loads(body) if body else {}
-        types = {"string": str, "number": (int, float), "boolean": bool}
+        types = {"string": str, "number": (int, float), "boolean": bool, "list": list}
         assert [key for key, value in fields.items() if not isinstance(value, types[FIELDS[name][key]])] == []  # type: ignore[arg-type]
-        assert set(FIELDS.get(name, ())) - set(fields) <= {"proof", "passed", "again"}
+        assert set(FIELDS.get(name, ())) - set(fields) <= {"proof", "passed", "again", "nonces", "server_nonce"}
         return fields
 
 
@@ -257,6 +264,16 @@ def greet(wire: Wire, token: str = "") -> dict[str, Any]:
     wire.receive("PING")
     wire.send("PONG")
     return welcome
+
+
+def test_another_relay_client_proves_itself_in_hello(bench: Bench) -> None:
+    """With a nonce that an earlier WELCOME has handed out, from the document alone."""
+    server = bench.server(token=TOKEN)
+    nonce, *_ = greet(Wire(bench.enter(connect(server.relay_address))), TOKEN)["nonces"]
+    wire, parts = Wire(bench.enter(connect(server.relay_address))), ("b" * 32, nonce, "default", "another")
+    hello = {"version": 1, "service": "default", "client": "another", "name": "another", "idle": 1, "nonce": "b" * 32}
+    wire.send("HELLO", **hello, server_nonce=nonce, proof=prove(TOKEN, "client", *parts))
+    assert wire.receive("WELCOME")["proof"] == prove(TOKEN, "server", *parts)
 
 
 @pytest.mark.parametrize("token", ["", TOKEN])
