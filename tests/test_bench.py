@@ -48,7 +48,7 @@ def verdicts(results: Results, asked: str) -> list[str]:
 
 def test_wrk_is_read_in_all_its_units() -> None:
     """Latencies are milliseconds, and every kind of error counts."""
-    assert parse_wrk(WRK) == {"rate": 14434.56, "p50": 0.553, "p99": 1030.0, "errors": 124}
+    assert parse_wrk(WRK) == {"rate": 14434.56, "p50": 0.553, "p99": 1030.0, "errors": 124, "requests": 14434}
 
 
 def test_wrk_without_an_answer_is_a_failure() -> None:

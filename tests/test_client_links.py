@@ -144,7 +144,7 @@ def test_as_many_links_as_service_clients_wait(bench: Bench, server: FakeServer)
 
 def test_links_grow_as_they_are_really_started(bench: Bench, server: FakeServer) -> None:
     """A server that says that a million wait, and starts nothing, gets a second pool and not one link more; each
-    START allows for four."""
+    START allows for 24."""
     client = client_of(bench, server, bench.service(), num_conn=3)
     links: list[Link] = []
 
@@ -161,7 +161,7 @@ def test_links_grow_as_they_are_really_started(bench: Bench, server: FakeServer)
     welcome_all(6)
     links[0].send(START, {"id": "c1", "waiting": 10**6})
     assert next_frame(links[0]).kind == READY
-    welcome_all(11)
+    welcome_all(31)
 
 
 def test_max_conn_bounds_the_links(bench: Bench, server: FakeServer) -> None:
