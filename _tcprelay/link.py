@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .protocol import (
-    ABORT, BYE, CLIENT, CLOSED, DATA, END, FAIL, HEADER, IDLE, MAX_CONTROL, PING, REFUSED, START, Frame, LinkFault,
-    LinkMachine, decode_fields, encode_frame, encode_header, HEAD, DATA_HEAD, MAX_DATA,
+    ABORT, BYE, CLIENT, CLOSED, DATA, DATA_HEAD, END, FAIL, HEAD, HEADER, IDLE, MAX_CONTROL, MAX_DATA, PING, REFUSED,
+    START, Frame, LinkFault, LinkMachine, decode_fields, encode_frame, encode_header,
 )  # fmt: skip
 from .streams import BULK, FLUSH_TIMEOUT, Sink, Source, Stream
 from .system import ignore_oserror

@@ -171,10 +171,11 @@ class Flow:
             try:
                 count = receive(data)
                 stream.received += count
-                self.ended = not count and stream.believe_end() == 0
+                if count == 0:
+                    self.ended = stream.believe_end() == 0
             except OSError as error:
                 raise SourceError(source, error) from error
-            if not count or self.halted:
+            if count == 0 or self.halted:
                 return 0
             try:
                 if head:

@@ -73,7 +73,7 @@ def choose_processor(number: int) -> None:
     Only one of them can run Python at a time, and waking the next one on another processor costs more than what it
     then does (measured on two processors: 1,750 new connections a second, and 4,200 this way; 13,000 and 28,000
     requests over 64 connections).  Nor does one that wakes up take the processor from the one that runs (SCHED_BATCH):
-    that would have the interpreter lock, for which one after another would wait (measured over 512 connections: 6,400
+    that would have the interpreter lock, for which one after another would wait (measured over 512 connections: 7,900
     requests a second, and 15,700 this way).  For the commands; a program that embeds a relay has threads of its own.
     """
     if hasattr(os, "sched_setaffinity") and has_interpreter_lock():

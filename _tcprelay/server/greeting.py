@@ -44,8 +44,7 @@ class Greeting:
     """Shakes hands with relay clients.
 
     Parameters: the runtime; where connections come from; the handshakes under way; the nonces that are handed out; and
-    what counts a link in before its
-    client is told WELCOME, which may raise `Refusal`, and out again, with the reason.
+    what counts a link in before its client is told WELCOME, which may raise `Refusal`, and out again, with the reason.
     """
 
     def __init__(
