@@ -98,7 +98,7 @@ def test_what_has_no_figure_is_not_measured(results: Results) -> None:
     """Where peers are missing, too."""
     results.values = {key: value for key, value in results.values.items() if key[2] == "tcprelay" and key[0] != "held"}
     lines = [*map(describe, make_bars(results))]
-    assert [line.partition(":")[0] for line in lines] == ["not measured"] * 13 + ["FAIL"] * 2
+    assert [line.partition(":")[0] for line in lines] == ["not measured"] * 26 + ["FAIL"] * 2
     assert "not measured: connections held (at least 5,000)" in lines
 
 
@@ -126,3 +126,13 @@ def test_json_brings_back_what_was_measured(results: Results, tmp_path: Path) ->
 
 def test_every_case_has_a_name_of_its_own() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
+
+
+def test_a_latency_is_compared_with_the_shortest(results: Results) -> None:
+    """And of several cases the longest counts, where less is better."""
+    results.values["far-first-byte", "cold", "rathole"] = [1.0]
+    results.values["far-first-byte", "cold", "chisel"] = [1.6]
+    assert verdicts(results, "no idle link") == [
+        "FAIL: first byte over 40 ms with no idle link, plain, against the best peer (at most 1.05): 2 of rathole's",
+        "FAIL: first byte over 40 ms with no idle link, encrypted, against the best peer (at most 1.05): 1.25 of chisel's",
+    ]
