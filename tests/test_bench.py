@@ -132,7 +132,6 @@ def test_a_latency_is_compared_with_the_shortest(results: Results) -> None:
     """And of several cases the longest counts, where less is better."""
     results.values["far-first-byte", "cold", "rathole"] = [1.0]
     results.values["far-first-byte", "cold", "chisel"] = [1.6]
-    assert verdicts(results, "no idle link") == [
-        "FAIL: first byte over 40 ms with no idle link, plain, against the best peer (at most 1.05): 2 of rathole's",
-        "FAIL: first byte over 40 ms with no idle link, encrypted, against the best peer (at most 1.05): 1.25 of chisel's",
-    ]
+    plain, encrypted = verdicts(results, "no idle link")
+    assert plain.endswith("(at most 1.05): 2 of rathole's")
+    assert encrypted.endswith("(at most 1.05): 1.25 of chisel's")
