@@ -81,8 +81,15 @@ def choose_processor(number: int) -> None:
         _home.processors = {processors[number % len(processors)]}
         _home.all = set(processors)
         ignore_oserror(os.sched_setaffinity, 0, _home.processors)
-        if os.sched_getscheduler(0) == os.SCHED_OTHER:  # what else somebody has chosen stays
-            ignore_oserror(os.sched_setscheduler, 0, os.SCHED_BATCH, os.sched_param(0))
+        if hasattr(os, "SCHED_BATCH"):
+            ignore_oserror(_take_turns)
+
+
+def _take_turns() -> None:
+    """Have this thread, and those that it starts, not preempt others, unless somebody has chosen another policy.
+    Raises `OSError`, always where the C library is musl, as in Alpine."""
+    if os.sched_getscheduler(0) == os.SCHED_OTHER:
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def roam() -> None:

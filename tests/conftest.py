@@ -191,6 +191,15 @@ def replace(monkeypatch: pytest.MonkeyPatch, name: str, value: object) -> None:
         monkeypatch.setattr(module, name, value)
 
 
+def connect_from(bench: Bench, host: str, port: int) -> socket.socket:
+    """A connection from another address of loopback.  Raises `ConnectionResetError` where it is refused at once."""
+    sock: socket.socket = bench.enter(socket.socket())
+    sock.settimeout(PATIENCE)
+    sock.bind((host, 0))
+    sock.connect(("127.0.0.1", port))
+    return sock
+
+
 @pytest.fixture
 def peers(tmp_path: Path) -> Iterator[Peers]:
     """Starts relays and real programs for a test; with `workers` as well, relays with and without."""

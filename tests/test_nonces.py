@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 
+from _tcprelay.link import Link
 from _tcprelay.protocol import (
     AUTH, CHALLENGE, CLIENT, HELLO, PING, PONG, REFUSED, SERVER, START, WELCOME, Frame, new_nonce, prove,
 )  # fmt: skip
 from _tcprelay.server.nonces import Nonces
+from _tcprelay.streams import Stream
 from _tcprelay.waiting import Deadline
 from tcprelay import LinkRefused, Published, RelayClient, Unpublished
 
-from .conftest import PATIENCE, Bench, unused_port
+from .conftest import PATIENCE, Bench, connect_from, unused_port
 from .peers_v1 import FakeClient, FakeServer
 
 TOKEN = "a token for the tests"
@@ -38,41 +40,51 @@ def say(bench: Bench, server: Any, fields: dict[str, Any]) -> Frame:
 
 
 def test_each_is_good_once_and_for_its_relay_client() -> None:
-    """All are different, and nothing else is taken for one."""
+    """At its address, too: a copy of HELLO that comes from elsewhere is worth nothing.  All are different, and nothing
+    else is taken for one."""
     nonces = Nonces()
-    found = nonces.hand_out("one", 50)
+    found = nonces.hand_out("one", "host", 50)
     assert len(set(found)) == 50
-    assert not any(nonces.take(nonce, "another") for nonce in found)
-    assert all(nonces.take(nonce, "one") for nonce in found)
-    assert not any(nonces.take(nonce, "one") for nonce in found)
-    for other in ("", "x", "\udcff" * 56, "0" * 56, found[0][:-1], found[0] + "0", Nonces().hand_out("one", 1)[0]):
-        assert not nonces.take(other, "one")
+    assert not any(nonces.take(nonce, "another", "host") for nonce in found)
+    assert not any(nonces.take(nonce, "one", "another host") for nonce in found)
+    assert all(nonces.take(nonce, "one", "host") for nonce in found)
+    assert not any(nonces.take(nonce, "one", "host") for nonce in found)
+    for other in (
+        "",
+        "x",
+        "\udcff" * 56,
+        "0" * 56,
+        found[0][:-1],
+        found[0] + "0",
+        Nonces().hand_out("one", "host", 1)[0],
+    ):
+        assert not nonces.take(other, "one", "host")
 
 
 def test_they_are_good_for_a_short_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """And a used one keeps its place for as long."""
     nonces = Nonces()
-    old = nonces.hand_out("one", 1)[0]
+    old = nonces.hand_out("one", "host", 1)[0]
     monkeypatch.setattr(Nonces, "LIFETIME", -1)
-    assert not nonces.take(old, "one")
+    assert not nonces.take(old, "one", "host")
     monkeypatch.undo()
-    assert nonces.take(old, "one")
+    assert nonces.take(old, "one", "host")
 
 
 def test_where_two_need_one_place_the_later_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """To overwrite the first would make it good again."""
     monkeypatch.setattr(Nonces, "SLOTS", 1)
     nonces = Nonces()
-    first, second = nonces.hand_out("one", 2)
-    assert nonces.take(first, "one")
-    assert not nonces.take(second, "one")
-    assert not nonces.take(first, "one")
+    first, second = nonces.hand_out("one", "host", 2)
+    assert nonces.take(first, "one", "host")
+    assert not nonces.take(second, "one", "host")
+    assert not nonces.take(first, "one", "host")
 
 
 def test_worker_processes_take_none_twice() -> None:
     """Two that are given the same ones at the same time: no nonce is taken by both, and hardly one by neither."""
     nonces = Nonces(2)
-    found = nonces.hand_out("one", 2000)
+    found = nonces.hand_out("one", "host", 2000)
     reader, writer = os.pipe()
     go_reader, go_writer = os.pipe()
     child = os.fork()
@@ -82,14 +94,14 @@ def test_worker_processes_take_none_twice() -> None:
             nonces.process = 1
             os.write(writer, b"!")
             os.read(go_reader, 1)
-            taken = bytes(nonces.take(nonce, "one") for nonce in found)
+            taken = bytes(nonces.take(nonce, "one", "host") for nonce in found)
             status = int(os.write(writer, taken) != len(taken))
         finally:
             os._exit(status)
     try:
         assert os.read(reader, 1) == b"!"
         os.write(go_writer, b"!")
-        mine = [nonces.take(nonce, "one") for nonce in found]
+        mine = [nonces.take(nonce, "one", "host") for nonce in found]
         theirs = b""
         while len(theirs) < len(found):
             piece = os.read(reader, 65536)
@@ -102,7 +114,7 @@ def test_worker_processes_take_none_twice() -> None:
     both = [one and other for one, other in zip(mine, theirs, strict=True)]
     assert sum(both) == 0
     assert sum(mine) + sum(theirs) > 1500
-    assert not any(nonces.take(nonce, "one") for nonce, other in zip(found, theirs, strict=True) if other)
+    assert not any(nonces.take(nonce, "one", "host") for nonce, other in zip(found, theirs, strict=True) if other)
 
 
 # The server's side
@@ -132,6 +144,18 @@ def test_a_hello_cannot_be_replayed(bench: Bench) -> None:
     assert link.next().kind == CHALLENGE
     link.send(AUTH, {"proof": fields["proof"]})
     assert link.next().kind == REFUSED
+
+
+def test_a_copy_that_arrives_first_is_worth_nothing_elsewhere(bench: Bench) -> None:
+    """On a plain link others may hear a HELLO, and send it before it has arrived."""
+    server = bench.server(token=TOKEN)
+    nonce, *_ = bench.enter(FakeClient(server)).hello(token=TOKEN.encode()).fields["nonces"]
+    fields = hello_with(nonce)
+    sock = bench.enter(connect_from(bench, "127.0.0.2", server.relay_address[1]))
+    listener = Link(Stream(sock, "a listener"), CLIENT)
+    listener.send(HELLO, fields)
+    assert listener.receive(Deadline(PATIENCE)).kind == CHALLENGE
+    assert say(bench, server, fields).kind == WELCOME
 
 
 @pytest.mark.parametrize(

@@ -21,16 +21,7 @@ from _tcprelay.tcp import Probing
 from tcprelay import ConnectionFailed, LinkRefused, LinkUp, RelayClient, RelayServer, Unpublished
 
 from .certificates import Certificates, tls_context
-from .conftest import PATIENCE, Bench, read_all, read_exactly, replace, wait_until
-
-
-def connect_from(bench: Bench, host: str, port: int) -> socket.socket:
-    """A connection from another address of loopback.  Raises `ConnectionResetError` where it is refused at once."""
-    sock: socket.socket = bench.enter(socket.socket())
-    sock.settimeout(PATIENCE)
-    sock.bind((host, 0))
-    sock.connect(("127.0.0.1", port))
-    return sock
+from .conftest import Bench, connect_from, read_all, read_exactly, replace, wait_until
 
 
 @pytest.mark.parametrize(

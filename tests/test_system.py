@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -21,9 +22,10 @@ pytestmark = [
 CHOOSE = """
 import os
 from _tcprelay.system import choose_processor
+ask = os.sched_getscheduler
 {before}
 choose_processor(0)
-print(os.sched_getscheduler(0), len(os.sched_getaffinity(0)))
+print(ask(0), len(os.sched_getaffinity(0)))
 """
 
 
@@ -66,9 +68,20 @@ def test_what_somebody_has_chosen_stays() -> None:
     assert how_it_runs("os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))") == [os.SCHED_IDLE, 1]
 
 
-def test_where_it_is_refused_all_goes_on() -> None:
-    """As by a unit's SystemCallFilter with SystemCallErrorNumber=EPERM."""
-    refuse = "def refuse(*_): raise PermissionError(1, 'no')\nos.sched_setscheduler = os.sched_setaffinity = refuse"
-    policy, processors = how_it_runs(refuse)
+@pytest.mark.parametrize(
+    ("names", "number"),
+    [
+        (["setscheduler", "setaffinity"], errno.EPERM),  # a unit's SystemCallFilter
+        (["setscheduler", "getscheduler"], errno.ENOSYS),  # musl
+    ],
+)
+def test_where_it_is_refused_all_goes_on(names: list[str], number: int) -> None:
+    """Whichever of the calls it is."""
+    lines = [f"def refuse(*_): raise OSError({number}, 'no')"]
+    lines += [f"os.sched_{name} = refuse" for name in names]
+    policy, _ = how_it_runs("\n".join(lines))
     assert policy == os.SCHED_OTHER
-    assert processors == len(os.sched_getaffinity(0))
+
+
+def test_a_system_without_the_policy() -> None:
+    assert how_it_runs("policy = os.SCHED_BATCH; del os.SCHED_BATCH") == [os.SCHED_OTHER, 1]

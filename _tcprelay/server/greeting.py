@@ -128,10 +128,10 @@ class Greeting:
         if hello.fields.get("version") != PROTOCOL_VERSION:
             raise Refusal("the versions differ: this relay server speaks link protocol 1", "version")
         service, client, nonce = hello.text("service"), hello.text("client")[:64], hello.text("nonce")
-        proof, token = "", runtime.credentials.token
+        proof, token, host = "", runtime.credentials.token, show_address(link.stream.peer).rpartition(":")[0]
         if token:
             own_nonce, auth = hello.text("server_nonce"), hello
-            if not self._nonces.take(own_nonce, client):
+            if not self._nonces.take(own_nonce, client, host):
                 own_nonce = new_nonce()
                 link.send(CHALLENGE, {"nonce": own_nonce})
                 auth = link.receive(deadline.within(HANDSHAKE_STEP), runtime.stop)
@@ -168,7 +168,7 @@ class Greeting:
         pooled.pongs_due += 1  # until it has answered once, others are given out first: its client may have given up
         try:
             if proof:
-                welcome = {"proof": proof, **welcome, "nonces": self._nonces.hand_out(client, WELCOME_NONCES)}
+                welcome = {"proof": proof, **welcome, "nonces": self._nonces.hand_out(client, host, WELCOME_NONCES)}
             out = link.pack_control(WELCOME, welcome)
             link.stream.send(out + link.pack_ping())
         except BaseException as error:

@@ -139,9 +139,9 @@ class Links:
         """PING on an idle link, and put it back."""
         pooled.last_pinged = time.monotonic()
         pooled.pongs_due += 1
-        token = self._runtime.credentials.token
+        count = self.PING_NONCES if self._runtime.credentials.token else 0
         try:
-            pooled.send(pooled.link.pack_ping(self._nonces.hand_out(pooled.client, self.PING_NONCES) if token else []))
+            pooled.send(pooled.link.pack_ping(self._nonces.hand_out(pooled.client, pooled.host, count)))
         except OSError as error:
             self.drop(pooled, say_error(error))
         else:

@@ -1,7 +1,12 @@
 """Nonces that are handed out ahead, so that a relay client can prove itself with its first frame.
 
 A handshake with CHALLENGE takes one more round trip, which a service client waits for when no link is idle.  So WELCOME
-and PING bring nonces for the links to come, each of them good once, for `LIFETIME` seconds, and for one relay client.
+and PING bring nonces for the links to come, each of them good once, for `LIFETIME` seconds, and for one relay client at
+one address.
+
+The address matters where links are plain.  CHALLENGE's nonce belongs to one connection; with one of these, whoever
+listens could send a copy of HELLO and be there before it.  From that very address only those can who share it, and they
+could as well put their bytes into the plain connection itself.
 
 Nothing is kept of one that is handed out: it has its time in it, and a code over all of it by which it is known again.
 Kept is which were used, in memory that worker processes share, where each has a table of its own: it marks a nonce in
@@ -37,16 +42,15 @@ class Nonces:
         self.process = 0
         """Which of the processes this is."""
 
-    def hand_out(self, client: str, count: int) -> list[str]:
-        """So many new ones for the relay client of that id."""
-        return [self._seal(f"{int(time.monotonic()):08x}{os.urandom(8).hex()}", client) for _ in range(count)]
+    def hand_out(self, client: str, host: str, count: int) -> list[str]:
+        """So many new ones for the relay client of that id, at that host."""
+        return [self._seal(f"{int(time.monotonic()):08x}{os.urandom(8).hex()}", client, host) for _ in range(count)]
 
-    def take(self, nonce: str, client: str) -> bool:
+    def take(self, nonce: str, client: str, host: str) -> bool:
         """Whether that is one of them, handed out to this relay client a short time ago, and was not taken before."""
         body = nonce[:24]
-        if len(nonce) != 56 or not is_same(
-            nonce.encode(errors="replace"), self._seal(body, client).encode(errors="replace")
-        ):
+        sealed = self._seal(body, client, host)
+        if len(nonce) != len(sealed) or not is_same(nonce.encode(errors="replace"), sealed.encode(errors="replace")):
             return False
         now, made = int(time.monotonic()), int(body[:8], 16)
         if now - made > self.LIFETIME:
@@ -59,10 +63,10 @@ class Nonces:
             self._used[place] = mark
         with self._lock:
             others = [self._used[one * self.SLOTS + slot] for one in range(self._processes) if one != self.process]
-        return mark not in others
+        # What another process used at the last moment may be gone from its table by now; but then it is too late.
+        return mark not in others and int(time.monotonic()) - made <= self.LIFETIME
 
-    def _seal(self, body: str, client: str) -> str:
+    def _seal(self, body: str, client: str, host: str) -> str:
         """A nonce's body with its code behind it: HMAC-SHA256 (RFC 2104), of which 128 bits are enough."""
-        return (
-            body + hmac.new(self._secret, f"{body} {client}".encode(errors="replace"), hashlib.sha256).hexdigest()[:32]
-        )
+        message = f"{body} {host} {client}".encode(errors="replace")
+        return body + hmac.new(self._secret, message, hashlib.sha256).hexdigest()[:32]

@@ -230,9 +230,9 @@ class Pool:
             self._expected[service] += more
 
     def count_unserved(self, service: str) -> int:
-        """How many service clients have come for whom there is no idle link: those that wait for one, and those that
-        will when their threads ask."""
-        return max(0, self._expected[service] - self._idle_counts[service])
+        """How many service clients have come for whom there is no idle link: those that will wait for one when their
+        threads ask, and those that do, some of them once more."""
+        return max(self._expected[service] - self._idle_counts[service], len(self._waiting[service]))
 
     def is_full(self, service: str) -> bool:
         """Whether as many service clients have no link as may wait for one, while others still get theirs: then the

@@ -142,7 +142,7 @@ class Requests(Case):
         roles = {"server": relay.server, "client": relay.client} if relay.server else {}
         before = {role: times(pid) for role, pid in roles.items()}
         figures = parse_wrk(processes.run(length + SPARE_TIME, "wrk", *arguments))
-        count = figures["requests"]
+        count = figures.pop("requests")
         for role, pid in roles.items():
             for what, now, then in zip(("user", "system"), times(pid), before[role], strict=True):
                 figures[f"{role} {what}"] = 1e6 * (now - then) / count
