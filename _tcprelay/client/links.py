@@ -237,6 +237,7 @@ class Links:
             times = self._own.times(record["peer"], port) if place.shares(port) else 0
             if stream := self._dial(service, link, record, began, way := Way(place, port, times)):
                 held = self._own.hold(*way.ends, times) if place.may_return(*way.ends) else None
+                del way  # many connections last, and need it no more
                 try:
                     self._splice(stream, link, service, record, link.pack_control(READY))
                 finally:
