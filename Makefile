@@ -28,7 +28,7 @@ check: lint test  ## ruff, mypy --strict and the tests
 chaos: $(VENV)/.test  ## faults, load and hostile input, as root on Linux, over an hour; ARGS="--scale 0.05" is a quick look
 	$(RUN) -m tests.chaos $(ARGS)
 
-bench: $(VENV)/.test  ## speed and memory beside other relays, up to 45 minutes; ARGS="--repeat 1 --seconds 1" is a quick look
+bench: $(VENV)/.test  ## speed and memory beside other relays, up to three hours; ARGS="--repeat 1 --seconds 1" is a quick look
 	$(RUN) -m tests.bench $(ARGS)
 
 dist: $(VENV)/.runtime  ## dist/tcprelays, dist/tcprelayc and dist/tcprelay, one executable file each, and the wheel
