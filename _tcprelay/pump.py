@@ -162,8 +162,7 @@ class Flow:
         them and are never copied together.  DATA needs no leave of the link's state machine while its direction is
         open, and this thread is the one that ends it.
         """
-        source, sink, head = self.source, self.sink, self.sink.head
-        stream, out, pack = source.stream, sink.stream, HEAD.pack_into
+        head, stream, out, pack = self.sink.head, self.source.stream, self.sink.stream, HEAD.pack_into
         receive, send = stream.calls()[0], out.calls()[1]
         view, little, sparse = memoryview(bytearray(head + size)), _little(size), 0
         data = view[head:]
@@ -174,19 +173,16 @@ class Flow:
                 if count == 0:
                     self.ended = stream.believe_end() == 0
             except OSError as error:
-                raise SourceError(source, error) from error
+                raise SourceError(stream, error) from error
             if count == 0 or self.halted:
                 return 0
             try:
                 if head:
                     pack(view, 0, DATA_HEAD | count)
-                sent = send(view[: head + count])
-                if sent < head + count:
+                if (sent := send(view[: head + count])) < head + count:
                     out.send(view[sent : head + count])
-            except BlockingIOError:
-                self._send_late(view[: head + count], count)
             except OSError as error:
-                raise SinkError(sink, error, count) from error
+                self._send_late(error, view[: head + count], count)
             self.carried += count
             sparse = sparse + 1 if count <= little else 0
             if count >= enough or sparse == SPARSE_READS:
@@ -195,9 +191,9 @@ class Flow:
     def _pass_frames(self, size: int, enough: int) -> int:
         """The same for what a link gives.  A whole frame, by itself, needs no decoder; what is none is held by the
         link, and decoded there."""
-        link, sink = self.source, self.sink
+        link = self.source
         assert isinstance(link, Link)
-        stream, out, unpack = link.stream, sink.stream, HEAD.unpack_from
+        stream, out, unpack = link.stream, self.sink.stream, HEAD.unpack_from
         receive, send = stream.calls()[0], out.calls()[1]
         view, little, sparse = memoryview(bytearray(HEADER + size)), _little(size), 0
         decode = link.left > 0 or link.holds_frames()
@@ -227,25 +223,25 @@ class Flow:
                 if not (count := len(piece)):
                     continue
                 try:
-                    sent = send(piece)
-                    if sent < count:
+                    if (sent := send(piece)) < count:
                         out.send(piece[sent:])
-                except BlockingIOError:
-                    self._send_late(piece, count)
                 except OSError as error:
-                    raise SinkError(sink, error, count) from error
+                    self._send_late(error, piece, count)
                 self.carried += count
             sparse = sparse + 1 if count <= little else 0
             if count >= enough or sparse == SPARSE_READS:
                 return count
 
-    def _send_late(self, piece: memoryview, count: int) -> None:
-        """Send what a sink has not taken for a while, unless that is to end."""
+    def _send_late(self, error: OSError, piece: memoryview, count: int) -> None:
+        """Send what a sink has not taken for a while, with so many bytes of the source in it.  Raises `SinkError` where
+        that is to end, and for every other error."""
         try:
+            if not isinstance(error, BlockingIOError):
+                raise error
             self.sink.stream.keep_trying()
             self.sink.stream.send(piece)
-        except OSError as error:
-            raise SinkError(self.sink, error, count) from error
+        except OSError as problem:
+            raise SinkError(self.sink, problem, count) from problem
 
     def _pass_piece(self, view: memoryview, data: memoryview) -> int:
         """Pass on what one receive gives, into `data`: the view behind its first `HEADER` bytes; returns how many bytes

@@ -130,10 +130,10 @@ class TLSStream(Stream):
 
     def send(self, data: bytes | bytearray | memoryview, flags: int = 0) -> int:
         with self._send_lock:
-            if data:
-                with self._tls_lock:
+            with self._tls_lock:
+                if data:
                     self.tls.write(data)
-                    self._unsent, self._answers = self._unsent + self._outgoing.read(), 0
+                self._unsent, self._answers = self._unsent + self._outgoing.read(), 0
             while not self._send_records(0):
                 self.keep_trying()
         return len(data)

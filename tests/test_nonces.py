@@ -62,7 +62,7 @@ def test_each_is_good_once_and_for_its_relay_client() -> None:
 
 
 def test_they_are_good_for_a_short_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a used one keeps its place for as long."""
+    """Then they are asked about, as those of another server."""
     nonces = Nonces()
     old = nonces.hand_out("one", "host", 1)[0]
     monkeypatch.setattr(Nonces, "LIFETIME", -1)
