@@ -202,6 +202,7 @@ def test_it_is_told_once_for_all_workers(peers: Peers, pending: str) -> None:
         with contextlib.suppress(ConnectionResetError):
             peers.connect(port)
     wait_until(lambda: len(process.events("ConnectionFailed")) == 4)
+    wait_until(lambda: len(process.events("ServiceUnserved")) == 2)  # the parent's lines, not the workers'
     assert [event["service"] for event in process.events("ServiceUnserved")] == ["default", "web"]
     if pending != "0":
         assert process.events("ConnectionFailed")[0]["reason"].endswith("; no relay client is connected")
@@ -514,9 +515,11 @@ def test_a_service_on_its_own_service_port_is_refused(peers: Peers, workers: str
     reason = "that is a port of the relay's own, and leads back here; name the port of the service itself"
     failed = client.wait_event("ConnectionFailed")
     assert failed["reason"] == f"cannot reach {target}:{server.service_port}: {reason}"
-    wait_until(lambda: len(client.events("ConnectionFailed")) >= 3)
+    # Each worker writes its own lines: that of the failure may stand before that of the opening.
+    for name in "ConnectionFailed", "ConnectionOpened":
+        wait_until(lambda name=name: len(client.events(name)) >= 3)
     opened = len(client.events("ConnectionOpened"))
-    assert 3 <= opened <= 12, "a thread that notes its connection late lets it go round once more"
+    assert opened <= 12, "a thread that notes its connection late lets it go round once more"
 
 
 def test_a_chain_of_services_is_no_loop(peers: Peers, workers: str) -> None:
