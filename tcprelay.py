@@ -55,7 +55,8 @@ from _tcprelay.events import (
     LinkNotMade, LinkRefused, LinkUp, Listening, Published, ServiceUnreachable, ServiceUnserved, Unpublished,
 )  # fmt: skip
 from _tcprelay.logs import fail
-from _tcprelay.options import ClientOptions, ServerOptions
+from _tcprelay.client_options import ClientOptions
+from _tcprelay.server_options import ServerOptions
 from _tcprelay.role import Relay
 from _tcprelay.text import shown
 from _tcprelay.values import Publication, ServicePort

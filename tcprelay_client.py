@@ -28,7 +28,8 @@ from _tcprelay.client.loops import OwnConnections
 from _tcprelay.client.stock import MOST_HANDSHAKES, MOST_REASONS, Service, Stock
 from _tcprelay.command import run_command
 from _tcprelay.events import Event, Published, Unpublished
-from _tcprelay.options import ClientOptions, make_options
+from _tcprelay.client_options import ClientOptions
+from _tcprelay.options import make_options
 from _tcprelay.processes import WorkerProcess, Workers
 from _tcprelay.role import Credentials, Relay, Runtime, warn_about_secrets
 from _tcprelay.system import ssl

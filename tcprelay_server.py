@@ -28,7 +28,8 @@ from typing import Any
 
 from _tcprelay.command import run_command
 from _tcprelay.events import Event
-from _tcprelay.options import ServerOptions, make_options
+from _tcprelay.options import make_options
+from _tcprelay.server_options import ServerOptions
 from _tcprelay.role import Credentials, Relay, Runtime, warn_about_secrets
 from _tcprelay.server.account import WorkerAccount
 from _tcprelay.server.intake import Intake, ParentIntake, PortIntake

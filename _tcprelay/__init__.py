@@ -21,7 +21,9 @@ Each room imports only rooms that stand above it in this list (tests/test_house.
     logs            a log that keeps no thread waiting
     state           files that this user alone can read
     values          what an option is, and what its value may be
-    options         the options of both roles
+    options         the options that both roles have
+    server_options  those of the relay server
+    client_options  those of the relay client
     arguments       the words of a command line, each taken for what it is meant to be
     parser          what reads the command line and the configuration files
     command_line    the options of a command, wherever they come from

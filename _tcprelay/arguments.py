@@ -11,7 +11,9 @@ import re
 from collections import deque
 from collections.abc import Iterable, Sequence
 
-from .options import ClientOptions, Options, ServerOptions, options_of
+from .client_options import ClientOptions
+from .options import Options, options_of
+from .server_options import ServerOptions
 from .text import shown, trim
 from .values import Option
 

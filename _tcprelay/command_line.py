@@ -12,7 +12,9 @@ from typing import Any, Generic, NoReturn
 from .addresses import split_place
 from .arguments import arrange, say_meant
 from .logs import fail
-from .options import ClientOptions, Options, OptionsT, ServerOptions, options_of
+from .client_options import ClientOptions
+from .options import Options, OptionsT, options_of
+from .server_options import ServerOptions
 from .state import say_open
 from .text import shown, trim
 

@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 import pytest
 
-from _tcprelay.options import ClientOptions, ServerOptions, options_of
+from _tcprelay.client_options import ClientOptions
+from _tcprelay.options import options_of
+from _tcprelay.server_options import ServerOptions
 
 from .peers import ROOT
 

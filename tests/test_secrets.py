@@ -123,6 +123,7 @@ class Log:
         self._seen = found.end()
 
     def check(self) -> None:
+        log_writer.end()  # lines gather for a moment
         assert self._text.getvalue()
         check_log(self._text.getvalue(), self._format)
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 from ..addresses import Endpoint
 from ..certificates import pin_of
 from ..link import AnyLink, Link, RawLink
-from ..options import ClientOptions
+from ..client_options import ClientOptions
 from ..protocol import (
     AUTH, CHALLENGE, CLIENT, HELLO, PROTOCOL_VERSION, REFUSED, SERVER, Frame, LinkFault, guess_protocol, is_proof,
     new_nonce, prove,

@@ -21,7 +21,7 @@ from ..events import (
     ConnectionClosed, ConnectionFailed, ConnectionOpened, LinkDown, LinkUp, Published, ServiceUnreachable, Unpublished,
 )  # fmt: skip
 from ..link import AnyLink, Link, RawLink
-from ..options import ClientOptions
+from ..client_options import ClientOptions
 from ..protocol import BYE, IDLE, PING, PONG, READY, SILENCE, START, Frame
 from ..role import Runtime
 from ..sockets import DIAL_TIMEOUT

@@ -12,7 +12,7 @@ from ..addresses import show_address
 from ..certificates import certificate_name
 from ..events import LinkNotMade, LinkRefused
 from ..link import Link, RawLink
-from ..options import ServerOptions
+from ..server_options import ServerOptions
 from ..protocol import (
     CHALLENGE, CLIENT, HELLO, NEW, PROTOCOL_VERSION, REFUSED, SERVER, WELCOME, LinkFault, encode_frame, guess_protocol,
     is_proof, is_same, new_nonce, prove,

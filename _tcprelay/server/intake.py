@@ -32,7 +32,7 @@ from typing import Any
 from ..addresses import show_address
 from ..events import ConnectionFailed, ServiceUnserved
 from ..messages import MESSAGE_ROOM, MESSAGE_SIZE, adopt_socket, decode_message, encode_message, receive_message
-from ..options import ServerOptions
+from ..server_options import ServerOptions
 from ..role import Runtime
 from ..system import ignore_oserror
 from ..tcp import set_timeout

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..addresses import show_address
 from ..events import ClientDown, ClientUp, LinkDown, LinkUp
-from ..options import ServerOptions
+from ..server_options import ServerOptions
 from ..protocol import REFUSED, SILENCE, LinkFault
 from ..role import Runtime
 from ..system import ignore_oserror

@@ -17,7 +17,7 @@ from typing import Any
 from ..addresses import Endpoint, host_of, show_address
 from ..events import AcceptPaused, ConnectionFailed, LinkRefused, Listening
 from ..link import Link
-from ..options import ServerOptions
+from ..server_options import ServerOptions
 from ..protocol import SERVER
 from ..role import Runtime
 from ..sockets import listen

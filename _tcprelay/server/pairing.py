@@ -15,7 +15,7 @@ import select
 from ..addresses import show_own
 from ..events import ConnectionClosed, ConnectionFailed, ConnectionOpened
 from ..link import Link, RawLink
-from ..options import ServerOptions
+from ..server_options import ServerOptions
 from ..protocol import FAIL, READY, REFUSED, START
 from ..role import Runtime
 from ..splice import Splice

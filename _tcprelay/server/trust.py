@@ -10,7 +10,8 @@ from typing import Any
 
 from ..addresses import Endpoint, is_loopback
 from ..certificates import make_context, make_self_signed, pin_of, trust
-from ..options import ServerOptions, read_secret
+from ..options import read_secret
+from ..server_options import ServerOptions
 from ..role import Credentials, Runtime
 from ..sockets import public_address
 from ..state import other_states, private_file, state_directory

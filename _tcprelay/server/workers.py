@@ -22,7 +22,7 @@ from typing import Any
 from ..addresses import show_address
 from ..events import ClientDown, ClientUp, ConnectionFailed, ServiceUnserved
 from ..messages import adopt_socket, encode_message
-from ..options import ServerOptions
+from ..server_options import ServerOptions
 from ..processes import WorkerProcess, Workers
 from ..role import Relay
 from ..text import connection_id

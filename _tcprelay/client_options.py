@@ -1,0 +1,130 @@
+"""The options of `RelayClient` and of ``tcprelayc``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from .addresses import Endpoint, parse_endpoint, parse_host, parse_place, parse_port, split_place
+from .options import Options
+from .values import (
+    Publication, option, parse_count, parse_flag, parse_path, parse_pin, parse_positive, parse_publication, parse_relay,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientOptions(Options):
+    """The options of `RelayClient` and of ``tcprelayc``."""
+
+    command = "tcprelayc"
+    short_form = "the relay server and services, as in relay.example.net:10080 22 web=80"
+
+    relay_host: str = option(
+        "", parse_relay, "host of the relay server, with its port if you like",
+        group="Addresses", metavar="HOST[:PORT]", spelling="relayHost")  # fmt: skip
+    relay_port: int | None = option(
+        None, parse_port, "port of the relay server for relay clients",
+        group="Addresses", metavar="PORT", spelling="relayPort")  # fmt: skip
+    host: str = option(
+        "localhost", parse_place, "host of the service named default, with its port if you like, or unix:PATH",
+        group="Addresses", metavar="HOST[:PORT]", spelling="host")  # fmt: skip
+    port: int | None = option(
+        None, parse_port, "port of the service named default",
+        group="Addresses", metavar="PORT", spelling="port")  # fmt: skip
+    publish: tuple[Publication, ...] = option(
+        (), parse_publication, "a further service, by its name at the relay server; may be repeated",
+        group="Addresses", metavar="NAME=[HOST:]PORT", many=True)  # fmt: skip
+    try_service: bool = option(
+        True, parse_flag, "connect to each service once when it is published, and warn where that fails; false for one "
+        "that serves a single connection", group="Links", metavar="true|false")  # fmt: skip
+    num_conn: int = option(
+        8, parse_positive, "idle links kept for each service",
+        group="Links", metavar="N", spelling="numConn")  # fmt: skip
+    max_conn: int = option(
+        0, parse_count, "links at once, idle ones and all", group="Links", metavar="N",
+        shown_default="a quarter of the limit on open files")  # fmt: skip
+    exit_on_refusal: bool = option(
+        False, parse_flag, "end with status 3 where the relay server refuses this client for a reason that does not "
+        "pass, instead of trying again", group="Running")  # fmt: skip
+    name: str = option(
+        "", str, "what the relay server calls this client in its log", group="Links", metavar="NAME",
+        shown_default="this host's name")  # fmt: skip
+
+    reject_unauthorized: bool = option(
+        True, parse_flag, "refuse a relay server whose certificate cannot be verified",
+        group="TLS", metavar="true|false", spelling="rejectUnauthorized")  # fmt: skip
+    tls_server_name: str = option(
+        "", parse_host, "name that must stand in the relay server's certificate",
+        group="TLS", metavar="NAME", shown_default="--relay-host")  # fmt: skip
+    pin: str = option(
+        "", parse_pin, "accept exactly the relay server's certificate with this SHA-256 digest, self-signed or not",
+        group="TLS", metavar="sha256:HEX")  # fmt: skip
+    service_ca_file: str = option(
+        "", parse_path, "CA certificates, PEM, for the service's certificate (--tls both)",
+        group="TLS", metavar="FILE")  # fmt: skip
+    service_insecure: bool = option(
+        False, parse_flag, "accept any certificate of the service (--tls both)", group="TLS")  # fmt: skip
+
+    def _complaints(self) -> Iterator[tuple[object, str]]:
+        yield from super()._complaints()
+        for name, placeholders in (("relay_host", "HOST"), ("host", "HOST PORT"), ("token_file", "FILE")):
+            value = getattr(self, name)
+            yield value in placeholders.split(), f"{value} stands for something: put that there instead"
+        yield not self.relay_host, "--relay-host is required, as in tcprelayc relay.example.net:10080 22"
+        yield self.relay_port == 0, "--relay-port 0 is no port of a relay server"
+        yield self.relay_port is None, "--relay-port is required, as in tcprelayc relay.example.net:10080 22"
+        services = self.services
+        yield not services, "--port (with --host) or --publish is required, as in tcprelayc relay.example.net:10080 22"
+        yield from self._wrong_services([service.name for service in services])
+        unreachable = [service.target for service in services if not (service.target.port or service.target.path)]
+        yield unreachable, f"nothing can be reached at port 0: {', '.join(map(str, unreachable))}"
+        yield (
+            self.host.startswith("unix:") and self.port is not None,
+            ("--port is of no use where --host is a Unix socket"),
+        )
+        yield (
+            0 < self.max_conn < self.num_conn * len(services),
+            ("--max-conn is less than the idle links that --num-conn asks for, over all services"),
+        )
+        yield from self._useless("pin tls_server_name cert pfx ca_file", "--tls", self.tls in ("relay", "both"))
+        to_services = self.tls in ("both", "service")
+        yield from self._useless("service_ca_file service_insecure", "--tls both or --tls service", to_services)
+
+    @classmethod
+    def short(cls, words: Sequence[str]) -> list[str]:
+        """``RELAY_HOST:PORT SERVICE…``, a service being ``PORT``, ``HOST:PORT``, ``unix:PATH`` or one of these with its
+        name before it, ``NAME=…``."""
+        names: list[str] = []
+        for word in words:
+            is_path, is_named = word.startswith("unix:"), "=" in word
+            if not (names or is_path or is_named or word.isdigit()):
+                names.append("relay-host")
+            elif names and is_named and not is_path:
+                names.append("publish")
+            elif names and not {"host", "port"} & set(names):
+                names.append("port" if word.isdigit() else "host")
+            else:
+                break
+        return names
+
+    def _check_values(self) -> None:
+        super()._check_values()
+        for host_name, port_name in (("host", "port"), ("relay_host", "relay_port")):
+            whole = getattr(self, host_name)
+            host, port = split_place(whole)
+            given = getattr(self, port_name)
+            if port is not None and given not in (None, port):
+                words = f"--{host_name} {whole} and --{port_name} {given}".replace("_", "-")
+                raise ValueError(f"{words} name two ports")
+            if port is not None:
+                object.__setattr__(self, host_name, host)
+                object.__setattr__(self, port_name, port)
+
+    @property
+    def services(self) -> list[Publication]:
+        """All services, that of ``--host`` and ``--port`` first."""
+        if self.host.startswith("unix:"):
+            return [Publication("default", parse_endpoint(self.host)), *self.publish]
+        if self.port is None:
+            return list(self.publish)
+        return [Publication("default", Endpoint(self.host, self.port)), *self.publish]

@@ -1,0 +1,121 @@
+"""The options of `RelayServer` and of ``tcprelays``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from .addresses import parse_host, parse_port
+from .options import Options, repeated
+from .values import (
+    ServicePort, option, parse_count, parse_flag, parse_heartbeat, parse_path, parse_seconds, parse_service,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions(Options):
+    """The options of `RelayServer` and of ``tcprelays``."""
+
+    command = "tcprelays"
+    short_form = "the relay port and services, as in 10080 2222 web=8080"
+
+    relay_port: int | None = option(
+        None, parse_port, "port for relay clients; 0 takes a free one",
+        group="Addresses", metavar="PORT", spelling="relayPort")  # fmt: skip
+    service_port: int | None = option(
+        None, parse_port, "port for the clients of the service named default; 0 takes a free one",
+        group="Addresses", metavar="PORT", spelling="servicePort")  # fmt: skip
+    service: tuple[ServicePort, ...] = option(
+        (), parse_service, "a further service and its port; may be repeated",
+        group="Addresses", metavar="NAME=[ADDRESS:]PORT", many=True)  # fmt: skip
+    hostname: str = option(
+        "", parse_host, "address to listen on; a name is all its addresses, :: is IPv4 too",
+        group="Addresses", metavar="ADDRESS", secures=True,
+        shown_default="all, IPv6 and IPv4")  # fmt: skip
+    public_host: str = option(
+        "", parse_host, "name or address of this host as others reach it: shown to relay clients, and in the line that "
+        "they paste", group="Addresses", metavar="HOST",
+        shown_default="the address of the default route, where it is public")  # fmt: skip
+    pair_timeout: float = option(
+        20.0, parse_seconds, "seconds that a service client waits for a link and its service",
+        group="Connections", metavar="SECONDS")  # fmt: skip
+    max_pending: int = option(
+        512, parse_count, "service clients of one service that may wait for a link at once; who comes next waits in "
+        "the system's queue, or is refused where no link comes free",
+        group="Connections", metavar="N")  # fmt: skip
+    max_connections: int = option(
+        0, parse_count, "connections at once", group="Connections", metavar="N",
+        shown_default="a quarter of the limit on open files")  # fmt: skip
+    max_per_address: int = option(
+        0, parse_count, "connections at once from one address (IPv6: one /64 network); 0 is no limit",
+        group="Connections", metavar="N", secures=True)  # fmt: skip
+    heartbeat: float = option(
+        15.0, parse_heartbeat, "seconds between two PINGs on an idle link; it is dead after 2.5 silent ones",
+        group="Links", metavar="SECONDS")  # fmt: skip
+    max_links_per_address: int = option(
+        0, parse_count, "connections to the relay port at once from one address (IPv6: one /64 network); 0 is no limit",
+        group="Links", metavar="N", secures=True)  # fmt: skip
+    auth: bool = option(
+        False, parse_flag, "ask relay clients for a certificate, verified against --ca-file; implies --tls",
+        group="Trust", spelling="auth")  # fmt: skip
+    service_cert: str = option(
+        "", parse_path, "certificate for the service ports, PEM, if it is not to be --cert or --pfx",
+        group="TLS", metavar="FILE")  # fmt: skip
+    service_key: str = option(
+        "", parse_path, "its private key, PEM", group="TLS", metavar="FILE")  # fmt: skip
+    service_pfx: str = option(
+        "", parse_path, "both in one PFX file, with the same passphrase", group="TLS", metavar="FILE")  # fmt: skip
+    state_dir: str = option(
+        "", parse_path, "where the self-signed certificate and the token of a start with --tls alone are kept",
+        group="TLS", metavar="DIRECTORY",
+        shown_default="/var/lib/tcprelay under systemd and for root, else ~/.local/state/tcprelay")  # fmt: skip
+    allow_unauthenticated: bool = option(
+        False, parse_flag, "accept links from other hosts although neither token nor certificates are asked for",
+        group="Trust")  # fmt: skip
+
+    def _complaints(self) -> Iterator[tuple[object, str]]:
+        yield from super()._complaints()
+        yield self.relay_port is None, "--relay-port is required, as in tcprelays 10080 2222"
+        yield not self.pair_timeout, "--pair-timeout must be more than 0"
+        services = self.services
+        yield not services, "--service-port or --service is required, as in tcprelays 10080 2222"
+        yield from self._wrong_services([service.name for service in services])
+        ports = [(self.hostname, self.relay_port)] + [(s.host or self.hostname, s.port) for s in services]
+        taken = repeated([(host, port) for host, port in ports if port])
+        yield taken, f"two ports are {taken and taken[1]}"
+        yield (
+            self.auth and not self.ca_file,
+            ("--auth needs --ca-file: the CA certificates that relay clients' certificates come from"),
+        )
+        yield self.service_cert and self.service_pfx, "give --service-cert or --service-pfx, not both"
+        yield from self._useless("cert pfx", "--tls", bool(self.tls or self.auth))
+        on_services = self.tls in ("both", "service")
+        yield from self._useless("service_cert service_key service_pfx", "--tls both or --tls service", on_services)
+        yield from self._useless("ca_file", "--auth", self.auth)
+
+    @classmethod
+    def short(cls, words: Sequence[str]) -> list[str]:
+        """``RELAY_PORT SERVICE…``, a service being ``PORT`` or ``NAME=[ADDRESS:]PORT``."""
+        names: list[str] = []
+        for word in words:
+            if not names and word.isdigit():
+                names.append("relay-port")
+            elif names and "=" in word:
+                names.append("service")
+            elif names and word.isdigit() and "service-port" not in names:
+                names.append("service-port")
+            else:
+                break
+        return names
+
+    @property
+    def is_improvised(self) -> bool:
+        """TLS without a certificate: one is made, and a token too."""
+        given = self.cert or self.pfx or (self.tls == "service" and (self.service_cert or self.service_pfx))
+        return bool(self.tls or self.auth) and not given
+
+    @property
+    def services(self) -> list[ServicePort]:
+        """All services, ``--service-port`` first."""
+        first = [] if self.service_port is None else [ServicePort("default", "", self.service_port)]
+        return first + list(self.service)
