@@ -31,7 +31,7 @@ from _tcprelay.events import Event, Published, Unpublished
 from _tcprelay.client_options import ClientOptions
 from _tcprelay.options import make_options
 from _tcprelay.processes import WorkerProcess, Workers
-from _tcprelay.role import Credentials, Relay, Runtime, warn_about_secrets
+from _tcprelay.role import SHORTEST_TOKEN, Credentials, Relay, Runtime, warn_about_secrets
 from _tcprelay.system import ssl
 from _tcprelay.text import random_id
 from _tcprelay.threads import JOIN_TIMEOUT, join
@@ -49,7 +49,7 @@ The relay client, for a host behind a NAT: it makes services that it can reach
 available at the relay server. A service is PORT, HOST:PORT or unix:PATH, or with
 its name NAME=HOST:PORT. For example:
 
-  tcprelayc relay.example.net:10080 22 --tls --pin sha256:... --token-file FILE
+  tcprelayc relay.example.net:10080 22 --tls --token-file FILE
       what the relay server said at its start, with the port of the service
   tcprelayc --relay-host relay.example.net --relay-port 10080 --port 22
       the same in full; each option can stand in the environment or a file, too
@@ -129,20 +129,25 @@ class RelayClient(Relay[ClientOptions]):
     def _load_credentials(self) -> Credentials:
         options = self.options
         token = options.read_token()
-        links = services = None
+        links = unverified = services = None
         if options.tls in ("relay", "both"):
-            links = make_context(options, False, options.cert, options.key, options.pfx)
+            own = options.cert, options.key, options.pfx
+            links = make_context(options, False, *own)
             if options.pin or not options.reject_unauthorized:
                 links.check_hostname, links.verify_mode = False, ssl.CERT_NONE
             else:
                 trust(links, options.ca_file)
+                named = options.ca_file or options.tls_server_name or options.wire == "raw"
+                if len(token) >= SHORTEST_TOKEN and not named:
+                    unverified = make_context(options, False, *own)
+                    unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
         if options.tls in ("both", "service"):
             services = make_context(options, False)
             if options.service_insecure:
                 services.check_hostname, services.verify_mode = False, ssl.CERT_NONE
             else:
                 trust(services, options.service_ca_file)
-        return Credentials(token, links, services)
+        return Credentials(token, links, services, unverified)
 
     def prepare(self) -> None:
         """Says where to, and warns of what is not secure.  No name is looked up here: at boot the name server may not

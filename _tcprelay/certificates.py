@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
@@ -126,6 +127,24 @@ def make_self_signed(directory: str) -> str:
 def pin_of(certificate: bytes) -> str:
     """The pin of a certificate in DER form: sha256: and the hexadecimal digest of all of it."""
     return "sha256:" + hashlib.sha256(certificate).hexdigest()
+
+
+def shown_certificate(context: ssl.SSLContext) -> str:
+    """The pin of the certificate that a server with this context shows.
+
+    It is asked for in memory, as a client would: a file may hold several, and only OpenSSL knows which one it takes.
+    To be called before the context asks for certificates itself.  Raises `ssl.SSLError`.
+    """
+    asking = new_context(False)
+    asking.check_hostname, asking.verify_mode = False, ssl.CERT_NONE
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = asking.wrap_bio(to_client, to_server)
+    server = context.wrap_bio(to_server, to_client, server_side=True)
+    for _ in range(3):  # two round trips with TLS 1.2
+        for end in (client, server):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+    return pin_of(client.getpeercert(binary_form=True) or b"")
 
 
 def certificate_name(stream: Stream) -> str:

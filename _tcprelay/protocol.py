@@ -188,13 +188,18 @@ def new_nonce() -> str:
     return random_id(16)
 
 
-def prove(token: bytes, role: str, client_nonce: str, server_nonce: str, service: str, client: str) -> str:
+def prove(
+    token: bytes, role: str, client_nonce: str, server_nonce: str, service: str, client: str, certificate: str = ""
+) -> str:
     """What `role` shows to prove that it knows the token: HMAC-SHA256 (RFC 2104), in hexadecimal.
 
-    Each part is preceded by its length, so that no two lists of parts give the same message.
+    With the digest of the server's `certificate` it is good for that TLS connection alone: who stands in the middle and
+    passes it on has another one (a channel binding, as tls-server-end-point of RFC 5929).  Each part is preceded by its
+    length, so that no two lists of parts give the same message.
     """
     message = b""
-    for part in ("tcprelay link 1", role, client_nonce, server_nonce, service, client):
+    parts = "tcprelay link 1", role, client_nonce, server_nonce, service, client
+    for part in (*parts, certificate) if certificate else parts:
         encoded = part.encode("utf-8", "surrogatepass")
         message += struct.pack("!I", len(encoded)) + encoded
     return hmac.new(token, message, hashlib.sha256).hexdigest()

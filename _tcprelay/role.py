@@ -49,8 +49,11 @@ class Credentials:
     """For TLS on the links; ``None`` for plain ones."""
     services: SSLContext | None = None
     """For TLS on the service ports, or to the service."""
-    pin: str = ""
-    """Of the certificate that was made here."""
+    unverified: SSLContext | None = None
+    """On a relay client: for TLS with a server whose certificate is not verified itself, since the token's proof covers
+    it (see `protocol.prove`); ``None`` where it has to be."""
+    certificate: str = ""
+    """The digest of the certificate that a relay server shows on its links, as a pin."""
 
 
 class Runtime(Generic[OptionsT]):
@@ -129,7 +132,8 @@ class Runtime(Generic[OptionsT]):
 
 
 SHORTEST_TOKEN = 16
-"""Characters below which a token is warned of: who records a handshake can try as many as he likes."""
+"""Characters below which a token is warned of, and is no proof of whom one speaks with: who has a handshake can try as
+many as he likes."""
 
 
 def warn_about_secrets(runtime: Runtime[Any]) -> None:

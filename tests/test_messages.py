@@ -33,6 +33,7 @@ UNSEEN = {
     "given up": "raised only in a connection that was broken off before, and the first reason counts",
     "no address": "stands for the error of the last address, and a host has one at least",
     "a message of more than": "between a parent and its workers, which send no message that is so long",
+    "the relay server's proofs do not cover its certificate": "caught where links are opened: another one is dialled",
     "tcprelay link 1": "a part of what a proof is made of",
     "(while attempting": "what Python puts into an error, and is left out",
     "(default:": "it is --help",

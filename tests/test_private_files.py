@@ -58,7 +58,7 @@ def test_they_are_made_once_and_for_this_user_alone(tmp_path: Path) -> None:
     }  # fmt: skip
     assert directory.stat().st_mode & 0o777 == 0o700
     second = start(directory).runtime.credentials
-    assert (first.token, first.pin) == (second.token, second.pin)
+    assert (first.token, first.certificate) == (second.token, second.certificate)
 
 
 def test_a_file_system_without_hard_links(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +87,7 @@ def test_those_that_start_together_have_the_same(state: Path, monkeypatch: pytes
 
     def run() -> None:
         credentials = start(state).runtime.credentials
-        found.append((credentials.token, credentials.pin))
+        found.append((credentials.token, credentials.certificate))
 
     threads = [threading.Thread(target=run) for _ in range(count)]
     for thread in threads:
@@ -260,10 +260,11 @@ def test_a_check_says_what_there_is(state: Path, capsys: pytest.CaptureFixture[s
     assert tcprelay_server.main(words) == 0
     assert f"{state}/identity.pem: it is made at the first start\n" in capsys.readouterr().out
     with start(state) as server:
-        pin = server.runtime.credentials.pin
+        pin = server.runtime.credentials.certificate
     assert tcprelay_server.main(words) == 0
     said = capsys.readouterr().out
-    assert f"--tls --pin {pin} --token-file FILE" in said
+    assert "--tls --token-file FILE\n" in said
+    assert f"add --pin {pin})" in said
     assert f"(certificate and token are kept in {state})" in said
     (state / "identity.pem").write_text("-----BEGIN CERTIFICATE-----\nx\n")
     with pytest.raises(SystemExit):

@@ -144,6 +144,8 @@ def test_the_worked_example_of_the_proofs() -> None:
         parts = (role, *nonces, given["service"], given["client id"])
         assert given[f"{role} proof"] == prove(given["token"], *parts)
         assert given[f"{role} proof"] == protocol.prove(given["token"].encode(), *parts)
+        assert given[f"bound {role} proof"] == prove(given["token"], *parts, given["certificate"])
+        assert given[f"bound {role} proof"] == protocol.prove(given["token"].encode(), *parts, given["certificate"])
 
 
 def test_the_examples_are_one_connection() -> None:
@@ -158,7 +160,8 @@ def test_the_examples_are_one_connection() -> None:
     assert bodies["WELCOME"]["proof"] == given["server proof"]
     for name, body in blocks:
         if name != "DATA":
-            assert set(FIELDS[name]) - set(body) <= ({"server_nonce", "proof"} if body is bodies["HELLO"] else set())
+            ahead = {"server_nonce", "proof"} if body is bodies["HELLO"] else set()
+            assert set(FIELDS[name]) - set(body) <= {"certificate", *ahead}  # the links are plain
             assert set(body) <= set(FIELDS[name])
     later = dict(blocks)
     parts = later["HELLO"]["nonce"], bodies["PING"]["nonces"][0], "web", given["client id"]
@@ -247,7 +250,8 @@ class Wire:
         fields = json.loads(body) if body else {}
         types = {"string": str, "number": (int, float), "boolean": bool, "list": list}
         assert [key for key, value in fields.items() if not isinstance(value, types[FIELDS[name][key]])] == []  # type: ignore[arg-type]
-        assert set(FIELDS.get(name, ())) - set(fields) <= {"proof", "passed", "again", "nonces", "server_nonce"}
+        optional = {"proof", "passed", "again", "nonces", "server_nonce", "certificate"}
+        assert set(FIELDS.get(name, ())) - set(fields) <= optional
         return fields
 
 

@@ -529,6 +529,7 @@ TO_SERVER: dict[str, tuple[Callable[[RelayServer, dict[str, Any]], None], str]] 
     "HELLO idle": (greet, "idle"),
     "HELLO, an unknown field": (greet, "unknown"),
     "AUTH proof": (greet, "proof"),
+    "AUTH certificate": (greet, "certificate"),
     "FAIL reason": (fail, "reason"),
     "ABORT reason": (abort, "reason"),
     "READY, an unknown field": (abort, "unknown"),
@@ -720,6 +721,7 @@ def refuse_at_once(relay: FakeServer, link: Link, fields: dict[str, Any]) -> Non
 
 TO_CLIENT: dict[str, tuple[Callable[[FakeServer, Link, dict[str, Any]], None], str]] = {
     "CHALLENGE nonce": (challenge, "nonce"),
+    "CHALLENGE certificate": (challenge, "certificate"),
     "WELCOME proof": (welcome, "proof"),
     "WELCOME address": (welcome, "address"),
     "WELCOME nonces": (welcome, "nonces"),

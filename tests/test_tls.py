@@ -464,7 +464,9 @@ def test_a_start_with_tls_alone(bench: Bench, tmp_path: Path) -> None:
     words = server.invitation(with_secrets=True).splitlines()[1].split()
     token = files["token"].read_text().strip()
     assert words[words.index("--token") + 1] == token
-    pin = words[words.index("--pin") + 1]
+    assert "--pin" not in words  # the token vouches for the certificate
+    accepted(bench, server, tls="relay", token=token)
+    [pin] = re.findall(r"add --pin (sha256:\w{64})", server.invitation(with_secrets=False))
     accepted(bench, server, tls="relay", pin=pin, token=token)
     hidden = server.invitation(with_secrets=False)
     assert token not in hidden
@@ -479,7 +481,6 @@ def test_the_pasted_line_is_accepted_by_the_parser(bench: Bench, tmp_path: Path)
     server = bench.server(tls="relay", state_dir=str(tmp_path / "state"), service="web=0")
     line = server.invitation(with_secrets=True).splitlines()[1].replace("PORT", "22").replace("HOST", "relay")
     options = parse_options("tcprelayc", "", ClientOptions, line.split()[1:]).options
-    assert options.pin
     assert options.tls == "relay"
     assert [str(service) for service in options.services] == ["default=localhost:22", "web=localhost:22"]
 
@@ -516,7 +517,7 @@ def test_the_pasted_line_names_what_others_can_reach(
     monkeypatch.setattr(socket, "socket", Socket)
     said = server.invitation(with_secrets=False)
     words = shlex.split(said.splitlines()[1])
-    assert words[:5] == ["tcprelayc", f"{named}:{server.relay_address[1]}", "PORT", "--tls", "--pin"]
+    assert words[:5] == ["tcprelayc", f"{named}:{server.relay_address[1]}", "PORT", "--tls", "--token-file"]
     assert ("(HOST: a name or address" in said) == note
 
 

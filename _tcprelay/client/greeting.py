@@ -62,6 +62,10 @@ class Greeting:
         self.relay = Endpoint(options.relay_host, options.relay_port or 0)
         self._dialer = Dialer(self.relay, RELAY_DIAL_TIMEOUT, runtime.probing, DIAL_AGAIN)
         self._nonces: deque[str] = deque(maxlen=MOST_NONCES)
+        self._is_bound = False
+        """The server's proofs covered its certificate on the last link, so they do where its nonces are used."""
+        self._must_verify = False
+        """They did not, and its certificate alone can show who it is."""
 
     def connect(self, service: str, doubt: Callable[[str], object]) -> tuple[AnyLink, str, int]:
         """Dial the relay server and bring a link to its idle state; with the service's address there, and how many
@@ -69,14 +73,25 @@ class Greeting:
 
         Raises `OSError`, `EOFError`, and `RefusedByServer` with the server's reason.
         """
-        deadline = Deadline(None)
-        stream, options = self._dial(deadline, doubt), self._runtime.options
+        try:
+            return self._connect(service, doubt, self._must_verify)
+        except NotBound:
+            self._must_verify = True
+            return self._connect(service, doubt, True)
+
+    def _connect(self, service: str, doubt: Callable[[str], object], verify: bool) -> tuple[AnyLink, str, int]:
+        """The same; with TLS the server's certificate is verified by itself where that is asked for, or the token's
+        proof need not cover it.  Raises `NotBound`, too, where the proof would have to and does not."""
+        deadline, credentials = Deadline(None), self._runtime.credentials
+        verify = verify or credentials.unverified is None
+        context = credentials.links if verify else credentials.unverified
+        stream, options = self._dial(context, deadline, doubt), self._runtime.options
         try:
             if options.wire == "raw":
                 stream.send(options.secret.encode("utf-8", "surrogateescape"))
                 return RawLink(stream), "", 0
             link = Link(stream, CLIENT)
-            welcome = self._greet(link, service, deadline, doubt)
+            welcome = self._greet(link, service, credentials.token, verify, deadline, doubt)
             link.heartbeat = max(0.05, welcome.number("heartbeat", 15, 3600))
             return link, shown(welcome.text("address")), int(welcome.number("waiting", 0, 1e6))
         except BaseException as error:
@@ -90,9 +105,9 @@ class Greeting:
         """Keep what a WELCOME or a PING brings for the next links.  Raises `LinkFault`."""
         self._nonces.extend(nonce for nonce in frame.texts("nonces", MOST_NONCES) if len(nonce) <= LONGEST_NONCE)
 
-    def _dial(self, deadline: Deadline, doubt: Callable[[str], object]) -> Stream:
-        """Connect to the relay server, with TLS where it is asked for; the deadline begins when there is a connection.
-        Raises `OSError`, `EOFError`; `Unreachable` where there is none."""
+    def _dial(self, context: ssl.SSLContext | None, deadline: Deadline, doubt: Callable[[str], object]) -> Stream:
+        """Connect to the relay server, with TLS where there is a context; the deadline begins when there is a
+        connection.  Raises `OSError`, `EOFError`; `Unreachable` where there is none."""
         runtime, options = self._runtime, self._runtime.options
         try:
             sock = self._dialer.dial(runtime.stop)
@@ -101,13 +116,13 @@ class Greeting:
             hint = "; is the relay server running, and is this its relay port?" if refused else ""
             raise Unreachable(f"{say_error(error)}{hint}") from error
         deadline.shorten(LINK_TIMEOUT)
-        name, context = f"link with relay {self.relay}", runtime.credentials.links
+        name = f"link with relay {self.relay}"
         if context is None:
             return Stream(sock, name)
         try:
             stream = TLSStream(sock, name, context, server_hostname=options.tls_server_name or options.relay_host)
             self._patiently(lambda until: stream.handshake(until, runtime.stop), sock, deadline, doubt)
-            found = pin_of(stream.tls.getpeercert(binary_form=True) or b"")
+            found = certificate_of(stream)
             if options.pin and found != options.pin:
                 if options.wire != "raw":  # there it would be bytes of a connection
                     Link(stream, CLIENT).refuse("pin", "this server's certificate is not the one in --pin")
@@ -121,6 +136,7 @@ class Greeting:
             if isinstance(error, TimeoutError):
                 raise late from None
             if hint := explain_tls(error):
+                self._must_verify = False  # it may be another server by the next time
                 raise RefusedByServer(hint, "clock" if hint.endswith(CLOCK) else "") from error
             if isinstance(error, ConnectionResetError):
                 raise ConnectionResetError(f"the relay reset the link without a word; {WHY_NO_WORD}") from None
@@ -149,16 +165,21 @@ class Greeting:
         why = say_path(sock) or f"; is {self.relay} the relay port of a tcprelays?"
         return TimeoutError(f"no answer within {LINK_TIMEOUT:g} s{why}")
 
-    def _greet(self, link: Link, service: str, deadline: Deadline, doubt: Callable[[str], object]) -> Frame:
+    def _greet(
+        self, link: Link, service: str, token: bytes, verified: bool, deadline: Deadline, doubt: Callable[[str], object]
+    ) -> Frame:
         """HELLO, and CHALLENGE and AUTH where there was no nonce for HELLO; returns WELCOME.  The server proves that it
         knows the token, too."""
         runtime = self._runtime
-        nonce, token, expected = new_nonce(), runtime.credentials.token, ""
+        nonce, expected, certificate = new_nonce(), "", certificate_of(link.stream)
         hello = {"version": PROTOCOL_VERSION, "service": service, "client": self._id, "worker": self.worker,
                  "name": self._name, "idle": self._most_idle, "nonce": nonce, "token": bool(token)}  # fmt: skip
-        if token and (ahead := self._take_nonce()):
-            parts = (nonce, ahead, service, self._id)
+        bound = self._is_bound
+        if token and (bound or verified) and (ahead := self._take_nonce()):
+            parts = (nonce, ahead, service, self._id, certificate if bound else "")
             hello |= {"server_nonce": ahead, "proof": prove(token, CLIENT, *parts)}
+            if bound:
+                hello["certificate"] = certificate
             expected = prove(token, SERVER, *parts)
         link.send(HELLO, hello)
         # Once WELCOME may be on its way, so may START behind it: then nothing but BYE ends a link in peace.
@@ -189,9 +210,11 @@ class Greeting:
             if not token:
                 link.refuse("token", "it has no token; set --token-file there")
                 raise RefusedByServer("the relay asks for a token; set --token-file or --token")
-            parts = (nonce, answer.text("nonce"), service, self._id)
+            self._is_bound = bound = check_binding(link, answer.text("certificate"), certificate, verified)
+            parts = (nonce, answer.text("nonce"), service, self._id, certificate if bound else "")
             expected = prove(token, SERVER, *parts)
-            link.send(AUTH, {"proof": prove(token, CLIENT, *parts)})
+            auth = {"proof": prove(token, CLIENT, *parts)}
+            link.send(AUTH, {**auth, "certificate": certificate} if bound else auth)
             answer = link.receive(deadline, runtime.cut)
         if answer.kind == REFUSED:
             raise refused(answer)
@@ -206,6 +229,34 @@ class Greeting:
             return self._nonces.pop()
         except IndexError:
             return ""
+
+
+class NotBound(ConnectionError):
+    """The relay server's proofs would not cover its certificate, which has not been verified otherwise."""
+
+
+def check_binding(link: Link, named: str, found: str, verified: bool) -> bool:
+    """Whether the proofs are to cover the certificate that was found on a link: CHALLENGE names the server's.
+
+    Raises `RefusedByServer` where they are two, and `NotBound` where none is named and it is not verified otherwise.
+    """
+    if named and found:
+        if named != found:
+            link.refuse("certificate", "another certificate than this server's has arrived there")
+            raise RefusedByServer(
+                f"the relay server's certificate is {shown(named, 80)}, and the one that arrives here is {found}: "
+                "somebody on the way has opened the TLS connection; if that is a proxy of yours, let it pass TLS on"
+            )
+        return True
+    if found and not verified:
+        raise NotBound("the relay server's proofs do not cover its certificate")
+    return False
+
+
+def certificate_of(stream: Stream) -> str:
+    """The digest of the certificate that the other side of a link has shown, as a pin; "" without TLS."""
+    found = stream.tls.getpeercert(binary_form=True) if isinstance(stream, TLSStream) else None
+    return pin_of(found) if found else ""
 
 
 ResultT = TypeVar("ResultT")

@@ -17,7 +17,7 @@ from ..protocol import (
     CHALLENGE, CLIENT, HELLO, NEW, PROTOCOL_VERSION, REFUSED, SERVER, WELCOME, LinkFault, encode_frame, guess_protocol,
     is_proof, is_same, new_nonce, prove,
 )  # fmt: skip
-from ..role import Runtime
+from ..role import Credentials, Runtime
 from ..streams import Stream
 from ..system import ignore_oserror
 from ..tcp import say_path
@@ -58,15 +58,16 @@ class Greeting:
         self._join = join
         self._forget = forget
 
-    def receive(self, stream: Stream) -> PooledLink | None:
-        """A link's handshake; ``None`` where it came to nothing, and its client has been told why."""
+    def receive(self, stream: Stream, credentials: Credentials) -> PooledLink | None:
+        """A link's handshake, by the credentials of its TLS; ``None`` where it came to nothing, and its client has been
+        told why."""
         link, deadline = Link(stream, SERVER), Deadline(HANDSHAKE_TIMEOUT)
         gave_up = False
         try:
             check_protected_mode(self._runtime, stream)
             stream.handshake(deadline.within(HANDSHAKE_STEP), self._runtime.stop)
             raw = self._runtime.options.wire == "raw"
-            return self._greet_raw(stream, deadline) if raw else self._greet(link, deadline)
+            return self._greet_raw(stream, deadline) if raw else self._greet(link, credentials, deadline)
         except Refusal as error:
             refusal = error.apart()
         except LinkFault as error:
@@ -117,7 +118,7 @@ class Greeting:
             link.refuse(refusal.code, refusal.told)
         stream.linger()
 
-    def _greet(self, link: Link, deadline: Deadline) -> PooledLink:
+    def _greet(self, link: Link, credentials: Credentials, deadline: Deadline) -> PooledLink:
         """HELLO, CHALLENGE, AUTH, WELCOME.  Raises `Refusal`, `LinkFault`, `OSError`, `EOFError`."""
         runtime = self._runtime
         hello = link.receive(deadline.within(HANDSHAKE_STEP), runtime.stop)
@@ -128,22 +129,29 @@ class Greeting:
         if hello.fields.get("version") != PROTOCOL_VERSION:
             raise Refusal("the versions differ: this relay server speaks link protocol 1", "version")
         service, client, nonce = hello.text("service"), hello.text("client")[:64], hello.text("nonce")
-        proof, token, host = "", runtime.credentials.token, show_address(link.stream.peer).rpartition(":")[0]
+        proof, token, host = "", credentials.token, show_address(link.stream.peer).rpartition(":")[0]
         if token:
+            certificate = credentials.certificate if link.stream.secure else ""
             own_nonce, auth = hello.text("server_nonce"), hello
             if not self._nonces.take(own_nonce, client, host):
                 own_nonce = new_nonce()
-                link.send(CHALLENGE, {"nonce": own_nonce})
+                link.send(CHALLENGE, {"nonce": own_nonce, **({"certificate": certificate} if certificate else {})})
                 auth = link.receive(deadline.within(HANDSHAKE_STEP), runtime.stop)
             if auth.kind == REFUSED:
                 raise Refusal(f"the relay client gave up: {shown(auth.text('reason'))}", "lost")
-            expected = prove(token, CLIENT, nonce, own_nonce, service, client)
+            found = auth.text("certificate") if certificate else ""
+            expected = prove(token, CLIENT, nonce, own_nonce, service, client, found)
             if not is_proof(auth.text("proof"), expected):
                 raise Refusal(
                     "its token is not this server's", "token",
                     "this client's token is not the server's: copy the server's, and name it in --token-file",
                 )  # fmt: skip
-            proof = prove(token, SERVER, nonce, own_nonce, service, client)
+            if found not in ("", certificate):
+                raise Refusal(
+                    "another certificate than this server's has arrived there: somebody on the way has opened the TLS "
+                    "connection; if that is a proxy of yours, let it pass TLS on", "certificate",
+                )  # fmt: skip
+            proof = prove(token, SERVER, nonce, own_nonce, service, client, found)
         elif hello.fields.get("token") is True:
             raise Refusal(
                 "it wants a token to be proven, and none is set here; set --token-file", "token",

@@ -64,11 +64,11 @@ class Links:
 
     def serve(self, sock: socket.socket, address: Any) -> None:
         """A relay client's connection from accept to the pool; the top of its thread."""
-        stream, pooled = None, None
+        stream, pooled, credentials = None, None, self._runtime.credentials
         try:
-            stream = make_stream(sock, f"link with {show_address(address)}", address, self._runtime.credentials.links)
+            stream = make_stream(sock, f"link with {show_address(address)}", address, credentials.links)
             self._handshakes.enter(stream)
-            pooled = self._greeting.receive(stream)
+            pooled = self._greeting.receive(stream, credentials)
         finally:
             if stream is not None:
                 self._handshakes.leave(stream)

@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..addresses import Endpoint, is_loopback
-from ..certificates import make_context, make_self_signed, pin_of, trust
+from ..certificates import make_context, make_self_signed, shown_certificate, trust
 from ..options import read_secret
 from ..server_options import ServerOptions
-from ..role import Credentials, Runtime
+from ..role import SHORTEST_TOKEN, Credentials, Runtime
 from ..sockets import public_address
 from ..state import other_states, private_file, state_directory
 from ..streams import Stream
@@ -36,14 +36,14 @@ def load_credentials(options: ServerOptions) -> Credentials:
     on_services = options.tls in ("both", "service")
     if not (on_links or on_services):
         return Credentials(token)
-    cert, key, pin = options.cert, options.key, ""
+    cert, key = options.cert, options.key
     if options.is_improvised:
         directory = options.state_dir or state_directory()
         cert, key = make_self_signed(directory), ""
         with open(cert) as file:
             certificate = file.read().partition("-----BEGIN CERTIFICATE")[1:]
         try:
-            pin = pin_of(ssl.PEM_cert_to_DER_cert("".join(certificate)))
+            ssl.PEM_cert_to_DER_cert("".join(certificate))
         except ValueError:
             raise ValueError(
                 f"{cert} is damaged: remove it, a new one is made, and relay clients need the new pin"
@@ -53,8 +53,10 @@ def load_credentials(options: ServerOptions) -> Credentials:
             path = private_file(os.path.join(directory, "token"), lambda: random_id(32).encode() + b"\n")
             token = read_secret("--state-dir", path)
     links = services = None
+    shown = ""
     if on_links:
         links = make_context(options, True, cert, key, options.pfx)
+        shown = shown_certificate(links)
     if links is not None and options.auth:
         trust(links, options.ca_file)
         links.verify_mode = ssl.CERT_REQUIRED
@@ -63,7 +65,7 @@ def load_credentials(options: ServerOptions) -> Credentials:
         if options.service_cert or options.service_pfx:
             files, prefix = (options.service_cert, options.service_key, options.service_pfx), "--service-"
         services = make_context(options, True, *files, prefix=prefix)
-    return Credentials(token, links, services, pin)
+    return Credentials(token, links, services, certificate=shown)
 
 
 def invitation(options: ServerOptions, credentials: Credentials, port: int, with_secrets: bool) -> str:
@@ -78,7 +80,9 @@ def invitation(options: ServerOptions, credentials: Credentials, port: int, with
     words = ["tcprelayc", str(Endpoint(host or "HOST", port))]
     words += ["PORT" if service.name == "default" else f"{service.name}=PORT" for service in options.services]
     notes.append("PORT: of the service on that side, or HOST:PORT, or unix:PATH")
-    words += ["--tls", "--pin", credentials.pin]
+    words += ["--tls"]
+    if len(credentials.token) < SHORTEST_TOKEN:  # it does not vouch for the certificate
+        words += ["--pin", credentials.certificate]
     copied = options.token_file
     if not copied and credentials.token and with_secrets:
         words += ["--token", credentials.token.decode(errors="replace")]
@@ -87,6 +91,8 @@ def invitation(options: ServerOptions, credentials: Credentials, port: int, with
     if copied:
         words += ["--token-file", "FILE"]
         notes.append(f"FILE: a copy of {os.path.abspath(copied)}")
+    if "--pin" not in words:
+        notes.append(f"where the certificate shall be known by itself, add --pin {credentials.certificate}")
     notes.append(f"certificate and token are kept in {os.path.abspath(options.state_dir or state_directory())}")
     if options.wire == "raw":
         words += ["--wire", "raw"]
