@@ -126,8 +126,7 @@ class RelayClient(Relay[ClientOptions]):
             self.runtime.log.error("ending, as the relay server refuses this client (--exit-on-refusal)")
             self.signals.give_up(REFUSED_STATUS)
 
-    def _load_credentials(self) -> Credentials:
-        options = self.options
+    def _load_credentials(self, options: ClientOptions) -> Credentials:
         token = options.read_token()
         links = unverified = services = None
         if options.tls in ("relay", "both"):

@@ -32,8 +32,9 @@ from _tcprelay.options import make_options
 from _tcprelay.server_options import ServerOptions
 from _tcprelay.role import Credentials, Relay, Runtime, warn_about_secrets
 from _tcprelay.server.account import WorkerAccount
+from _tcprelay.server.enrolling import add_client
 from _tcprelay.server.intake import Intake, ParentIntake, PortIntake
-from _tcprelay.server.limits import Handshakes, bounds_of_handshakes
+from _tcprelay.server.limits import Handshakes, Quotas, bounds_of_handshakes
 from _tcprelay.server.links import Links
 from _tcprelay.server.listeners import Listeners
 from _tcprelay.server.nonces import Nonces
@@ -41,6 +42,7 @@ from _tcprelay.server.pairing import Pairing
 from _tcprelay.server.pool import Pool
 from _tcprelay.server.trust import invitation, load_credentials, warn_about_trust
 from _tcprelay.server.workers import ServerWorkers
+from _tcprelay.system import from_descriptor_limit
 from _tcprelay.values import ServicePort
 
 __all__ = ["RelayServer", "ServerOptions", "ServicePort", "create_relay_server", "main"]
@@ -83,6 +85,8 @@ class RelayServer(Relay[ServerOptions]):
         super().__init__(Runtime("tcprelay.server", checked, checked.max_connections, on_event))
         self._listeners = Listeners(self.runtime)
         self._nonces = Nonces()
+        self._quotas = Quotas(), Quotas()
+        """Of links and of connections."""
         self._account: WorkerAccount | None = None
         """In a worker, as is the next."""
         self._source: socket.socket
@@ -125,8 +129,8 @@ class RelayServer(Relay[ServerOptions]):
 
     # How it begins and ends
 
-    def _load_credentials(self) -> Credentials:
-        return load_credentials(self.options)
+    def _load_credentials(self, options: ServerOptions) -> Credentials:
+        return load_credentials(options)
 
     def prepare(self) -> None:
         """Bind all ports.  Raises `OSError` that names the address, and `Stopping` at a signal."""
@@ -149,7 +153,7 @@ class RelayServer(Relay[ServerOptions]):
         self._intake = intake
         bounds = bounds_of_handshakes(most, account.workers if account else 1)
         of_links, of_clients = map(Handshakes, bounds)
-        self._links = Links(runtime, pool, intake, of_links, self._nonces)
+        self._links = Links(runtime, pool, intake, of_links, self._nonces, *self._quotas)
         pairing = Pairing(runtime, pool, intake, of_clients, self._links)
         intake.serve_link, intake.serve_client = self._links.serve, pairing.serve
         self._is_made = True
@@ -170,16 +174,25 @@ class RelayServer(Relay[ServerOptions]):
         if self._is_made:
             self._pool.selector.close()
 
+    def _apply(self, options: ServerOptions, credentials: Credentials) -> None:
+        super()._apply(options, credentials)
+        self._listeners.set_shares()
+        self.runtime.places.most = options.max_connections or from_descriptor_limit()
+        if self._is_made:
+            self._pool.max_pending = options.max_pending
+            self._links.revoke()
+
     # With workers
 
     def make_workers(self, count: int) -> ServerWorkers:
-        self._nonces = Nonces(count)
-        return ServerWorkers(self, count, self._listeners, self._become_one_of)
+        self._nonces, self._quotas = Nonces(count), (Quotas(count), Quotas(count))
+        return ServerWorkers(self, count, self._listeners, self._become_one_of, self._quotas)
 
     def _become_one_of(self, account: WorkerAccount, source: socket.socket) -> None:
         """Be one worker: what is accepted, bounded and counted over all of them is its parent's business."""
         self._account, self._source = account, source
-        self._nonces.process = account.number
+        for shared in (self._nonces, *self._quotas):
+            shared.process = account.number
 
     def obey(self, order: dict[str, Any]) -> None:
         if "suspect" in order:
@@ -195,7 +208,9 @@ def create_relay_server(relay_port: int, service_port: int, **options: Any) -> R
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command ``tcprelays``.  Returns its exit status."""
-    return run_command("tcprelays", USAGE, ServerOptions, lambda options: RelayServer(**options.as_arguments()), argv)
+    return run_command(
+        "tcprelays", USAGE, ServerOptions, lambda options: RelayServer(**options.as_arguments()), argv, add_client
+    )
 
 
 if __name__ == "__main__":

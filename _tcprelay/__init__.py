@@ -25,6 +25,7 @@ Each room imports only rooms that stand above it in this list (tests/test_house.
     server_options  those of the relay server
     client_options  those of the relay client
     arguments       the words of a command line, each taken for what it is meant to be
+    rights          who may do what: a relay server's clients file
     parser          what reads the command line and the configuration files
     command_line    the options of a command, wherever they come from
     openssl         TLS contexts, the openssl command, and what is wrong with files
@@ -42,6 +43,7 @@ Each room imports only rooms that stand above it in this list (tests/test_house.
     server.listeners  the ports, and what each address may have of them
     server.intake     where connections come from: the ports, or a parent process
     server.trust      certificates, token, the line to paste
+    server.enrolling  a new relay client: its section, and its line to paste
     server.greeting   how a connection to the relay port becomes a link
     server.links      links while they carry no connection
     server.pairing    a service client from accept to its closing record

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +130,18 @@ def host_of(address: Any) -> str:
         return f"{host}%{socket.if_indextoname(address[3])}"
     except OSError:  # that interface is gone
         return f"{host}%{address[3]}"
+
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def is_in(host: str, networks: Iterable[Network]) -> bool:
+    """Whether a host's address, as `show_address` shows it, is in one of these networks."""
+    try:
+        address = ipaddress.ip_address(host.strip("[]").partition("%")[0])
+    except ValueError:
+        return False
+    return any(address.version == network.version and address in network for network in networks)
 
 
 def is_loopback(address: Any) -> bool:

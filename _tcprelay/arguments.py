@@ -23,6 +23,9 @@ ALONE = {
 }  # fmt: skip
 """The commands' own options, which have no value, and what each stands for."""
 
+OWN = {"tcprelays": ("--config", "--add-client"), "tcprelayc": ("--config",)}
+"""Those of each that have one."""
+
 LONGEST_STRAY = 32
 """Characters of a stray word that is shown: what `secrets.token_urlsafe` makes is longer."""
 
@@ -72,7 +75,7 @@ def _show_stray(word: str, given: Iterable[Option]) -> str:
 def known_names(cls: type[Options]) -> dict[str, Option | None]:
     """The options that may have a value, by each name on the command line; ``None`` is the commands' own."""
     names = {f"--{word}": info for name, info in options_of(cls) for word in spellings(name, info)}
-    return {**names, "--config": None}
+    return {**names, **dict.fromkeys(OWN[cls.command])}
 
 
 def spellings(name: str, info: Option) -> list[str]:

@@ -21,10 +21,10 @@ class ClientOptions(Options):
 
     relay_host: str = option(
         "", parse_relay, "host of the relay server, with its port if you like",
-        group="Addresses", metavar="HOST[:PORT]", spelling="relayHost")  # fmt: skip
+        group="Addresses", metavar="HOST[:PORT]", spelling="relayHost", fixed=True)  # fmt: skip
     relay_port: int | None = option(
         None, parse_port, "port of the relay server for relay clients",
-        group="Addresses", metavar="PORT", spelling="relayPort")  # fmt: skip
+        group="Addresses", metavar="PORT", spelling="relayPort", fixed=True)  # fmt: skip
     host: str = option(
         "localhost", parse_place, "host of the service named default, with its port if you like, or unix:PATH",
         group="Addresses", metavar="HOST[:PORT]", spelling="host")  # fmt: skip
@@ -39,7 +39,7 @@ class ClientOptions(Options):
         "that serves a single connection", group="Links", metavar="true|false")  # fmt: skip
     num_conn: int = option(
         8, parse_positive, "idle links kept for each service",
-        group="Links", metavar="N", spelling="numConn")  # fmt: skip
+        group="Links", metavar="N", spelling="numConn", fixed=True)  # fmt: skip
     max_conn: int = option(
         0, parse_count, "links at once, idle ones and all", group="Links", metavar="N",
         shown_default="a quarter of the limit on open files")  # fmt: skip

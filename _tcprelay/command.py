@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .command_line import Given, parse_options
+from .command_line import Given, parse_options, read_options
 from .logs import fail, log_writer, set_up_logging
 from .options import OptionsT
 from .processes import can_fork_workers, default_workers, invite, serve
@@ -22,8 +22,9 @@ from .waiting import Stopping
 
 
 def run_command(
-    prog: str, usage: str, cls: type[OptionsT], make: Callable[[OptionsT], Relay[Any]], argv: Sequence[str] | None
-) -> int:
+    prog: str, usage: str, cls: type[OptionsT], make: Callable[[OptionsT], Relay[Any]], argv: Sequence[str] | None,
+    add_client: Callable[[OptionsT, str], str] | None = None,
+) -> int:  # fmt: skip
     """The life of a command: options, log, start, signals, end.  Returns its exit status."""
     open_standard_files()
     given = parse_options(prog, usage, cls, argv)
@@ -32,7 +33,10 @@ def run_command(
     for remark in given.remarks:
         log.warning("%s", remark)
     try:
-        return _run_role(given, make, log)
+        if add_client is not None and given.newcomer:
+            print(add_client(given.options, given.newcomer))
+            return 0
+        return _run_role(given, make, lambda: read_options(prog, usage, cls, argv).options, log)
     except Stopping:
         return 0  # a signal came before anything was served
     except OSError as error:
@@ -47,7 +51,9 @@ def run_command(
             log_writer.end()
 
 
-def _run_role(given: Given[OptionsT], make: Callable[[OptionsT], Relay[Any]], log: logging.Logger) -> int:
+def _run_role(
+    given: Given[OptionsT], make: Callable[[OptionsT], Relay[Any]], reread: Callable[[], OptionsT], log: logging.Logger
+) -> int:
     """The same with options and log; raises `OSError`, `ValueError`, and `Stopping` where it is ended as it starts."""
     raise_descriptor_limit()
     sys.setswitchinterval(SWITCH_INTERVAL)
@@ -57,6 +63,7 @@ def _run_role(given: Given[OptionsT], make: Callable[[OptionsT], Relay[Any]], lo
         return 0
     options, role = given.options, make(given.options)
     role.runtime.emit.log = log_writer.tell
+    role.reread = reread
     if summary := given.summary():
         log.info("the configuration is from %s", summary)
     count = default_workers() if options.workers is None else options.workers

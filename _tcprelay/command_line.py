@@ -13,7 +13,7 @@ from .addresses import split_place
 from .arguments import arrange, say_meant
 from .logs import fail
 from .client_options import ClientOptions
-from .options import Options, OptionsT, options_of
+from .options import Options, OptionsT, WrongOptions, options_of
 from .server_options import ServerOptions
 from .state import say_open
 from .text import shown, trim
@@ -26,6 +26,8 @@ class Given(Generic[OptionsT]):
     options: OptionsT
     check: bool
     """Whether to check them alone."""
+    newcomer: str
+    """The relay client that is to be added to a clients file, and nothing else done; "" for none."""
     remarks: list[str]
     """For the log: what is odd in them."""
     origins: dict[str, str]
@@ -77,19 +79,27 @@ def say(value: object) -> str:
 def parse_options(prog: str, usage: str, cls: type[OptionsT], argv: Sequence[str] | None) -> Given[OptionsT]:
     """Options from the command line, the environment and the configuration file.
 
-    Ends the process for ``--help`` and ``--version``, with status 2 for a wrong option (one line that names the
-    option, the value, where it came from and what is accepted), and 1 for a file that cannot be read.
+    Ends the process for ``--help`` and ``--version``, and where `read_options` finds something wrong.
     """
+    try:
+        return read_options(prog, usage, cls, argv)
+    except WrongOptions as error:
+        fail(prog, error.status, str(error))
+
+
+def read_options(prog: str, usage: str, cls: type[OptionsT], argv: Sequence[str] | None) -> Given[OptionsT]:
+    """The same; raises `WrongOptions` with status 2 for a wrong option (one line that names the option, the value,
+    where it came from and what is accepted), and 1 for a file that cannot be read."""
     try:
         from .parser import find_origins, make_parser  # not before: see there
     except ModuleNotFoundError:
-        fail(
-            prog, 1, "ConfigArgParse is not installed: pip install ConfigArgParse, or use the single file of make dist"
-        )
+        raise WrongOptions(
+            1, "ConfigArgParse is not installed: pip install ConfigArgParse, or use the single file of make dist"
+        ) from None
     try:
         words = arrange(cls, sys.argv[1:] if argv is None else argv)
     except ValueError as error:
-        fail(prog, 2, str(error))
+        raise WrongOptions(2, str(error)) from error
     environment, remarks = read_environment(cls)
     parser = make_parser(prog, usage, cls, words, remarks)
     given = parser.parse_args(words, env_vars=environment)
@@ -97,7 +107,7 @@ def parse_options(prog: str, usage: str, cls: type[OptionsT], argv: Sequence[str
     values: dict[str, Any] = {}
 
     def wrong(name: str, value: str, expected: object) -> NoReturn:
-        fail(prog, 2, f"--{name.replace('_', '-')}{value} (from {origins[name]}): expected {expected}")
+        raise WrongOptions(2, f"--{name.replace('_', '-')}{value} (from {origins[name]}): expected {expected}")
 
     if given.config == "":
         wrong("config", " ''", "the path of a file")
@@ -123,12 +133,19 @@ def parse_options(prog: str, usage: str, cls: type[OptionsT], argv: Sequence[str
     try:
         options = cls(**values)
     except ValueError as error:
-        fail(prog, 2, "; ".join([str(error), *remarks]))  # what is missing may stand where it was not taken from
+        raise WrongOptions(
+            2, "; ".join([str(error), *remarks])
+        ) from error  # what is missing may stand where it was not taken from
     for name, info in options_of(cls):
         file = origins[name].rpartition(", line ")[0]
         if info.secret and name in values and file and (may := say_open(file)):
             remarks.append(f"{file} holds the {name}, and {may}")
-    return Given(options, given.check, remarks, {name: origins[name] for name in values}, parser.sources.files)
+    newcomer = getattr(given, "add_client", None)
+    if newcomer == "":
+        raise WrongOptions(2, "--add-client '': expected the name of a relay client")
+    return Given(
+        options, given.check, newcomer or "", remarks, {name: origins[name] for name in values}, parser.sources.files
+    )
 
 
 def read_environment(cls: type[Options]) -> tuple[dict[str, str], list[str]]:

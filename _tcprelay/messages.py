@@ -1,6 +1,7 @@
 """Messages between a parent and its worker processes: a JSON object, and sometimes bytes and a descriptor behind it.
 
 to the parent, over the channel     "up": it serves now
+                                    "reloaded": it has done what a SIGHUP asks for
                                     "event", "fields": what is about the role as a whole
                                     "look": a service has an idle link, or a waiting client
                                     "suspect": a relay client that seems to be out of reach

@@ -33,25 +33,27 @@ class Options:
     dead_path: float = option(
         900.0, parse_seconds,
         "seconds for which nothing that was sent is acknowledged, and keepalive goes unanswered, that end a "
-        "connection; 0 is never", group="Connections", metavar="SECONDS")  # fmt: skip
+        "connection; 0 is never", group="Connections", metavar="SECONDS", fixed=True)  # fmt: skip
     keepalive: float = option(
         20.0, parse_keepalive, "seconds of silence after which TCP asks whether the other side is there, and up to "
-        "half as many more: less than what a NAT on the way remembers", group="Links", metavar="SECONDS")  # fmt: skip
+        "half as many more: less than what a NAT on the way remembers", group="Links", metavar="SECONDS",
+        fixed=True)  # fmt: skip
     wire: str = option(
         "v1", one_of("v1", "raw"),
         "what is spoken on the links: v1, or raw to work with node-tcp-relay; the same on both sides",
-        group="Links", metavar="v1|raw")  # fmt: skip
+        group="Links", metavar="v1|raw", fixed=True)  # fmt: skip
     token: str = option(
         "", parse_secret, "secret that server and client prove to each other; better given by file or environment",
         group="Trust", metavar="SECRET", secret=True)  # fmt: skip
     secret: str = option(
         "", parse_secret, "node-tcp-relay 0.0.13's shared key; --wire raw only, crosses the wire readable",
-        group="Trust", metavar="KEY", secret=True)  # fmt: skip
+        group="Trust", metavar="KEY", secret=True, fixed=True)  # fmt: skip
     token_file: str = option(
         "", parse_path, "file whose first line is the token", group="Trust", metavar="FILE")  # fmt: skip
     tls: str = option(
         "", parse_tls, "true (or yes, on): TLS on the links; both: on the service ports (server), or to the service "
-        "(client), as well; service: there alone", group="TLS", metavar="true|both|service|false")  # fmt: skip
+        "(client), as well; service: there alone", group="TLS", metavar="true|both|service|false",
+        fixed=True)  # fmt: skip
     cert: str = option(
         "", parse_path, "this side's certificate and its chain, PEM", group="TLS", metavar="FILE")  # fmt: skip
     key: str = option(
@@ -75,13 +77,14 @@ class Options:
         group="Running", metavar="SECONDS")  # fmt: skip
     workers: int | None = option(
         None, parse_workers, "processes to spread over; 0 is this one alone, as always in programs that embed it",
-        group="Running", metavar="N", shown_default="half as many as processors, at most 4; 0 for 1")  # fmt: skip
+        group="Running", metavar="N", shown_default="half as many as processors, at most 4; 0 for 1",
+        fixed=True)  # fmt: skip
     log_level: str = option(
         "info", one_of("debug", "info", "warning", "error"), "least weight of what is logged to standard error",
         group="Running", metavar="debug|info|warning|error")  # fmt: skip
     log_format: str = option(
         "text", one_of("text", "json"), "a line of text or a JSON object for each log record",
-        group="Running", metavar="text|json")  # fmt: skip
+        group="Running", metavar="text|json", fixed=True)  # fmt: skip
 
     def __post_init__(self) -> None:
         self._check_values()
@@ -105,6 +108,17 @@ class Options:
     def short(cls, words: Sequence[str]) -> list[str]:
         """Which options the words of a command line are that stand there without one, up to the first that is none."""
         return []
+
+    def differences(self: OptionsT, other: OptionsT) -> list[str]:
+        """The names of the options that are not the same in both, in the order of the table."""
+        return [name for name, _ in options_of(type(self)) if getattr(self, name) != getattr(other, name)]
+
+    def with_fixed_of(self: OptionsT, other: OptionsT) -> OptionsT:
+        """These options, and those that cannot change while a role runs as they are in the `other` ones.  Raises
+        `ValueError` where they do not fit together."""
+        return dataclasses.replace(
+            self, **{name: getattr(other, name) for name, info in options_of(type(self)) if info.fixed}
+        )
 
     def as_arguments(self) -> dict[str, Any]:
         """All of them for the constructor of a role, where ``None`` stands for what is not given."""
@@ -146,6 +160,14 @@ class Options:
         if self.passphrase_file:
             return read_secret("--passphrase-file", self.passphrase_file).decode("utf-8", "surrogateescape")
         return self.passphrase
+
+
+class WrongOptions(ValueError):
+    """Options that cannot be used; a command ends with this `status`."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
 
 
 def read_secret(name: str, path: str) -> bytes:

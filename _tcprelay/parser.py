@@ -10,6 +10,7 @@ import glob
 import io
 import os
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
@@ -17,9 +18,8 @@ from typing import Any, NoReturn
 import configargparse
 
 from . import __version__
-from .arguments import say_meant, spellings
-from .logs import fail
-from .options import Options, options_of
+from .arguments import OWN, say_meant, spellings
+from .options import Options, WrongOptions, options_of
 from .text import say_error, shown, trim
 from .values import OPTION_GROUPS, Option
 
@@ -33,10 +33,13 @@ EPILOG = (
 
 
 class Parser(configargparse.ArgumentParser):  # type: ignore[misc]
-    """ConfigArgParse's, which says what is wrong in one line."""
+    """ConfigArgParse's, which raises `WrongOptions` that says what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
-        fail(self.prog, 2, message.replace("\n", " ").removeprefix("argument "))
+        caught = sys.exc_info()[1]
+        if isinstance(caught, WrongOptions):  # of `Sources.open`: ConfigArgParse makes a sentence of its own of that
+            raise caught
+        raise WrongOptions(2, message.replace("\n", " ").removeprefix("argument "))
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -53,8 +56,7 @@ class HelpFormatter(argparse.HelpFormatter):
 class Sources:
     """The configuration files of one command, as they are read."""
 
-    def __init__(self, prog: str) -> None:
-        self.prog = prog
+    def __init__(self) -> None:
         self.known: dict[str, Option] = {}
         """The options, by their names in a file."""
         self.files: list[str] = []
@@ -63,14 +65,14 @@ class Sources:
         """The number of the line of each setting, by file and name."""
 
     def open(self, path: str, mode: str = "r") -> SettingsFile:
-        """As ConfigArgParse calls it.  Ends the process where the file cannot be read."""
+        """As ConfigArgParse calls it.  Raises `WrongOptions`."""
         try:
             with open(path, mode, encoding="utf-8-sig") as file:
                 text = file.read()
         except OSError as error:
-            fail(self.prog, 1, f"cannot read {path}: {say_error(error)}")
-        except UnicodeDecodeError:
-            fail(self.prog, 1, f"cannot read {path}: it is not UTF-8")
+            raise WrongOptions(1, f"cannot read {path}: {say_error(error)}") from error
+        except UnicodeDecodeError as error:
+            raise WrongOptions(1, f"cannot read {path}: it is not UTF-8") from error
         self.files.append(path)
         return SettingsFile(text, path, self)
 
@@ -101,7 +103,7 @@ class ConfigFile(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
                 if key in items and not stream.sources.known[key].many:
                     raise ValueError(f"{key} stands there twice")
             except ValueError as error:
-                fail(stream.sources.prog, 2, f"{stream.name}, line {number}: {error}")
+                raise WrongOptions(2, f"{stream.name}, line {number}: {error}") from None
             items[key] = items.get(key, []) + value if isinstance(value, list) else value or EMPTY
             stream.sources.lines[stream.name, key] = number
         return items
@@ -109,7 +111,7 @@ class ConfigFile(configargparse.DefaultConfigFileParser):  # type: ignore[misc]
 
 def make_parser(prog: str, usage: str, cls: type[Options], argv: list[str], warnings: list[str]) -> Parser:
     """The parser for the options of a command; `usage` is what --help begins with."""
-    sources = Sources(prog)
+    sources = Sources()
     places = default_places("server.conf" if cls.command == "tcprelays" else "client.conf")
     chosen = "TCPRELAY_CONFIG" in os.environ or any(word.partition("=")[0] == "--config" for word in argv)
     parser = Parser(
@@ -126,6 +128,9 @@ def make_parser(prog: str, usage: str, cls: type[Options], argv: list[str], warn
     running.add_argument("--config", metavar="FILE", is_config_file_arg=True, env_var="TCPRELAY_CONFIG",
                          help="configuration file, instead of the ones in the default places")  # fmt: skip
     running.add_argument("--check", action="store_true", help="say what the configuration comes to, and exit")
+    if "--add-client" in OWN[cls.command]:
+        running.add_argument("--add-client", metavar="NAME", help="make a section for a relay client in the file that "
+                             "--clients names, say it and what to run on the other side, and exit")  # fmt: skip
     running.add_argument("-v", "--verbose", action="store_true", help="the same as --log-level debug")
     version = f"{prog} {__version__}"
     running.add_argument("-V", "--version", action="version", version=version, help="say the version and exit")

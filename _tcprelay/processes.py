@@ -120,6 +120,8 @@ class WorkerProcess:
         self.born = 0.0
         self.orders = b""
         """Signals that are still to be passed on."""
+        self.reloads = 0
+        """Reloads that it has not done yet."""
 
     def order(self, message: bytes) -> bool:
         """Send it a signal's number or a message, unless it has died or its channel is full: False."""
@@ -161,6 +163,8 @@ class Workers:
         """Seconds to wait after the next one."""
         self._kill: Deadline | None = None
         """When `run` ends: for workers that have not ended by themselves."""
+        self._reloaded = ""
+        """What is to be said when all workers have reloaded."""
         self._signals: Signals
 
     def run(self, signals: Signals) -> int:
@@ -246,9 +250,12 @@ class Workers:
             return
         if number == signal.SIGHUP:
             notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-            if self.role.reload():
+            if said := self.role.renew():
+                self._reloaded = said
+                for worker in self.workers:
+                    worker.reloads += bool(worker.pid)
                 self._order(signal.SIGHUP)
-            notify_systemd("READY=1")
+            self._note_reloads()
             return
         if self._kill is None:
             notify_systemd("STOPPING=1")
@@ -256,6 +263,16 @@ class Workers:
         else:
             self._kill.shorten(3 * JOIN_TIMEOUT)
         self._order(signal.SIGTERM)
+
+    def _note_reloads(self) -> None:
+        """Say that all is reloaded, when all workers have done it: what has lost its right there is gone by then."""
+        if any(worker.reloads for worker in self.workers):
+            return
+        if self._reloaded:
+            self.log.info("%s", self._reloaded)
+        self._reloaded = ""
+        if self._begun:
+            notify_systemd("READY=1")
 
     def _end(self) -> None:
         self._kill = Deadline(self.role.options.drain_timeout + 3 * JOIN_TIMEOUT)
@@ -360,6 +377,9 @@ class Workers:
                 self._begun = True
                 invite(self.role)
                 notify_systemd("READY=1")
+        elif "reloaded" in fields:
+            worker.reloads -= 1
+            self._note_reloads()
         elif "event" in fields:
             self.tell(fields["event"], fields["fields"], worker)
         else:
@@ -374,6 +394,9 @@ class Workers:
         except ChildProcessError:  # it was collected elsewhere; its number may be another process's by now
             status = 0
         pid, worker.pid, was_up, worker.up, worker.orders = worker.pid, 0, worker.up, False, b""
+        if worker.reloads:
+            worker.reloads = 0
+            self._note_reloads()
         self._reap()  # what it may have stood before
         self._guard(functools.partial(self.lost, worker))
         if self._kill is not None:

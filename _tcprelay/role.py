@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from .events import Draining, Event, Events
 from .messages import encode_message, send_message
-from .options import OptionsT
+from .options import OptionsT, make_options
 from .protocol import prove
+from .rights import Rights
 from .signals import Signals
 from .state import say_open
 from .system import choose_processor, from_descriptor_limit
@@ -52,6 +53,8 @@ class Credentials:
     unverified: SSLContext | None = None
     """On a relay client: for TLS with a server whose certificate is not verified itself, since the token's proof covers
     it (see `protocol.prove`); ``None`` where it has to be."""
+    rights: Rights | None = None
+    """On a relay server: who may do what; ``None`` where all who may come may do all."""
     certificate: str = ""
     """The digest of the certificate that a relay server shows on its links, as a pin."""
 
@@ -144,6 +147,9 @@ def warn_about_secrets(runtime: Runtime[Any]) -> None:
         log.warning(
             "the token has %d characters: it can be guessed; take %d or more random ones", len(token), SHORTEST_TOKEN
         )
+    for name, identity in (runtime.credentials.rights or {}).items():
+        if 0 < len(identity.token) < SHORTEST_TOKEN:
+            log.warning("the token of %s has %d characters: it can be guessed", name, len(identity.token))
     for name in PRIVATE_FILES:
         path = getattr(options, name, "")
         has_key_elsewhere = name.endswith("cert") and bool(getattr(options, name.replace("cert", "key"), ""))
@@ -151,8 +157,23 @@ def warn_about_secrets(runtime: Runtime[Any]) -> None:
             log.warning("--%s %s: %s", name.replace("_", "-"), path, may)
 
 
-PRIVATE_FILES = ("token_file", "passphrase_file", "cert", "key", "pfx", "service_cert", "service_key", "service_pfx")
+PRIVATE_FILES = (
+    "token_file",
+    "clients",
+    "passphrase_file",
+    "cert",
+    "key",
+    "pfx",
+    "service_cert",
+    "service_key",
+    "service_pfx",
+)
 """The options that name files with secrets; a certificate's, where its key is in it."""
+
+
+def say_options(names: list[str]) -> str:
+    """Options as they are called on the command line."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 class Relay(abc.ABC, Generic[OptionsT]):
@@ -160,9 +181,8 @@ class Relay(abc.ABC, Generic[OptionsT]):
 
     def __init__(self, runtime: Runtime[OptionsT]) -> None:
         self.runtime = runtime
-        self.options = runtime.options
-        runtime.credentials = self._load_credentials()
-        if runtime.credentials.token or self.options.secret:
+        runtime.credentials = self._load_credentials(runtime.options)
+        if runtime.credentials.token or runtime.options.secret:
             prove(b"", "", "", "", "", "")  # imports what it needs now
         self.signals: Signals | None = None
         """In a command: those that come while `prepare` waits end it."""
@@ -173,6 +193,14 @@ class Relay(abc.ABC, Generic[OptionsT]):
         self._closed = False
         self._drain: Deadline | None = None
         self._ended = threading.Event()
+        self.reread: Callable[[], OptionsT] | None = None
+        """In a command: reads the options once more, for a reload.  Raises `ValueError`."""
+        self._reloading = threading.Lock()  # one at a time
+
+    @property
+    def options(self) -> OptionsT:
+        """All options, as they are in force."""
+        return self.runtime.options
 
     def start(self: RelayT) -> RelayT:
         """Begin to serve; returns when that is so.  Raises `OSError`, with nothing left behind, and
@@ -248,31 +276,62 @@ class Relay(abc.ABC, Generic[OptionsT]):
     def _is_own_thread(self) -> bool:
         return self.runtime.threads.is_mine() or threading.current_thread() in self._own_threads
 
-    def reload(self) -> bool:
-        """Read certificates, CA files and the token again, for what connects from now on; living connections
-        are not touched.  Where they cannot be read the old ones stay in force: False, and the log says why."""
-        try:
-            self.runtime.credentials = self._load_credentials()
-        except (OSError, ValueError) as error:
-            name = f"{error.filename}: " if isinstance(error, OSError) and isinstance(error.filename, str) else ""
-            self.runtime.log.error(
-                "cannot reload, the old certificates and token stay in force: %s%s", name, say_error(error)
-            )
-            return False
-        except Exception:
-            self.runtime.log.exception("unexpected error in a reload, the old certificates and token stay in force")
-            return False
-        if not self.runtime.is_worker:  # else the parent has told it
-            self.runtime.log.info("certificates and token are reloaded")
-        return True
+    def reload(self, **changes: Any) -> bool:
+        """Take new options and read their files again.
+
+        A command reads its configuration again, as far as its environment and its command line let it: the file.  A
+        program names the options that change, as for the constructor (``reload(max_pending=10)``).  Certificates, CA
+        files and tokens are read in any case, and count for what connects from now on.  What cannot change while it
+        runs stays as it is, which the log says in one line.  Where something is wrong all stays as it was: False, and
+        the log says why.
+        """
+        said = self.renew(**changes)
+        if self.runtime.is_worker:
+            self.runtime.tell_parent({"reloaded": bool(said)})  # which says it when all have done it
+        elif said:
+            self.runtime.log.info("%s", said)
+        return bool(said)
+
+    def renew(self, **changes: Any) -> str:
+        """For `reload`, and the parent of workers: the same; returns what is to be said when all have done it, "" where
+        something is wrong."""
+        runtime = self.runtime
+        with self._reloading:
+            try:
+                before, wanted = self.options, self.reread() if self.reread else self.options
+                if changes:
+                    wanted = make_options(type(wanted), **{**wanted.as_arguments(), **changes})
+                options = wanted.with_fixed_of(before)
+                credentials = self._load_credentials(options)
+                kept = wanted.differences(options)
+                changed = options.differences(before)
+                self._apply(options, credentials)
+            except (OSError, ValueError) as error:
+                name = f"{error.filename}: " if isinstance(error, OSError) and isinstance(error.filename, str) else ""
+                runtime.log.error("cannot reload, all stays as it was: %s%s", name, say_error(error))
+                return ""
+            except Exception:
+                runtime.log.exception("unexpected error in a reload")
+                return ""
+        if kept and not runtime.is_worker:
+            runtime.log.warning("only a restart can change %s", say_options(kept))
+        return "the configuration is reloaded" + (f"; changed: {say_options(changed)}" if changed else "")
+
+    def _apply(self, options: OptionsT, credentials: Credentials) -> None:
+        """Have these be in force from now on.  Raises nothing that the caller could have known of."""
+        runtime = self.runtime
+        runtime.options, runtime.credentials = options, credentials
+        runtime.splices.set_timeouts(options.idle_timeout, options.half_close_timeout)
+        if self.reread is not None:
+            logging.getLogger("tcprelay").setLevel(options.log_level.upper())
 
     def invitation(self, with_secrets: bool) -> str:
         """For the commands: what to say at the start for the other side; "" for nothing."""
         return ""
 
     @abc.abstractmethod
-    def _load_credentials(self) -> Credentials:
-        """Read what `options` name.  Raises `OSError` and `ValueError`."""
+    def _load_credentials(self, options: OptionsT) -> Credentials:
+        """Read what these options name.  Raises `OSError` and `ValueError`."""
 
     @abc.abstractmethod
     def prepare(self) -> None:

@@ -21,17 +21,17 @@ class ServerOptions(Options):
 
     relay_port: int | None = option(
         None, parse_port, "port for relay clients; 0 takes a free one",
-        group="Addresses", metavar="PORT", spelling="relayPort")  # fmt: skip
+        group="Addresses", metavar="PORT", spelling="relayPort", fixed=True)  # fmt: skip
     service_port: int | None = option(
         None, parse_port, "port for the clients of the service named default; 0 takes a free one",
-        group="Addresses", metavar="PORT", spelling="servicePort")  # fmt: skip
+        group="Addresses", metavar="PORT", spelling="servicePort", fixed=True)  # fmt: skip
     service: tuple[ServicePort, ...] = option(
         (), parse_service, "a further service and its port; may be repeated",
-        group="Addresses", metavar="NAME=[ADDRESS:]PORT", many=True)  # fmt: skip
+        group="Addresses", metavar="NAME=[ADDRESS:]PORT", many=True, fixed=True)  # fmt: skip
     hostname: str = option(
         "", parse_host, "address to listen on; a name is all its addresses, :: is IPv4 too",
         group="Addresses", metavar="ADDRESS", secures=True,
-        shown_default="all, IPv6 and IPv4")  # fmt: skip
+        shown_default="all, IPv6 and IPv4", fixed=True)  # fmt: skip
     public_host: str = option(
         "", parse_host, "name or address of this host as others reach it: shown to relay clients, and in the line that "
         "they paste", group="Addresses", metavar="HOST",
@@ -55,6 +55,9 @@ class ServerOptions(Options):
     max_links_per_address: int = option(
         0, parse_count, "connections to the relay port at once from one address (IPv6: one /64 network); 0 is no limit",
         group="Links", metavar="N", secures=True)  # fmt: skip
+    clients: str = option(
+        "", parse_path, "file with a section for each relay client that may come: its token, and what it may do; in "
+        "place of --token", group="Trust", metavar="FILE")  # fmt: skip
     auth: bool = option(
         False, parse_flag, "ask relay clients for a certificate, verified against --ca-file; implies --tls",
         group="Trust", spelling="auth")  # fmt: skip
@@ -68,7 +71,8 @@ class ServerOptions(Options):
     state_dir: str = option(
         "", parse_path, "where the self-signed certificate and the token of a start with --tls alone are kept",
         group="TLS", metavar="DIRECTORY",
-        shown_default="/var/lib/tcprelay under systemd and for root, else ~/.local/state/tcprelay")  # fmt: skip
+        shown_default="/var/lib/tcprelay under systemd and for root, else ~/.local/state/tcprelay",
+        fixed=True)  # fmt: skip
     allow_unauthenticated: bool = option(
         False, parse_flag, "accept links from other hosts although neither token nor certificates are asked for",
         group="Trust")  # fmt: skip
@@ -87,6 +91,11 @@ class ServerOptions(Options):
             self.auth and not self.ca_file,
             ("--auth needs --ca-file: the CA certificates that relay clients' certificates come from"),
         )
+        yield (
+            self.clients and (self.token or self.token_file),
+            "--clients has a token for each: give no other beside it",
+        )
+        yield self.clients and self.wire == "raw", "--wire raw has no names of relay clients: leave --clients out"
         yield self.service_cert and self.service_pfx, "give --service-cert or --service-pfx, not both"
         yield from self._useless("cert pfx", "--tls", bool(self.tls or self.auth))
         on_services = self.tls in ("both", "service")

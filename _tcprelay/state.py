@@ -140,6 +140,33 @@ def _make_private(path: str, content: bytes) -> None:
             raise OSError(error.errno, say_error(error), path) from error
 
 
+def rewrite(path: str, change: Callable[[str], str]) -> None:
+    """Replace a file's text by what `change` makes of it, all at once; where there is none yet that is "".
+
+    A new one is for this user alone, an old one keeps its owner and mode.  Raises `OSError`, and what `change` raises;
+    then nothing is changed.
+    """
+    path = os.path.realpath(path)
+    new = f"{path}.{random_id(8)}"
+    with _locked(os.path.dirname(path)):
+        text, found = "", None
+        with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8-sig") as file:
+            text, found = file.read(), os.fstat(file.fileno())
+        content = change(text).encode()
+        try:
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as written:
+                if found is not None and hasattr(os, "fchown"):
+                    os.fchown(written.fileno(), found.st_uid, found.st_gid)
+                    os.fchmod(written.fileno(), stat.S_IMODE(found.st_mode))
+                written.write(content)
+                written.flush()
+                os.fsync(written.fileno())
+            os.replace(new, path)
+        except OSError as error:
+            ignore_oserror(os.unlink, new)
+            raise OSError(error.errno, say_error(error), path) from error
+
+
 @contextlib.contextmanager
 def _locked(directory: str) -> Iterator[None]:
     """Alone among the processes of this host.  Not by a hard link: some file systems have none, but all have this,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .addresses import Endpoint, parse_endpoint, parse_place
-from .text import has_controls
+from .addresses import Endpoint, Network, parse_endpoint, parse_place, parse_port
+from .text import has_controls, trim
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Option:
     what is meant.  Other empty variables count as not given (Compose passes on what is not set as empty)."""
     default: str
     """The default in words."""
+    fixed: bool
+    """It cannot change while the role runs: a reload leaves it as it is, and says so."""
 
     @property
     def is_flag(self) -> bool:
@@ -52,12 +55,13 @@ def option(
     secret: bool = False,
     secures: bool = False,
     shown_default: str | None = None,
+    fixed: bool = False,
 ) -> Any:
     """A field of an options class; those of the groups Trust and TLS all secure."""
     if shown_default is None:
         shown_default = "" if default in (None, (), "") else str(default).lower().removesuffix(".0")
     secures = secures or group in ("Trust", "TLS")
-    info = Option(parse, help, group, metavar, spelling, many, secret, secures, shown_default)
+    info = Option(parse, help, group, metavar, spelling, many, secret, secures, shown_default, fixed)
     return field(default=default, repr=not secret, metadata={"option": info})
 
 
@@ -139,6 +143,44 @@ def parse_name(text: str) -> str:
     if not 0 < len(text) <= 64 or not all(c.isascii() and (c.isalnum() or c in "._-") for c in text):
         raise ValueError("a name of 1 to 64 letters, digits, dots, dashes and underscores")
     return text
+
+
+def parse_network(text: str) -> Network:
+    """``NETWORK/BITS`` or an address; an IPv6 one that stands for an IPv4 one counts as that.  Raises `ValueError` that
+    says what is accepted."""
+    try:
+        network = ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise ValueError("a network, as in 192.0.2.0/24, or an address") from None
+    if network.version == 6 and network.prefixlen >= 96 and (mapped := network.network_address.ipv4_mapped):
+        return ipaddress.ip_network((mapped, network.prefixlen - 96))
+    return network
+
+
+@dataclass(frozen=True)
+class PortRange:
+    """Ports from the first to the last one."""
+
+    first: int
+    last: int
+
+    def __contains__(self, port: int) -> bool:
+        return self.first <= port <= self.last
+
+    def __str__(self) -> str:
+        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
+
+
+def parse_ports(text: str) -> PortRange:
+    """``PORT`` or ``FIRST-LAST``.  Raises `ValueError` that says what is accepted."""
+    first, _, last = text.partition("-")
+    try:
+        ports = PortRange(parse_port(trim(first)), parse_port(trim(last or first)))
+    except ValueError:
+        ports = PortRange(0, 0)
+    if not 0 < ports.first <= ports.last:
+        raise ValueError("a port, or ports as in 20000-20099")
+    return ports
 
 
 def parse_pin(text: str) -> str:

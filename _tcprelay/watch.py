@@ -77,6 +77,10 @@ class Splices:
         self._condition = threading.Condition()  # over the next
         self._all: set[Splice] = set()
 
+    def set_timeouts(self, idle_timeout: float, half_close_timeout: float) -> None:
+        """Have these count from the next sweep on."""
+        self._idle_timeout, self._half_close_timeout = idle_timeout, half_close_timeout
+
     def __len__(self) -> int:
         return len(self._all)
 

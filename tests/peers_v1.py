@@ -44,12 +44,16 @@ class FakeClient(Link):
         self.send(HELLO, {**fields, **more})
         frame = self.next()
         if frame.kind == CHALLENGE:
-            self.send(AUTH, {"proof": prove(token, CLIENT, nonce, frame.text("nonce"), service, client)})
-            frame = self.next()
+            frame = self.answer(frame, token, nonce, service, client)
         if frame.kind == WELCOME:
             assert self.next().kind == PING
             self.send(PONG)
         return frame
+
+    def answer(self, challenge: Frame, token: bytes, nonce: str, service: str, client: str) -> Frame:
+        """AUTH; returns what comes then."""
+        self.send(AUTH, {"proof": prove(token, CLIENT, nonce, challenge.text("nonce"), service, client)})
+        return self.next()
 
     def read(self, count: int) -> bytes:
         """So many bytes of the connection."""

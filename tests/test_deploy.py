@@ -147,17 +147,17 @@ def test_an_example_configuration_is_valid(role: Role) -> None:
 @pytest.mark.parametrize("role", ROLES)
 def test_an_example_configuration_is_valid_with_all_that_it_shows(role: Role, tmp_path: Path) -> None:
     """Every line of the form "#option = value" can be made an option by removing the first character; of a PFX
-    file and a certificate with its key, one or the other."""
+    file and a certificate with its key, and of a token and a clients file, one or the other."""
     text = (
         COMMENTED.sub(r"\1 = \2", (DEPLOY / f"{role}.conf").read_text())
         .replace("tls = true", "tls = both")
         .replace("auth = false", "auth = true")
     )
     config = tmp_path / "all.conf"
-    for left_out in ("pfx|service-pfx", "cert|key|service-cert|service-key"):
+    for left_out in ("pfx|service-pfx|token-file", "cert|key|service-cert|service-key|clients"):
         config.write_text(re.sub(rf"(?m)^({left_out}) = .*$", "", text))
         options = parse_options(f"tcprelay{role[0]}", "", OPTIONS[role], ["--config", str(config)]).options
-        assert (options.tls, bool(options.pfx)) == ("both", left_out != "pfx|service-pfx")
+        assert (options.tls, bool(options.pfx)) == ("both", "service-pfx" not in left_out)
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -68,6 +68,15 @@ def test_the_table_of_events() -> None:
     assert table_between(ROOT / "docs/api.md", "events") == events_table()
 
 
+def test_what_only_a_restart_can_change() -> None:
+    """The list is the one that the code gives, whichever role an option is of."""
+    text = (ROOT / "docs/options.md").read_text().partition("<!-- fixed")[2].partition("##")[0]
+    told = set(re.findall(r"`--([a-z-]+)`", text))
+    assert told == {
+        name.replace("_", "-") for cls in (ServerOptions, ClientOptions) for name, info in options_of(cls) if info.fixed
+    }
+
+
 def test_the_table_of_counters() -> None:
     """Both roles' counters, and nothing else."""
     rows = re.findall(r"^\| `(\w+)` \| (both|server|client) \|", table_between(ROOT / "docs/api.md", "counters"), re.M)

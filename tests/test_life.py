@@ -346,18 +346,16 @@ def test_a_reload_that_fails_in_a_way_nobody_expected(
     def raise_error(error: Exception) -> None:
         raise error
 
-    monkeypatch.setattr(server, "_load_credentials", lambda: raise_error(ZeroDivisionError()))
+    monkeypatch.setattr(server, "_load_credentials", lambda options: raise_error(ZeroDivisionError()))
     assert not server.reload()
     assert "ZeroDivisionError" in caplog.text
     caplog.clear()
     monkeypatch.setattr(
         "_tcprelay.system.subprocess.run", lambda *_, **__: raise_error(subprocess.TimeoutExpired("openssl", 60))
     )
-    monkeypatch.setattr(server, "_load_credentials", lambda: run_openssl(["version"], instead=""))
+    monkeypatch.setattr(server, "_load_credentials", lambda options: run_openssl(["version"], instead=""))
     assert not server.reload()
-    assert caplog.messages == [
-        "cannot reload, the old certificates and token stay in force: the openssl command does not come to an end"
-    ]
+    assert caplog.messages == ["cannot reload, all stays as it was: the openssl command does not come to an end"]
     assert server.runtime.credentials is before
 
 

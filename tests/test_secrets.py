@@ -360,7 +360,7 @@ def test_a_running_relay_shows_no_secret(
             assert not find_secrets(arguments)
     for program in programs[:2]:
         program.signal(signal.SIGHUP)
-        program.wait_for(lambda line: "are reloaded" in line)
+        program.wait_for(lambda line: "is reloaded" in line)
     for program in programs:
         program.signal(signal.SIGTERM)
     for program in programs:

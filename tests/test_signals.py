@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="makes terminals
 
 # --- Terminals ------------------------------------------------------------------------------------------------
 
-RELOADED = "certificates and token are reloaded"
+RELOADED = "the configuration is reloaded"
 SESSION = """
 import fcntl, os, signal, sys, termios
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup

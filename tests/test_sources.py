@@ -92,7 +92,7 @@ ORIGINS = dict(zip(SOURCES, ("command line", "environment variable TCPRELAY_", "
 # --- What is empty --------------------------------------------------------------------------------------------
 
 BOTH = "token secret token_file tls cert key pfx passphrase passphrase_file ca_file tls_min"
-SERVERS = """hostname auth max_per_address max_links_per_address service_cert service_key service_pfx state_dir
+SERVERS = """hostname clients auth max_per_address max_links_per_address service_cert service_key service_pfx state_dir
     allow_unauthenticated"""
 CLIENTS = "reject_unauthorized tls_server_name pin service_ca_file service_insecure"
 SECURING = {"server": f"{BOTH} {SERVERS}".split(), "client": f"{BOTH} {CLIENTS}".split()}

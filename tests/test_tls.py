@@ -558,7 +558,7 @@ def test_reloading(bench: Bench, certificates: Certificates, tmp_path: Path, cap
     second = pin_now()
     key.write_text("no key")
     assert not server.reload()
-    assert "cannot reload, the old certificates and token stay in force" in caplog.text
+    assert "cannot reload, all stays as it was" in caplog.text
     assert pin_now() == second
 
 

@@ -418,7 +418,7 @@ def test_sighup_renews_the_certificate_of_a_server(peers: Peers, files: Path, tr
     installed.install("rsa")
     assert [name_shown(port, trust) for port in ports] == ["server", "server"], "not yet"
     server.signal(signal.SIGHUP)
-    server.wait_message("certificates and token are reloaded")
+    server.wait_message("the configuration is reloaded")
     # Workers hear of it from the parent, who says so first.
     wait_until(lambda: [name_shown(port, trust) for port in ports] == ["rsa", "rsa"])
     transfer.finish()
@@ -441,13 +441,13 @@ def test_sighup_with_a_certificate_that_does_not_load(peers: Peers, files: Path,
     else:
         installed.cert.unlink()
     server.signal(signal.SIGHUP)
-    server.wait_message("cannot reload, the old certificates and token stay in force")
+    server.wait_message("cannot reload, all stays as it was")
     assert str(installed.cert) in server.lines[-1]
     assert name_shown(server.service_port, trust) == "server"
     transfer.finish()
     installed.install("rsa")
     server.signal(signal.SIGHUP)
-    server.wait_message("certificates and token are reloaded")
+    server.wait_message("the configuration is reloaded")
     wait_until(lambda: name_shown(server.service_port, trust) == "rsa")  # workers have it a moment later
 
 
@@ -468,14 +468,14 @@ def test_sighup_gives_a_client_a_new_token(peers: Peers, trust: Trust) -> None:
     )
     tokens["server"].write_text("new token\n")
     server.signal(signal.SIGHUP)
-    server.wait_message("certificates and token are reloaded")
+    server.wait_message("the configuration is reloaded")
     first = peers.connect(server.service_port)  # it takes the only link, which is from before
     first.sendall(b"one")
     assert read_exactly(first, 3) == b"one"
     server.wait_event("LinkRefused", code="token")  # of the one that is to replace it
     tokens["client"].write_text("new token\n")
     client.signal(signal.SIGHUP)
-    client.wait_message("certificates and token are reloaded")
+    client.wait_message("the configuration is reloaded")
     second = peers.connect(server.service_port)
     second.sendall(b"two")
     assert read_exactly(second, 3) == b"two"

@@ -619,7 +619,7 @@ def test_sighup_reaches_workers_of_today_and_tomorrow(peers: Peers, tmp_path: Pa
     fresh = install("rsa")
     token.write_text("new\n")
     server.signal(signal.SIGHUP)
-    server.wait_message("certificates and token are reloaded")
+    server.wait_message("the configuration is reloaded")
     links = "--tls", "--ca-file", certificates.path("ca.pem"), *TWO
     witness = Witness(peers)
 
@@ -645,7 +645,7 @@ def test_sighup_reaches_workers_of_today_and_tomorrow(peers: Peers, tmp_path: Pa
     wait_workers(server, {victim})
     wait_until(lambda: set(shown().values()) == {fresh})
     assert not client.events("Unpublished")
-    is_told(server, "certificates and token are reloaded")
+    is_told(server, "the configuration is reloaded")
 
 
 def sock_address(sock: socket.socket, peer: bool = False) -> tuple[str, int]:
@@ -1096,12 +1096,12 @@ def test_an_unexpected_error_ends_no_role_and_skews_no_count(peers: Peers, place
 
 def test_an_unexpected_error_in_a_reload(peers: Peers) -> None:
     """The old credentials stay in force, and the next reload is one."""
-    server = server_that_raises_once(peers, "_tcprelay.role.Relay.reload")
+    server = server_that_raises_once(peers, "_tcprelay.role.Relay._apply")
     wait_up(server)
     server.signal(signal.SIGHUP)
     server.wait_message("unexpected error")
     server.signal(signal.SIGHUP)
-    server.wait_message("certificates and token are reloaded")
+    server.wait_message("the configuration is reloaded")
 
 
 def test_an_error_that_stays_does_not_make_the_parent_spin(peers: Peers) -> None:

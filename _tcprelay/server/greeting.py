@@ -5,6 +5,7 @@ Each runs in the thread of its connection, within `HANDSHAKE_TIMEOUT`, and `Hand
 
 from __future__ import annotations
 
+import os
 import select
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ from ..protocol import (
     CHALLENGE, CLIENT, HELLO, NEW, PROTOCOL_VERSION, REFUSED, SERVER, WELCOME, LinkFault, encode_frame, guess_protocol,
     is_proof, is_same, new_nonce, prove,
 )  # fmt: skip
+from ..rights import Identity, Rights
 from ..role import Credentials, Runtime
 from ..streams import Stream
 from ..system import ignore_oserror
@@ -38,6 +40,41 @@ WELCOME_NONCES = 4
 """So many are handed out with a WELCOME: a burst has a relay client open links in growing numbers."""
 ACCESS_DENIED = b"\x15\x03\x03\x00\x02\x02\x31"
 """A TLS alert before the handshake: fatal, access_denied (RFC 8446, 6)."""
+
+
+DECOY = os.urandom(32)
+"""The token of relay clients that a server does not know: they are asked for a proof like all others, and refused."""
+
+
+def wrong_token(called: str, identity: Identity | None, rights: Rights | None) -> Refusal:
+    """Why a proof is not accepted.  Who is refused does not learn which names there are."""
+    if rights is None:
+        return Refusal(
+            "its token is not this server's", "token",
+            "this client's token is not the server's: copy the server's, and name it in --token-file",
+        )  # fmt: skip
+    return Refusal(
+        f"its token is not that of {shown(called, 64)} in the clients file"
+        if identity
+        else f"it calls itself {shown(called, 64)}, and the clients file has no such section",
+        "token",
+        f"the server knows no {shown(called, 64)} with this token: --name and the token have to be those of a section "
+        "of its clients file",
+    )
+
+
+def lost_right(pooled: PooledLink, rights: Rights | None) -> str:
+    """Why a link may not stay, by what is in force now; "" where it may."""
+    identity = pooled.identity
+    if identity is None:
+        return "" if rights is None else "revoked: relay clients have to be known by name now"
+    now = rights.get(identity.name) if rights else None
+    if now is None:
+        return f"revoked: the server does not know {identity.name} any more"
+    if now.token != identity.token:
+        return f"revoked: {identity.name} has another token now"
+    reason = now.why_not(pooled.host, pooled.service)
+    return reason and f"revoked: {reason}"
 
 
 class Greeting:
@@ -130,6 +167,12 @@ class Greeting:
             raise Refusal("the versions differ: this relay server speaks link protocol 1", "version")
         service, client, nonce = hello.text("service"), hello.text("client")[:64], hello.text("nonce")
         proof, token, host = "", credentials.token, show_address(link.stream.peer).rpartition(":")[0]
+        called, identity = hello.text("name"), None
+        if credentials.rights is not None:
+            identity = credentials.rights.get(called)
+            if identity is None and runtime.options.auth:  # its certificate may have been enough
+                raise wrong_token(called, None, credentials.rights)
+            token = identity.token if identity else DECOY
         if token:
             certificate = credentials.certificate if link.stream.secure else ""
             own_nonce, auth = hello.text("server_nonce"), hello
@@ -142,10 +185,7 @@ class Greeting:
             found = auth.text("certificate") if certificate else ""
             expected = prove(token, CLIENT, nonce, own_nonce, service, client, found)
             if not is_proof(auth.text("proof"), expected):
-                raise Refusal(
-                    "its token is not this server's", "token",
-                    "this client's token is not the server's: copy the server's, and name it in --token-file",
-                )  # fmt: skip
+                raise wrong_token(called, identity, credentials.rights)
             if found not in ("", certificate):
                 raise Refusal(
                     "another certificate than this server's has arrived there: somebody on the way has opened the TLS "
@@ -157,14 +197,19 @@ class Greeting:
                 "it wants a token to be proven, and none is set here; set --token-file", "token",
                 "the relay server has no token to prove: set the same --token-file there",
             )  # fmt: skip
+        name, proven = shown(called, 64), certificate_name(link.stream)
+        if identity:
+            if runtime.options.auth and proven != shown(identity.name, 64):
+                raise Refusal(f"its certificate is that of {proven}: then its --name must be that, too", "rights")
+            if reason := identity.why_not(host, service):
+                raise Refusal(reason, "rights")
         if service not in self._intake.addresses or not service:
             known = shown(", ".join(name for name in self._intake.addresses if name), 200)
             raise Refusal(
                 f"there is no service {shown(service, 64)} here; there is {known} (--service adds one)", "service"
             )
-        name, proven = shown(hello.text("name"), 64), certificate_name(link.stream)
-        name = f"{name} (certificate {proven})" if proven else name
-        pooled = PooledLink(link, service, client, name, link.stream.peer)
+        name = f"{name} (certificate {proven})" if proven and not identity else name
+        pooled = PooledLink(link, service, client, name, link.stream.peer, identity)
         pooled.worker = int(hello.number("worker", 0, 1e6))
         pooled.wanted = self._intake.own_share(int(hello.number("idle", 1, 1e6)))
         welcome = {
@@ -173,6 +218,9 @@ class Greeting:
             "waiting": self._intake.count_waiting(service),
         }
         self._join(pooled)
+        if runtime.credentials is not credentials and (reason := lost_right(pooled, runtime.credentials.rights)):
+            self._forget(pooled, reason)  # whoever looks for such links may have looked before it joined
+            raise Refusal(reason, "rights")
         pooled.pongs_due += 1  # until it has answered once, others are given out first: its client may have given up
         try:
             if proof:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from ..addresses import address_group
 from ..streams import Stream
-from ..system import random_fraction
+from ..system import hashlib, random_fraction
 
 LEAST_HANDSHAKES, MOST_HANDSHAKES = 256, 2048
 """Handshakes under way at once, on the relay port and (with TLS) on the service ports each: a quarter of the
@@ -30,8 +31,8 @@ def bounds_of_handshakes(connections: int, processes: int) -> tuple[int, int]:
 
 
 class Shares:
-    """How many connections each address has (see `tcprelay.address_group`), up to `most`; 0 is no limit, and nothing
-    is counted."""
+    """How many connections each address has (see `addresses.address_group`), up to `most`; 0 is no limit, and nothing
+    is counted.  Where a limit is set while there are connections, those that came before it count for nothing."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -51,16 +52,76 @@ class Shares:
             return True
 
     def leave(self, address: Any) -> None:
-        if not self.most:
+        if not (self.most or self._counts):
             return
         group = address_group(address)
         with self._lock:
-            self._counts[group] -= 1
-            if not self._counts[group]:
-                del self._counts[group]
+            count = self._counts.pop(group, 0) - 1
+            if count > 0:
+                self._counts[group] = count
 
 
 Ball = TypeVar("Ball")
+
+
+class Quotas:
+    """How many of something each name has, in all worker processes together.
+
+    Each process writes a table of its own in memory that they share, and adds up all of them: where two come to the
+    last place at the same moment, both may be refused.
+
+    Parameters: the processes.  Made before they are forked.
+    """
+
+    ROWS = 1 << 13
+    """So many names each process can have counted, those that were taken out of a configuration included."""
+
+    def __init__(self, processes: int = 1) -> None:
+        self._processes = processes
+        self._table = memoryview(mmap.mmap(-1, 16 * processes * self.ROWS)).cast("q")  # untouched it takes no memory
+        self._lock = threading.Lock()  # over this process's table
+        self.process = 0
+        """Which of the processes this is."""
+
+    def enter(self, name: str, most: int) -> bool:
+        """Count one in; False where there are `most` already (0 is no limit).  Each one counted in calls `leave`."""
+        with self._lock:
+            place = self._place(self.process, name)
+            if self._table[place] == 0:
+                self._table[place + 1], self._table[place] = 0, key_of(name)
+            self._table[place + 1] += 1
+            if not most or self.count(name) <= most:
+                return True
+            self._table[place + 1] -= 1
+            return False
+
+    def leave(self, name: str) -> None:
+        with self._lock:
+            self._table[self._place(self.process, name) + 1] -= 1
+
+    def count(self, name: str) -> int:
+        """How many it has."""
+        return sum(self._table[self._place(process, name) + 1] for process in range(self._processes))
+
+    def strike(self, process: int) -> None:
+        """A process has died, and what it had with it."""
+        for place in range(2 * process * self.ROWS, 2 * (process + 1) * self.ROWS):
+            if self._table[place]:
+                self._table[place] = 0
+
+    def _place(self, process: int, name: str) -> int:
+        """Where the row of a name is in a process's table, or would be: its key, and behind it the count."""
+        key, base = key_of(name), process * self.ROWS
+        for step in range(self.ROWS):
+            place = 2 * (base + (key + step) % self.ROWS)
+            if self._table[place] in (0, key):
+                return place
+        raise RuntimeError("more names were counted than there are rows for")
+
+
+def key_of(name: str) -> int:
+    """A number for a name that no other is likely to have; never 0."""
+    return int.from_bytes(hashlib.sha256(name.encode(errors="replace")).digest()[:8], "big", signed=True) or 1
 
 
 class Handshakes:

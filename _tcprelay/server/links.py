@@ -19,18 +19,21 @@ from ..events import ClientDown, ClientUp, LinkDown, LinkUp
 from ..server_options import ServerOptions
 from ..protocol import REFUSED, SILENCE, LinkFault
 from ..role import Runtime
+from ..splice import Splice
 from ..system import ignore_oserror
 from ..tcp import path_is_dead
 from ..text import say_error, shown
 from ..waiting import Deadline
 from ..watch import in_batches
 from .clients import NOBODY, NoLinkHere, Refusal, make_stream
-from .greeting import Greeting
+from .greeting import Greeting, lost_right
 from .intake import Intake
-from .limits import TOO_MANY_HANDSHAKES, Handshakes
+from .limits import TOO_MANY_HANDSHAKES, Handshakes, Quotas
 from .nonces import Nonces
 from .pool import Pool, PooledLink
 
+REVOKE_TIMEOUT = 10.0
+"""Seconds that what has lost its right is waited for; a thread that sends looks up within one."""
 SURPLUS_TIME = 60.0
 """Seconds after which an idle link beyond what its client asked for is retired."""
 
@@ -38,16 +41,17 @@ SURPLUS_TIME = 60.0
 class Links:
     """Takes links in, keeps them while they are idle, and closes them.
 
-    Parameters: the runtime, the pool, where connections come from, the handshakes under way, and the nonces that are
-    handed out.
+    Parameters: the runtime, the pool, where connections come from, the handshakes under way, the nonces that are handed
+    out, and how many links and connections each identity has.
     """
 
     PING_NONCES = 2
     """So many are handed out with a PING, where there is a token: a relay client has fresh ones at any time, then."""
 
     def __init__(
-        self, runtime: Runtime[ServerOptions], pool: Pool, intake: Intake, handshakes: Handshakes, nonces: Nonces
-    ) -> None:
+        self, runtime: Runtime[ServerOptions], pool: Pool, intake: Intake, handshakes: Handshakes, nonces: Nonces,
+        links: Quotas, connections: Quotas,
+    ) -> None:  # fmt: skip
         self._runtime = runtime
         self._pool = pool
         self._intake = intake
@@ -55,6 +59,8 @@ class Links:
         self.keeper = runtime.own_thread(self._keep, "keeper", runtime.cut)
         """The thread that keeps what is idle; it lives as long as the server."""
         self._nonces = nonces
+        self._quota = links
+        self._connections = connections
         self._greeting = Greeting(runtime, intake, handshakes, nonces, self._join, self._forget)
 
     def start(self) -> None:
@@ -82,7 +88,15 @@ class Links:
         """Count a link in, before its client is told WELCOME.  Raises `Refusal`."""
         if not self._handshakes.leave(pooled.link.stream):
             raise Refusal(TOO_MANY_HANDSHAKES, "lost")
-        first = self._pool.join(pooled)
+        identity = pooled.identity
+        if identity and not self._quota.enter(identity.name, identity.max_links):
+            raise Refusal(f"{identity.name} has as many links as it may have (max-links)", "limit")
+        try:
+            first = self._pool.join(pooled)
+        except Refusal:
+            if identity:
+                self._quota.leave(identity.name)
+            raise
         where = {"service": pooled.service, "client": pooled.client}
         try:
             if first:
@@ -94,6 +108,8 @@ class Links:
 
     def _forget(self, pooled: PooledLink, reason: str) -> None:
         """Count a link out, and tell that it is down."""
+        if pooled.identity:
+            self._quota.leave(pooled.identity.name)
         last = self._pool.leave(pooled)
         where = {"service": pooled.service, "client": pooled.client, "reason": reason}
         self._runtime.emit(LinkDown(peer=pooled.peer, **where))
@@ -110,6 +126,7 @@ class Links:
         once.
         """
         link = pooled.link
+        self._uncount(pooled)
         try:
             if pooled.blocked:
                 pooled.flush()
@@ -130,10 +147,26 @@ class Links:
         else:
             if kept:
                 self._intake.offer(pooled.service)
+            elif pooled.revoked:
+                self._say_revoked(pooled)
             elif link.spent:
                 self._retire(pooled, "it has lost packets, and a new one will be faster", again=True)
             else:
                 self._retire(pooled, pooled.farewell if link.leaving else "this relay server is ending")
+
+    def count(self, pooled: PooledLink) -> str:
+        """Count the connection that a link is about to carry, until the link is given back; returns why that may not
+        be."""
+        identity = pooled.identity
+        if identity is None:
+            return ""
+        pooled.is_counted = self._connections.enter(identity.name, identity.max_connections)
+        return "" if pooled.is_counted else f"{identity.name} has as many connections as it may have (max-connections)"
+
+    def _uncount(self, pooled: PooledLink) -> None:
+        if pooled.identity and pooled.is_counted:
+            pooled.is_counted = False
+            self._connections.leave(pooled.identity.name)
 
     def ping(self, pooled: PooledLink) -> None:
         """PING on an idle link, and put it back."""
@@ -153,7 +186,8 @@ class Links:
         A link between connections is closed normally, since bytes of the last one may still be on their way, unless
         it is `dead`; otherwise it is reset.
         """
-        link = pooled.link
+        link, reason = pooled.link, pooled.revoked or reason
+        self._uncount(pooled)
         if link.is_between and not dead:
             link.stream.close_normally()
         link.close()
@@ -180,6 +214,37 @@ class Links:
         except (Refusal, NoLinkHere):
             return
         self._retire(pooled, "another worker needs it")
+
+    def revoke(self) -> None:
+        """Close what has lost its right by the credentials that are in force now, living connections too, and wait
+        until all of it is gone."""
+        rights, lost = self._runtime.credentials.rights, list[PooledLink]()
+        for pooled in self._pool.members():
+            if reason := lost_right(pooled, rights):
+                lost.append(pooled)
+                pooled.revoked = reason  # before the look at where it is: see `Pool.put` and `carry`
+                if self._pool.hold(pooled):
+                    self._say_revoked(pooled)
+                elif splice := pooled.splice:
+                    splice.break_off(reason, hurry=True, close_link=True)
+                else:  # between START and its answer
+                    pooled.link.stream.abort(hurry=True)
+        if (
+            lost
+            and not self._runtime.threads.is_mine()
+            and not self._pool.wait_until_gone(lost, Deadline(REVOKE_TIMEOUT))
+        ):
+            self._runtime.log.error("links that were revoked are still there")
+
+    def _say_revoked(self, pooled: PooledLink) -> None:
+        pooled.link.refuse("rights", pooled.revoked)
+        self.drop(pooled, pooled.revoked)
+
+    def carry(self, pooled: PooledLink, splice: Splice | None) -> None:
+        """A link begins to carry a connection that has been opened, or has done so."""
+        pooled.splice = splice
+        if splice and pooled.revoked:
+            splice.break_off(pooled.revoked, hurry=True, close_link=True)
 
     def suspect(self, client: str) -> None:
         """A relay client may be out of reach: have each of its idle links answer a PING before it is used."""

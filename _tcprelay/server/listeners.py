@@ -68,9 +68,13 @@ class Listeners:
         self._resume_at = 0.0
         """When to accept again, after an error; 0 while nothing is wrong."""
         self._pause, self._told = FIRST_PAUSE, 0.0
-        options = runtime.options
-        self.of_clients = Shares(options.max_per_address)
-        self.of_links = Shares(options.max_links_per_address)
+        self.of_clients, self.of_links = Shares(0), Shares(0)
+        self.set_shares()
+
+    def set_shares(self) -> None:
+        """Have what the options say count from now on."""
+        options = self._runtime.options
+        self.of_clients.most, self.of_links.most = options.max_per_address, options.max_links_per_address
 
     def bind(self, signals: Wakes | None) -> None:
         """Listen on all ports.  Raises `OSError` that names the address, and `Stopping` at a signal."""

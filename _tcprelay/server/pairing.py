@@ -110,6 +110,11 @@ class Pairing:
             except Refusal:
                 self._links.give_back(pooled)
                 raise
+            if reason := self._links.count(pooled):
+                self._links.give_back(pooled)
+                client.reason = reason
+                client.failed |= {pooled.client}
+                continue
             try:
                 if isinstance(link, RawLink):
                     link.stream.send(client.early)
@@ -239,11 +244,13 @@ class Pairing:
             splice.break_off(client.gone)
         client.early = bytearray()
         runtime.splices.add(splice)
+        self._links.carry(pooled, splice)
         try:
             runtime.emit(ConnectionOpened(via=f"{pooled.name} at {pooled.host}", **client.record))
             splice.run(runtime.threads)
         finally:
             runtime.splices.remove(splice)
+            self._links.carry(pooled, None)
             closed = ConnectionClosed(
                 bytes_in=splice.to_link.carried, bytes_out=splice.from_link.carried, seconds=client.seconds,
                 reason=splice.reason, **client.record,

@@ -7,12 +7,14 @@ import selectors
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from ..addresses import show_address
 from ..link import AnyLink
 from ..protocol import BYE, PONG, Frame, LinkFault
+from ..rights import Identity
+from ..splice import Splice
 from ..text import shown
 from ..waiting import Deadline
 from .clients import NoLinkHere, Refusal
@@ -24,8 +26,18 @@ STANDSTILL = 5.0
 class PooledLink:
     """A link and what the pool knows of it."""
 
-    def __init__(self, link: AnyLink, service: str, client: str, name: str, address: Any) -> None:
+    def __init__(
+        self, link: AnyLink, service: str, client: str, name: str, address: Any, identity: Identity | None = None
+    ) -> None:
         self.link = link
+        self.identity = identity
+        """Who its relay client has proven to be, where the server knows them by name."""
+        self.revoked = ""
+        """Why it is to be closed, where its relay client has lost its right to it."""
+        self.splice: Splice | None = None
+        """The connection that it carries, and that has been opened."""
+        self.is_counted = False
+        """That connection counts among those that its identity may have."""
         self.address = address
         self.service = service
         self.client = client
@@ -102,7 +114,7 @@ class Pool:
         """For so many service clients that may wait, of each service, and so many links, idle or not."""
         self.selector = selectors.DefaultSelector()
         """Watches the idle links, for the keeper; links are entered and removed under the lock."""
-        self._max_pending = max_pending
+        self.max_pending = max_pending
         self._most = most
         self.show: Callable[[str, int, int], object] = lambda service, idle, waiting: None
         """Called, under the lock, with how many links are idle and service clients wait, whenever that changes."""
@@ -118,7 +130,10 @@ class Pool:
         """When a service client was last given a link."""
         self._aside: set[PooledLink] = set()
         """Idle links that are not to be given out now."""
-        self._members: dict[tuple[str, str], int] = {}  # links of (service, client), idle or not
+        self._members: dict[tuple[str, str], set[PooledLink]] = {}  # of (service, client), idle or not
+        self._left = threading.Condition(self._lock)
+        """Told of each link that leaves, where somebody waits for that."""
+        self._is_watched = False
         self._told: set[str] = set()
         """Services of which it has been told that no relay client is connected."""
         self._closed = False
@@ -126,29 +141,47 @@ class Pool:
     def join(self, pooled: PooledLink) -> bool:
         """Count a link in; True for the first one of its relay client.  Raises `Refusal` at the limit."""
         with self._lock:
-            if sum(self._members.values()) >= self._most:
+            if sum(map(len, self._members.values())) >= self._most:
                 raise Refusal("there are too many links", "limit")
-            key = pooled.service, pooled.client
-            self._members[key] = self._members.get(key, 0) + 1
+            members = self._members.setdefault((pooled.service, pooled.client), set())
+            members.add(pooled)
             self._told.discard(pooled.service)
-            return self._members[key] == 1
+            return len(members) == 1
 
     def leave(self, pooled: PooledLink) -> bool:
         """Count a link out; True for the last one of its relay client."""
         with self._lock:
             key = pooled.service, pooled.client
-            self._members[key] -= 1
+            self._members[key].discard(pooled)
+            if self._is_watched:
+                self._left.notify_all()
             if self._members[key]:
                 return False
             del self._members[key]
             return True
+
+    def members(self) -> list[PooledLink]:
+        """All links, idle or not."""
+        with self._lock:
+            return [pooled for members in self._members.values() for pooled in members]
+
+    def wait_until_gone(self, links: Collection[PooledLink], deadline: Deadline) -> bool:
+        """Wait until these have left; False where some have not by the deadline."""
+        with self._lock:
+            self._is_watched = True
+            while left := any(p in self._members.get((p.service, p.client), ()) for p in links):
+                if deadline.remaining() == 0:
+                    break
+                self._left.wait(deadline.remaining())
+            self._is_watched = False
+            return not left
 
     def put(self, pooled: PooledLink) -> bool:
         """Hand an idle link to the first service client that waits for one, or keep it; False where it is to be
         closed."""
         with self._lock:
             link = pooled.link
-            if self._closed or link.leaving or (link.spent and not pooled.unproven):
+            if self._closed or pooled.revoked or link.leaving or (link.spent and not pooled.unproven):
                 return False
             if pooled.unproven or pooled.blocked:
                 events = selectors.EVENT_READ | (selectors.EVENT_WRITE if pooled.blocked else 0)
@@ -195,7 +228,7 @@ class Pool:
             if failed and not any(p.service == service and p.client not in failed for p in self._aside):
                 raise Refusal(f"the service cannot be reached: {reason}")
             waiting = len(self._waiting[service]) + self.count_waiting_elsewhere(service)
-            if waiting >= self._max_pending and not (first or self._is_served(service)):
+            if waiting >= self.max_pending and not (first or self._is_served(service)):
                 raise Refusal("too many service clients wait for a link (--max-pending)")
             waiter = _Waiter(threading.Condition(self._lock), failed)
             if first:
@@ -237,7 +270,7 @@ class Pool:
     def is_full(self, service: str) -> bool:
         """Whether as many service clients have no link as may wait for one, while others still get theirs: then the
         kernel holds the next ones.  Where none is served they are refused instead (see `take`)."""
-        if not service or self._expected[service] < self._max_pending:
+        if not service or self._expected[service] < self.max_pending:
             return False
         with self._lock:
             return not self._closed and self._is_served(service)
@@ -247,7 +280,7 @@ class Pool:
         has_client = self._has_client(service)
         waiting = self._waiting[service]
         oldest = waiting[0].since if waiting else math.inf
-        return has_client and are_links_given(self._max_pending, self._given_at[service], oldest)
+        return has_client and are_links_given(self.max_pending, self._given_at[service], oldest)
 
     def hold(self, pooled: PooledLink) -> bool:
         """Take one certain link out of the pool; False where it is not in it."""

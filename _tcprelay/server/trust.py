@@ -12,6 +12,7 @@ from ..addresses import Endpoint, is_loopback
 from ..certificates import make_context, make_self_signed, shown_certificate, trust
 from ..options import read_secret
 from ..server_options import ServerOptions
+from ..rights import load_rights
 from ..role import SHORTEST_TOKEN, Credentials, Runtime
 from ..sockets import public_address
 from ..state import other_states, private_file, state_directory
@@ -31,11 +32,14 @@ def load_credentials(options: ServerOptions) -> Credentials:
 
     Raises `OSError` and `ValueError`.
     """
-    token = options.read_token()
+    token, rights = options.read_token(), None
+    if options.clients:
+        services = [service.name for service in options.services]
+        rights = load_rights(options.clients, services, (), options.auth)
     on_links = options.tls in ("relay", "both") or options.auth
     on_services = options.tls in ("both", "service")
     if not (on_links or on_services):
-        return Credentials(token)
+        return Credentials(token, rights=rights)
     cert, key = options.cert, options.key
     if options.is_improvised:
         directory = options.state_dir or state_directory()
@@ -48,12 +52,14 @@ def load_credentials(options: ServerOptions) -> Credentials:
             raise ValueError(
                 f"{cert} is damaged: remove it, a new one is made, and relay clients need the new pin"
             ) from None
-        open_to_all = options.auth or options.allow_unauthenticated or options.wire == "raw" or not on_links
+        open_to_all = (
+            options.auth or options.clients or options.allow_unauthenticated or options.wire == "raw" or not on_links
+        )
         if not (token or open_to_all):
             path = private_file(os.path.join(directory, "token"), lambda: random_id(32).encode() + b"\n")
             token = read_secret("--state-dir", path)
-    links = services = None
-    shown = ""
+    on_port: ssl.SSLContext | None = None
+    links, shown = None, ""
     if on_links:
         links = make_context(options, True, cert, key, options.pfx)
         shown = shown_certificate(links)
@@ -64,25 +70,20 @@ def load_credentials(options: ServerOptions) -> Credentials:
         files, prefix = (cert, key, options.pfx), "--"
         if options.service_cert or options.service_pfx:
             files, prefix = (options.service_cert, options.service_key, options.service_pfx), "--service-"
-        services = make_context(options, True, *files, prefix=prefix)
-    return Credentials(token, links, services, certificate=shown)
+        on_port = make_context(options, True, *files, prefix=prefix)
+    return Credentials(token, links, on_port, rights=rights, certificate=shown)
 
 
 def invitation(options: ServerOptions, credentials: Credentials, port: int, with_secrets: bool) -> str:
-    """After a start with ``--tls`` alone: the command for the other side, which connects to this relay port."""
-    if not options.is_improvised or credentials.links is None:
+    """After a start with ``--tls`` alone: the command for the other side, which connects to this relay port.  With a
+    clients file each has one of its own: see `enrolling.add_client`."""
+    if not options.is_improvised or credentials.links is None or options.clients:
         return ""
-    notes = []
-    listens_at = "" if options.hostname in ("::", "0.0.0.0") else options.hostname
-    host = options.public_host or listens_at or public_address()
-    if not host:
-        notes.append("HOST: a name or address at which this host is reached from there; --public-host sets it")
-    words = ["tcprelayc", str(Endpoint(host or "HOST", port))]
-    words += ["PORT" if service.name == "default" else f"{service.name}=PORT" for service in options.services]
-    notes.append("PORT: of the service on that side, or HOST:PORT, or unix:PATH")
-    words += ["--tls"]
+    words, notes = list[str](), list[str]()
     if len(credentials.token) < SHORTEST_TOKEN:  # it does not vouch for the certificate
         words += ["--pin", credentials.certificate]
+    else:
+        notes.append(f"where the certificate shall be known by itself, add --pin {credentials.certificate}")
     copied = options.token_file
     if not copied and credentials.token and with_secrets:
         words += ["--token", credentials.token.decode(errors="replace")]
@@ -91,12 +92,23 @@ def invitation(options: ServerOptions, credentials: Credentials, port: int, with
     if copied:
         words += ["--token-file", "FILE"]
         notes.append(f"FILE: a copy of {os.path.abspath(copied)}")
-    if "--pin" not in words:
-        notes.append(f"where the certificate shall be known by itself, add --pin {credentials.certificate}")
     notes.append(f"certificate and token are kept in {os.path.abspath(options.state_dir or state_directory())}")
-    if options.wire == "raw":
-        words += ["--wire", "raw"]
-    return "\n  ".join(["on the other side, run:", shlex.join(words), *(f"({note})" for note in notes)])
+    return say_line(options, credentials, port, words, notes)
+
+
+def say_line(options: ServerOptions, credentials: Credentials, port: int, words: list[str], notes: list[str]) -> str:
+    """The command for the other side, which connects to this relay port, with these further words, and notes below."""
+    listens_at = "" if options.hostname in ("::", "0.0.0.0") else options.hostname
+    host = options.public_host or listens_at or public_address()
+    line = ["tcprelayc", str(Endpoint(host or "HOST", port))]
+    line += ["PORT" if service.name == "default" else f"{service.name}=PORT" for service in options.services]
+    line += ["--tls"] if credentials.links else []
+    line += words
+    line += ["--wire", "raw"] if options.wire == "raw" else []
+    where = "HOST: a name or address at which this host is reached from there; --public-host sets it"
+    what = "PORT: of the service on that side, or HOST:PORT, or unix:PATH"
+    said = [f"({note})" for note in ([] if host else [where]) + [what] + notes]
+    return "\n  ".join(["on the other side, run:", shlex.join(line), *said])
 
 
 def warn_about_trust(runtime: Runtime[ServerOptions], addresses: Iterable[Any]) -> None:
@@ -110,7 +122,7 @@ def warn_about_trust(runtime: Runtime[ServerOptions], addresses: Iterable[Any]) 
                 "certificate and token are those in %s, and there are others in %s: relay clients that have the pin of "
                 "those do not accept these; --state-dir says which", own, place,
             )  # fmt: skip
-    if runtime.credentials.token or options.auth:
+    if runtime.credentials.token or options.clients or options.auth:
         return
     if options.secret:
         log.warning("--secret crosses the wire readable: whoever can listen in can become a relay client")
@@ -127,7 +139,8 @@ def check_protected_mode(runtime: Runtime[ServerOptions], stream: Stream) -> Non
     To be asked before a byte is read, and before TLS, whose handshake costs the most.
     """
     options = runtime.options
-    guarded = runtime.credentials.token or options.auth or options.secret or options.allow_unauthenticated
+    guarded = runtime.credentials.token or options.clients or options.auth
+    guarded = guarded or options.secret or options.allow_unauthenticated
     if not (guarded or is_loopback(stream.peer)):
         raise Refusal(
             "this relay server asks for neither a token nor certificates, so it accepts links from its own machine "

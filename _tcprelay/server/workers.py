@@ -16,7 +16,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..addresses import show_address
@@ -27,6 +27,7 @@ from ..processes import WorkerProcess, Workers
 from ..role import Relay
 from ..text import connection_id
 from .account import HANDED, LINKS, RETURNED, WAITING, Account, WorkerAccount
+from .limits import Quotas
 from .listeners import Listeners
 from .pool import are_links_given, say_no_link
 
@@ -53,8 +54,9 @@ class Visitor:
 class ServerWorkers(Workers):
     """The parent of a relay server's workers.
 
-    Parameters: the server; how many workers; its listeners; and what has the server in a new process be one of them,
-    with its part of the account and the socket over which connections come.
+    Parameters: the server; how many workers; its listeners; what has the server in a new process be one of them, with
+    its part of the account and the socket over which connections come; and what counts by name what its relay clients
+    have.
     """
 
     LOOK_AGAIN = 0.25
@@ -66,9 +68,11 @@ class ServerWorkers(Workers):
         count: int,
         listeners: Listeners,
         become_one_of: Callable[[WorkerAccount, socket.socket], None],
+        quotas: Sequence[Quotas] = (),
     ) -> None:
         super().__init__(server, count)
-        self._options = server.options
+        self._server = server
+        self._quotas = quotas
         self._listeners = listeners
         self._become_one_of = become_one_of
         services = [service.name for service in server.options.services]
@@ -82,6 +86,10 @@ class ServerWorkers(Workers):
         """When a service client was last sent to a worker that has a link for it."""
         self._next_give_up = 0.0
         listeners.hand_on, listeners.is_full = self._receive_connection, self._is_full
+
+    @property
+    def _options(self) -> ServerOptions:
+        return self._server.options
 
     def open(self) -> None:
         self._listeners.watch(self.selector)
@@ -297,6 +305,8 @@ class ServerWorkers(Workers):
 
     def lost(self, worker: WorkerProcess) -> None:
         self._account.strike(worker.number)
+        for quota in self._quotas:
+            quota.strike(worker.number)
         for key in [key for key, (_, numbers) in self._present.items() if worker.number in numbers]:
             self._absent(key, worker, "its worker has died")
 

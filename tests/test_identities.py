@@ -1,0 +1,337 @@
+"""Relay clients that a server knows by name: what each may do, and what is taken back."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from _tcprelay.protocol import HELLO, REFUSED, WELCOME, new_nonce
+from tcprelay import (
+    ClientUp, ConnectionClosed, ConnectionFailed, LinkDown, LinkRefused, Published, RelayClient, RelayServer,
+    Unpublished,
+)  # fmt: skip
+
+from .certificates import Certificates
+from .conftest import PATIENCE, Bench, read_exactly, wait_until
+from .peers import HOST, Peers
+from .peers_v1 import FakeClient
+
+NAS, PI = "the token of the nas", "the token of the pi"
+SECTIONS = {"nas": f"token = {NAS}\nservices = default\n", "pi": f"token = {PI}\nservices = web\n"}
+
+
+class ClientsFile:
+    """A clients file that a test changes."""
+
+    def __init__(self, path: Path, **sections: str) -> None:
+        self.path = str(path / "clients.conf")
+        self.sections = {**SECTIONS, **sections}
+        self.write()
+
+    def write(self, **sections: str | None) -> None:
+        """Change some sections; ``None`` takes one out."""
+        self.sections = {name: text for name, text in {**self.sections, **sections}.items() if text is not None}
+        Path(self.path).write_text("".join(f"[{name}]\n{text}\n" for name, text in self.sections.items()))
+
+
+@pytest.fixture
+def clients(tmp_path: Path) -> ClientsFile:
+    return ClientsFile(tmp_path)
+
+
+def serve(bench: Bench, clients: ClientsFile, **options: Any) -> RelayServer:
+    return bench.server(clients=clients.path, service="web=0", **options)
+
+
+def come(bench: Bench, server: RelayServer, name: str, token: str, **options: Any) -> RelayClient:
+    """A relay client that may or may not be let in."""
+    own: dict[str, Any] = {"num_conn": 1, "drain_timeout": 0.0, "on_event": bench.client_events, "try_service": False}
+    options = {"port": 1, **own, **options}
+    return bench.enter(  # type: ignore[no-any-return]
+        RelayClient(HOST, relay_host=HOST, relay_port=server.relay_address[1], name=name, token=token, **options)
+    )
+
+
+# Who may come
+
+
+def test_each_has_what_its_section_says(bench: Bench, clients: ClientsFile) -> None:
+    """And the log has its name."""
+    server, port = serve(bench, clients), bench.service().port
+    bench.client(server, port, name="nas", token=NAS)
+    bench.client(server, None, publish=f"web={HOST}:{port}", name="pi", token=PI)
+    for service in ("default", "web"):
+        with bench.connect(server, service) as sock:
+            sock.sendall(b"hello")
+            assert read_exactly(sock, 5) == b"hello"
+    assert {(event.name, event.service) for event in bench.server_events.of(ClientUp)} == {
+        ("nas", "default"), ("pi", "web"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "options", "told", "logged"),
+    [
+        (
+            "nas", NAS, {"port": None, "publish": "web=1"},
+            "nas may not publish web: the server's clients file gives it default",
+            "nas may not publish web: the server's clients file gives it default",
+        ),
+        (
+            "nas", PI, {},
+            "the server knows no nas with this token: --name and the token have to be those of a section of",
+            "its token is not that of nas in the clients file",
+        ),
+        (
+            "who", NAS, {},
+            "the server knows no who with this token: --name and the token have to be those of a section of",
+            "it calls itself who, and the clients file has no such section",
+        ),
+        ("nas", "", {}, "the relay asks for a token", "the relay client gave up: it has no token"),
+    ],
+)  # fmt: skip
+def test_who_may_not_is_told_what_is_lacking(
+    bench: Bench, clients: ClientsFile, name: str, token: str, options: dict[str, Any], told: str, logged: str
+) -> None:
+    """Who does not know the token learns nothing of what there is."""
+    server = serve(bench, clients)
+    come(bench, server, name, token or None, **options)  # type: ignore[arg-type]
+    event = bench.client_events.wait(Unpublished)[0]
+    assert event.reason.removeprefix("refused by the relay: ").startswith(told)
+    assert event.lasting
+    assert bench.server_events.wait(LinkRefused)[0].reason.startswith(logged)
+    assert not bench.client_events.of(Published)
+
+
+def test_where_it_may_come_from(bench: Bench, clients: ClientsFile) -> None:
+    clients.write(nas=f"{SECTIONS['nas']}from = 127.0.0.2, 2001:db8::/32\n")
+    come(bench, serve(bench, clients), "nas", NAS)
+    reason = "nas may not connect from 127.0.0.1: the server's clients file gives it 127.0.0.2/32, 2001:db8::/32"
+    assert bench.server_events.wait(LinkRefused)[0].reason == reason
+
+
+def test_no_stranger_is_let_in_from_elsewhere_by_the_file_alone(bench: Bench, clients: ClientsFile) -> None:
+    """Protected mode is for servers that ask for nothing; a name alone is nothing, either."""
+    server = serve(bench, clients)
+    link: FakeClient = bench.enter(FakeClient(server))
+    link.send(HELLO, {"version": 1, "service": "default", "client": "c", "nonce": new_nonce(), "name": "nas"})
+    assert link.next().kind != WELCOME
+
+
+def test_the_certificate_has_to_be_that_of_the_name(
+    bench: Bench, clients: ClientsFile, certificates: Certificates
+) -> None:
+    """With --auth it is enough, and a token may be asked for as well."""
+    clients.write(client="services = default\n", nas=f"token = {NAS}\nservices = default\n")
+    ca, tls = certificates.path("ca.pem"), {"tls": "relay"}
+    server_files = {"cert": certificates.path("server.pem"), "key": certificates.path("server.key")}
+    server = serve(bench, clients, auth=True, ca_file=ca, **tls, **server_files)
+    own = {"cert": certificates.path("client.pem"), "key": certificates.path("client.key"), "ca_file": ca, **tls}
+    bench.client(server, bench.service().port, name="client", **own)
+    come(bench, server, "nas", NAS, **own)
+    assert bench.server_events.wait(LinkRefused)[0].reason == (
+        "its certificate is that of client: then its --name must be that, too"
+    )
+    come(bench, server, "who", NAS, **own)
+    assert bench.server_events.wait(LinkRefused, 2)[1].reason.startswith("it calls itself who, and the clients file")
+
+
+# How much
+
+
+def test_links_of_one_identity_are_bounded(bench: Bench, clients: ClientsFile) -> None:
+    """Over all relay clients of that name; others have theirs."""
+    clients.write(nas=f"{SECTIONS['nas']}max-links = 3\n", pi=f"token = {PI}\nservices = *\n")
+    server = serve(bench, clients)
+    bench.client(server, 1, name="nas", token=NAS, num_conn=2)
+    come(bench, server, "nas", NAS, num_conn=2)
+    [event] = wait_until(lambda: bench.server_events.of(LinkRefused)[:1])
+    assert (event.code, event.reason) == ("limit", "nas has as many links as it may have (max-links)")
+    assert server.counters["links_idle"] == 3
+    bench.client(server, 1, name="pi", token=PI, num_conn=4)
+
+
+def test_connections_of_one_identity_are_bounded(bench: Bench, clients: ClientsFile) -> None:
+    """The next one is refused at once, or goes to another identity's client; when one has ended there is room."""
+    clients.write(nas=f"{SECTIONS['nas']}max-connections = 2\n", pi=f"token = {PI}\nservices = *\n")
+    server, service = serve(bench, clients), bench.service()
+    bench.client(server, service.port, name="nas", token=NAS, num_conn=4)
+
+    def talk() -> socket.socket:
+        sock = bench.connect(server)
+        sock.sendall(b"x")
+        assert read_exactly(sock, 1) == b"x"
+        return sock
+
+    first, second = talk(), talk()
+    with pytest.raises(ConnectionResetError):
+        bench.connect(server).recv(1)
+    [failed] = bench.server_events.wait(ConnectionFailed)
+    assert failed.reason == (
+        "the service cannot be reached: nas has as many connections as it may have (max-connections)"
+    )
+    first.close()
+    bench.server_events.wait(ConnectionClosed)
+    talk()
+    bench.client(server, service.port, name="pi", token=PI, num_conn=1)
+    talk()
+    second.close()
+
+
+# What is taken back
+
+
+def reload(server: RelayServer, clients: ClientsFile, **sections: str | None) -> None:
+    clients.write(**sections)
+    assert server.reload()
+
+
+@pytest.mark.parametrize(
+    ("section", "reason"),
+    [
+        (None, "revoked: the server does not know nas any more"),
+        ("token = another one of the nas\nservices = default\n", "revoked: nas has another token now"),
+        (
+            f"token = {NAS}\nservices = web\n",
+            "revoked: nas may not publish default: the server's clients file gives it web",
+        ),
+        (
+            f"token = {NAS}\nservices = default\nfrom = 192.0.2.1\n",
+            "revoked: nas may not connect from 127.0.0.1: the server's clients file gives it 192.0.2.1/32",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_taken_back_is_gone_when_the_reload_is_over(
+    bench: Bench, clients: ClientsFile, section: str | None, reason: str
+) -> None:
+    """Idle links and living connections; the records say why, and others go on."""
+    server = serve(bench, clients)
+    bench.client(server, bench.service().port, name="nas", token=NAS, num_conn=3)
+    bench.client(server, None, publish=f"web={HOST}:{bench.service().port}", name="pi", token=PI)
+    held, other = bench.connect(server), bench.connect(server, "web")
+    for sock in (held, other):
+        sock.sendall(b"x")
+        assert read_exactly(sock, 1) == b"x"
+    wait_until(lambda: server.counters["links_idle"] == 5)  # one was opened in the place of each
+    reload(server, clients, nas=section)
+    assert server.counters["links_idle"] == 2
+    [closed] = bench.server_events.of(ConnectionClosed)
+    assert (closed.service, closed.reason) == ("default", reason)
+    with pytest.raises(ConnectionResetError):
+        held.recv(1)
+    assert {event.reason for event in bench.server_events.of(LinkDown)} == {reason}
+    other.sendall(b"y")
+    assert read_exactly(other, 1) == b"y"
+    with bench.connect(server, "web") as sock:
+        sock.sendall(b"z")
+        assert read_exactly(sock, 1) == b"z"
+    wait_until(lambda: any(event.lasting for event in bench.client_events.of(Unpublished)))
+
+
+def test_a_connection_that_is_being_opened_is_taken_back(
+    bench: Bench, clients: ClientsFile, certificates: Certificates
+) -> None:
+    """Its service has been asked, and has not answered yet: the service client is refused, and no link is left."""
+    server = serve(bench, clients)
+    asked = threading.Event()
+
+    def never(sock: socket.socket) -> None:
+        asked.set()
+        sock.recv(1 << 16)  # the beginning of a TLS handshake, which it does not answer
+        sock.recv(1)
+
+    bench.client(server, bench.service(never).port, name="nas", token=NAS, tls="service", num_conn=1)
+    waiting = bench.connect(server)
+    waiting.sendall(b"x")
+    assert asked.wait(PATIENCE)
+    reload(server, clients, nas=None)
+    with pytest.raises(ConnectionResetError):
+        waiting.recv(1)
+    assert server.counters["links_idle"] == 0
+    [failed] = bench.server_events.wait(ConnectionFailed)
+    assert failed.reason.startswith("the link was lost before the service answered")
+
+
+def test_a_right_that_stays_is_not_touched(bench: Bench, clients: ClientsFile) -> None:
+    """Whatever else changes in its section."""
+    server = serve(bench, clients)
+    bench.client(server, bench.service().port, name="nas", token=NAS)
+    sock = bench.connect(server)
+    sock.sendall(b"x")
+    assert read_exactly(sock, 1) == b"x"
+    reload(server, clients, pi=None, nas=f"token = {NAS}\nservices = *\nfrom = 127.0.0.0/8\nmax-links = 9\n")
+    sock.sendall(b"y")
+    assert read_exactly(sock, 1) == b"y"
+    assert not bench.server_events.of(LinkDown)
+
+
+def test_a_file_that_is_wrong_leaves_all_as_it_was(
+    bench: Bench, clients: ClientsFile, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = serve(bench, clients)
+    bench.client(server, bench.service().port, name="nas", token=NAS)
+    clients.write(nas=f"token = {NAS}\nservices = mail\n")
+    assert not server.reload()
+    said = f"cannot reload, all stays as it was: {clients.path}, line 3: there is no service mail here"
+    assert any(message.startswith(said) for message in caplog.messages)
+    assert server.counters["links_idle"] == 2
+    bench.client(server, bench.service().port, name="nas", token=NAS)
+
+
+def test_links_without_a_name_are_taken_back_when_names_are_asked_for(bench: Bench, clients: ClientsFile) -> None:
+    server = bench.server(token=NAS, service="web=0")
+    bench.client(server, bench.service().port, name="nas", token=NAS)
+    assert server.reload(token=None, clients=clients.path)
+    assert {event.reason for event in bench.server_events.of(LinkDown)} == {
+        "revoked: relay clients have to be known by name now"
+    }
+    wait_until(lambda: server.counters["links_idle"] == 2)  # it is known, and comes again by its name
+
+
+def test_a_handshake_that_began_before_is_looked_at_again(bench: Bench, clients: ClientsFile) -> None:
+    """It has proven itself by what was in force then."""
+    server = serve(bench, clients)
+    link: FakeClient = bench.enter(FakeClient(server))
+    nonce = new_nonce()
+    link.send(HELLO, {"version": 1, "service": "default", "client": "c", "nonce": nonce, "name": "nas", "token": True})
+    challenge = link.next()
+    reload(server, clients, nas=None)
+    answer = link.answer(challenge, NAS.encode(), nonce, "default", "c")
+    assert (answer.kind, answer.fields["reason"]) == (REFUSED, "revoked: the server does not know nas any more")
+    assert server.counters["links_idle"] == 0
+
+
+def test_with_workers_nothing_is_delivered_behind_the_word(peers: Peers, clients: ClientsFile, workers: str) -> None:
+    """All workers have given up what was revoked when the parent says that the configuration is reloaded."""
+    got: list[int] = []
+
+    def count(sock: socket.socket) -> None:
+        while data := sock.recv(65536):
+            got.append(len(data))
+            sock.sendall(data)
+
+    service = peers.service(count)
+    words = "--clients", clients.path, "--service", "web=0"
+    server = peers.server(*words)
+    peers.client(server.relay_port, service.port, "--token", NAS, "--name", "nas", "--num-conn", "4")
+    socks = [peers.connect(server.service_port) for _ in range(4)]
+    for sock in socks:
+        sock.sendall(b"x")
+        assert read_exactly(sock, 1) == b"x"
+    clients.write(nas=None)
+    server.signal(signal.SIGHUP)
+    server.wait_message("the configuration is reloaded")
+    before = sum(got)
+    for sock in socks:
+        with pytest.raises(ConnectionError):
+            for _ in range(2):
+                sock.sendall(b"y")
+                assert sock.recv(1) == b"y"
+    assert sum(got) == before
+    closed = wait_until(lambda: len(found := server.events("ConnectionClosed")) == 4 and found)
+    assert {str(event["reason"]) for event in closed} == {"revoked: the server does not know nas any more"}
