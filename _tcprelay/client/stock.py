@@ -56,7 +56,7 @@ class RefusedByServer(ConnectionError):
         """It does not pass by itself."""
 
 
-LASTING = ("", "version", "token", "service", "protected", "protocol", "tls")
+LASTING = ("", "version", "token", "service", "protected", "address", "protocol", "tls")
 """The codes of what does not pass before a setting is changed; "" is what is found wrong here.  An unknown one is like
 a time-out."""
 
