@@ -31,6 +31,7 @@ from _tcprelay.events import Event
 from _tcprelay.options import make_options
 from _tcprelay.server_options import ServerOptions
 from _tcprelay.role import Credentials, Relay, Runtime, warn_about_secrets
+from _tcprelay.server.access import load_access
 from _tcprelay.server.account import WorkerAccount
 from _tcprelay.server.enrolling import add_client
 from _tcprelay.server.intake import Intake, ParentIntake, PortIntake
@@ -82,8 +83,9 @@ class RelayServer(Relay[ServerOptions]):
         **options: Any,
     ) -> None:
         checked = make_options(ServerOptions, relay_port=relay_port, service_port=service_port, **options)
-        super().__init__(Runtime("tcprelay.server", checked, checked.max_connections, on_event))
-        self._listeners = Listeners(self.runtime)
+        runtime = Runtime("tcprelay.server", checked, checked.max_connections, on_event)
+        self._listeners = Listeners(runtime)
+        super().__init__(runtime)
         self._nonces = Nonces()
         self._quotas = Quotas(), Quotas()
         """Of links and of connections."""
@@ -130,7 +132,9 @@ class RelayServer(Relay[ServerOptions]):
     # How it begins and ends
 
     def _load_credentials(self, options: ServerOptions) -> Credentials:
-        return load_credentials(options)
+        access, credentials = load_access(options), load_credentials(options)
+        self._listeners.access = access  # only now that all could be read
+        return credentials
 
     def prepare(self) -> None:
         """Bind all ports.  Raises `OSError` that names the address, and `Stopping` at a signal."""

@@ -36,6 +36,7 @@ Each room imports only rooms that stand above it in this list (tests/test_house.
     processes       several processes for one role
     command         how a command begins and ends
     server.limits     what one address may take; handshakes under way
+    server.access     which addresses may connect
     server.clients    a service client until its service has answered
     server.nonces     nonces that are handed out ahead
     server.account    what was handed to workers, and what became of it

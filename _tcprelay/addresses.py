@@ -7,7 +7,7 @@ import re
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from .text import has_controls, shown
 
@@ -132,7 +132,7 @@ def host_of(address: Any) -> str:
         return f"{host}%{address[3]}"
 
 
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 def is_in(host: str, networks: Iterable[Network]) -> bool:

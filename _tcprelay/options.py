@@ -141,7 +141,10 @@ class Options:
             info, value = item.metadata["option"], getattr(self, item.name)
             if value is None:
                 value = item.default
-            elif not info.many and value != item.default:
+            elif info.many:
+                items = [value] if isinstance(value, str) else value
+                value = tuple(_parse_one(item.name, info, one) for one in items)
+            elif value != item.default:
                 try:
                     value = info.parse(trim(str(value)))
                 except ValueError as error:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .addresses import parse_host, parse_port
+from .addresses import Network, parse_host, parse_port
 from .options import Options, repeated
 from .values import (
-    ServicePort, option, parse_count, parse_flag, parse_heartbeat, parse_path, parse_seconds, parse_service,
+    ServiceNetwork, ServicePort, option, parse_count, parse_flag, parse_heartbeat, parse_network, parse_path,
+    parse_seconds, parse_service, parse_service_network,
 )  # fmt: skip
 
 
@@ -76,6 +77,23 @@ class ServerOptions(Options):
     allow_unauthenticated: bool = option(
         False, parse_flag, "accept links from other hosts although neither token nor certificates are asked for",
         group="Trust")  # fmt: skip
+    allow: tuple[ServiceNetwork, ...] = option(
+        (), parse_service_network, "only service clients of these networks may connect, to every service or to one; "
+        "may be repeated", group="Trust", metavar="[SERVICE=]NETWORK", many=True, secures=True,
+        shown_default="everybody")  # fmt: skip
+    deny: tuple[ServiceNetwork, ...] = option(
+        (), parse_service_network, "service clients of this network may not connect, to any service or to one; goes "
+        "before --allow; may be repeated",
+        group="Trust", metavar="[SERVICE=]NETWORK", many=True, secures=True)  # fmt: skip
+    deny_file: str = option(
+        "", parse_path, "file with a network a line, whose service clients may not connect; read again at SIGHUP",
+        group="Trust", metavar="FILE", secures=True)  # fmt: skip
+    allow_links: tuple[Network, ...] = option(
+        (), parse_network, "only relay clients of these networks may connect; may be repeated",
+        group="Trust", metavar="NETWORK", many=True, secures=True, shown_default="everybody")  # fmt: skip
+    deny_links: tuple[Network, ...] = option(
+        (), parse_network, "relay clients of this network may not connect; goes before --allow-links; may be repeated",
+        group="Trust", metavar="NETWORK", many=True, secures=True)  # fmt: skip
 
     def _complaints(self) -> Iterator[tuple[object, str]]:
         yield from super()._complaints()
@@ -84,6 +102,10 @@ class ServerOptions(Options):
         services = self.services
         yield not services, "--service-port or --service is required, as in tcprelays 10080 2222"
         yield from self._wrong_services([service.name for service in services])
+        names = {"", *(service.name for service in services)}
+        for option_name, items in (("--allow", self.allow), ("--deny", self.deny)):
+            unknown = next((item for item in items if item.service not in names), None)
+            yield unknown, f"{option_name} {unknown}: there is no service {unknown and unknown.service}"
         ports = [(self.hostname, self.relay_port)] + [(s.host or self.hostname, s.port) for s in services]
         taken = repeated([(host, port) for host, port in ports if port])
         yield taken, f"two ports are {taken and taken[1]}"

@@ -30,6 +30,8 @@ SMALL_READS = 4
 """So many small reads in a row end bulk traffic."""
 NOT_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "UNEXPECTED_MESSAGE", "NO_PROTOCOLS_AVAILABLE")
 """OpenSSL's reasons for a peer whose first bytes are no TLS handshake."""
+ACCESS_DENIED = b"\x15\x03\x03\x00\x02\x02\x31"
+"""A TLS alert before the handshake: fatal, access_denied (RFC 8446, 6)."""
 
 
 def tls_fault(error: ssl.SSLError) -> OSError:

@@ -145,18 +145,6 @@ def parse_name(text: str) -> str:
     return text
 
 
-def parse_network(text: str) -> Network:
-    """``NETWORK/BITS`` or an address; an IPv6 one that stands for an IPv4 one counts as that.  Raises `ValueError` that
-    says what is accepted."""
-    try:
-        network = ipaddress.ip_network(text, strict=False)
-    except ValueError:
-        raise ValueError("a network, as in 192.0.2.0/24, or an address") from None
-    if network.version == 6 and network.prefixlen >= 96 and (mapped := network.network_address.ipv4_mapped):
-        return ipaddress.ip_network((mapped, network.prefixlen - 96))
-    return network
-
-
 @dataclass(frozen=True)
 class PortRange:
     """Ports from the first to the last one."""
@@ -222,6 +210,46 @@ def parse_service(text: str) -> ServicePort:
     if endpoint.path:
         raise ValueError("NAME=PORT or NAME=ADDRESS:PORT")
     return ServicePort(parse_name(name), endpoint.host, endpoint.port)
+
+
+def parse_network(text: str) -> Network:
+    """An IPv4 or IPv6 network with the length of its prefix, or an address, which is a network of one.
+
+    Bits behind the prefix do not count, and an IPv4 address mapped into IPv6 (RFC 4291, 2.5.5.2) is an IPv4 one.
+    Raises `ValueError` that says what is accepted.
+    """
+    host, slash, length = text.partition("/")
+    if "%" in host:
+        raise ValueError("a network or an address without a zone (%eth0)")
+    try:
+        if slash and not (length.isascii() and length.isdigit()):  # a mask may be meant, either way round
+            raise ValueError
+        address, network = ipaddress.ip_address(host), ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise ValueError("a network, as in 192.0.2.0/24, or an address") from None
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    if mapped is None:
+        return network
+    if network.prefixlen < 96:
+        raise ValueError("a prefix length from 96 to 128 behind an IPv4 address in IPv6 form")
+    return ipaddress.IPv4Network((mapped, network.prefixlen - 96), strict=False)
+
+
+@dataclass(frozen=True)
+class ServiceNetwork:
+    """A network of service clients; service "" stands for all services."""
+
+    service: str
+    network: Network
+
+    def __str__(self) -> str:
+        return f"{self.service}={self.network}" if self.service else str(self.network)
+
+
+def parse_service_network(text: str) -> ServiceNetwork:
+    """``[SERVICE=]NETWORK``.  Raises `ValueError` that says what is accepted."""
+    name, equals, network = text.rpartition("=")
+    return ServiceNetwork(parse_name(name) if equals else "", parse_network(network))
 
 
 @dataclass(frozen=True)

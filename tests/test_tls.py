@@ -24,12 +24,11 @@ from _tcprelay.command_line import parse_options
 from _tcprelay.link import RawLink
 from _tcprelay.openssl import new_context
 from _tcprelay.options import Options
-from _tcprelay.server.greeting import ACCESS_DENIED
 from _tcprelay.splice import Splice
 from _tcprelay.system import has_interpreter_lock
 from _tcprelay.tcp import RESET_ON_CLOSE
 from _tcprelay.threads import Threads
-from _tcprelay.tls import LARGE_TLS_BUFFER, SMALL_READS, SMALL_TLS_BUFFER, TLSStream
+from _tcprelay.tls import ACCESS_DENIED, LARGE_TLS_BUFFER, SMALL_READS, SMALL_TLS_BUFFER, TLSStream
 from _tcprelay.waiting import Deadline, wait_for
 from tcprelay import (
     ClientOptions, ClientUp, ConnectionClosed, ConnectionFailed, LinkRefused, Published, RelayClient, RelayServer,

@@ -277,8 +277,9 @@ def explain_tls(error: BaseException) -> str:
         return f"{say_error(error)}; give --ca-file or --pin, or --tls-server-name where the name differs"
     if error.reason == "TLSV1_ALERT_ACCESS_DENIED":
         return (
-            "refused by the relay: it asks for neither a token nor certificates, so it accepts links from its own "
-            "machine alone; set --token-file on both sides"
+            "refused by the relay: it accepts no links from this address, by its --allow-links or --deny-links; or it "
+            "asks for neither a token nor certificates, so it accepts links from its own machine alone: then set "
+            "--token-file on both sides"
         )
     if error.reason in NOT_TLS:
         return (

@@ -56,7 +56,9 @@ class RefusedByServer(ConnectionError):
         """It does not pass by itself."""
 
 
-LASTING = ("", "version", "token", "certificate", "rights", "service", "protected", "protocol", "tls")
+LASTING = (
+    "", "version", "token", "certificate", "rights", "service", "protected", "address", "protocol", "tls",
+)  # fmt: skip
 """The codes of what does not pass before a setting is changed; "" is what is found wrong here.  An unknown one is like
 a time-out."""
 

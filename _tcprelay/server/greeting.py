@@ -24,7 +24,7 @@ from ..streams import Stream
 from ..system import ignore_oserror
 from ..tcp import say_path
 from ..text import is_tls_error, say_error, shown
-from ..tls import NOT_TLS
+from ..tls import ACCESS_DENIED, NOT_TLS
 from ..waiting import Deadline, Stopping, wait_for
 from .clients import Refusal
 from .intake import Intake
@@ -38,8 +38,6 @@ HANDSHAKE_TIMEOUT, HANDSHAKE_STEP = 20.0, 10.0
 take that long, and a silent peer is not waited for longer."""
 WELCOME_NONCES = 4
 """So many are handed out with a WELCOME: a burst has a relay client open links in growing numbers."""
-ACCESS_DENIED = b"\x15\x03\x03\x00\x02\x02\x31"
-"""A TLS alert before the handshake: fatal, access_denied (RFC 8446, 6)."""
 
 
 DECOY = os.urandom(32)

@@ -16,14 +16,17 @@ from typing import Any
 
 from ..addresses import Endpoint, host_of, show_address
 from ..events import AcceptPaused, ConnectionFailed, LinkRefused, Listening
-from ..link import Link
 from ..server_options import ServerOptions
-from ..protocol import SERVER
+from ..protocol import REFUSED, encode_frame
 from ..role import Runtime
 from ..sockets import listen
 from ..streams import Stream
+from ..system import ignore_oserror
 from ..text import connection_id, say_error
+from ..tls import ACCESS_DENIED
 from ..waiting import Stopping, Wakes
+from .access import Access
+from .clients import Refusal
 from .limits import Shares
 
 LOOK_FOR_ROOM = 0.002
@@ -70,6 +73,8 @@ class Listeners:
         self._pause, self._told = FIRST_PAUSE, 0.0
         self.of_clients, self.of_links = Shares(0), Shares(0)
         self.set_shares()
+        self.access = Access()
+        """Who may connect; replaced at a reload, in whichever thread that is."""
 
     def set_shares(self) -> None:
         """Have what the options say count from now on."""
@@ -159,6 +164,9 @@ class Listeners:
                 return
             counted = False
             try:
+                if reason := self.access.refuses(service, address):
+                    self._turn_away(service, sock, address, Refusal(reason, "address"))
+                    continue
                 sock.setblocking(True)  # whatever default a program has set, or the listener handed down
                 if not service:  # of service clients those that last: see `Splices`
                     self._runtime.probing.spread(sock)
@@ -166,25 +174,39 @@ class Listeners:
                 if counted:
                     self.hand_on(service, sock, address)
                 else:
-                    self._turn_away(service, sock, address)
+                    self._turn_away(service, sock, address, TOO_MANY_CLIENTS if service else TOO_MANY_LINKS)
             except BaseException:
                 if counted:
                     share.leave(address)
                 sock.close()
                 raise
 
-    def _turn_away(self, service: str, sock: socket.socket, address: Any) -> None:
-        """Close what an address may not have any more; a plain relay client is told why."""
-        runtime, peer = self._runtime, show_address(address)
+    def _turn_away(self, service: str, sock: socket.socket, address: Any, refusal: Refusal) -> None:
+        """Close what an address may not have, at all or any more; a relay client is told why, as far as it can be
+        without waiting for it: over TLS by an alert, which has no words."""
+        runtime, peer, reason = self._runtime, show_address(address), str(refusal)
         if service:
             sock.close()
-            reason = "too many connections from its address at once (--max-per-address)"
             runtime.emit(ConnectionFailed(id=connection_id(), service=service, peer=peer, reason=reason, seconds=0.0))
             return
-        code, reason = "limit", "there are too many links from its address (--max-links-per-address)"
-        if runtime.options.wire == "v1" and runtime.credentials.links is None:
+        word = b""
+        if runtime.credentials.links is not None:
+            word = ACCESS_DENIED if refusal.code == "address" else b""
+        elif runtime.options.wire == "v1":
+            word = encode_refused(refusal.code, reason)
+        if word:
             stream = Stream(sock, f"link with {peer}", address)
-            Link(stream, SERVER).refuse(code, reason)
+            ignore_oserror(stream.send_now, bytearray(word))
             stream.close_normally()
         sock.close()
-        runtime.emit(LinkRefused(peer=peer, code=code, reason=reason))
+        runtime.emit(LinkRefused(peer=peer, code=refusal.code, reason=reason))
+
+
+@functools.lru_cache(maxsize=16)
+def encode_refused(code: str, reason: str) -> bytes:
+    """A REFUSED, made once for each reason: strangers may come by the thousand."""
+    return encode_frame(REFUSED, {"code": code, "reason": reason})
+
+
+TOO_MANY_CLIENTS = Refusal("too many connections from its address at once (--max-per-address)")
+TOO_MANY_LINKS = Refusal("there are too many links from its address (--max-links-per-address)", "limit")

@@ -3,6 +3,7 @@
 mutations   frames and TLS ClientHellos with something wrong in each, to the relay server from peers that have
             no token and from one that has it, and to a relay client from a relay server that is none
 silent      floods of connections that say nothing, beside somebody who behaves well
+access      a flood of connections from an address that may not connect, beside somebody who behaves well
 hijack      whoever lacks what the relay server asks for, while service clients wait for a link with a canary
 """
 
@@ -21,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
@@ -40,7 +41,8 @@ from _tcprelay.tls import tls_fault
 from ..certificates import Certificates, tls_context
 from ..conftest import echo, wait_until
 from ..peers import HOST, RelayProcess
-from .relays import TOKEN, Legs, Relays, memory
+from .relays import TOKEN, Legs, Relays, descriptors, memory, processor
+from .relays import threads as count_threads
 from .suite import Run, case
 
 Address = tuple[str, int]
@@ -777,6 +779,65 @@ def drip(address: Address, word: bytes) -> float:
             except OSError:
                 break
         return time.monotonic() - began
+
+
+# --- Access lists ---------------------------------------------------------------------------------------------
+
+DENIED, BURST = 20_000, 100
+"""Connections of the flood, and how many of them come at once."""
+NETWORKS = 1_000
+"""Of several lengths, in the deny file."""
+SERVED = 2_000
+
+
+@case(26, "access", 240)
+def access(run: Run) -> None:
+    """Who is in the deny file floods the service port, alone and beside somebody who behaves well."""
+    path, count = run.directory / "denied", run.scaled(DENIED, least=2000)
+    networks = [f"10.{number >> 8}.{number & 255}.0/{22 + number % 11}" for number in range(NETWORKS - 1)]
+    path.write_text("\n".join([*networks, FLOODER]))
+    relays = Relays(run, Legs(), run.peers.service(echo).port, server=("--deny-file", str(path)))
+    server, port = relays.server, (HOST, relays.service_port)
+    used, served = processor(server), run.scaled(SERVED, least=200)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for one in [pool.submit(request, port, None) for _ in range(served)]:
+            one.result()
+    each_served = (processor(server) - used) / served
+    before, used = (count_threads(server), descriptors(server)), processor(server)
+    knock(port, count)
+    each_refused = (processor(server) - used) / count
+    after = count_threads(server), descriptors(server)
+    with ThreadPoolExecutor(1) as pool:
+        flood = pool.submit(knock, port, count)
+        with steady(partial(request, port, None)) as requests:
+            flood.result()
+            requests.until(run.scaled(200, least=50))
+    run.tell("processor time of a served connection", 1e6 * each_served, unit="µs")
+    run.tell("processor time of a refused one", 1e6 * each_refused, unit="µs")
+    run.tell("the second divided by the first", each_refused / each_served, most=0.1)
+    run.tell("threads beside those before", after[0] - before[0], most=0)
+    run.tell("descriptors beside those before", after[1] - before[1], most=0)
+    run.tell("requests beside them", requests.count, least=50)
+    run.tell("requests that failed", len(requests.failures), most=0)
+    run.tell("requests, p99", requests.percentile(0.99), most=1.0, unit="s")
+    run.tell("log lines of refused connections", len(server.events("ConnectionFailed")), least=10)
+
+
+def knock(port: Address, count: int) -> None:
+    """Connect so many times from the address that may not.  Raises `AssertionError` where a connection lives."""
+    for _ in range(count // BURST):
+        with ExitStack() as stack:
+            burst = [stack.enter_context(socket.socket()) for _ in range(BURST)]
+            for sock in burst:
+                sock.bind((FLOODER, 0))
+                sock.setblocking(False)
+            for sock in burst:
+                sock.connect_ex(port)
+            for sock in burst:
+                sock.settimeout(CUT_AT)
+                with suppress(ConnectionResetError):
+                    sock.recv(1)
+                    raise AssertionError("it was not reset")
 
 
 # --- Hijackers ------------------------------------------------------------------------------------------------
