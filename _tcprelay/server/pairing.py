@@ -232,6 +232,8 @@ class Pairing:
         """Carry a connection whose service has answered, tell its record, and give the link back."""
         runtime, link = self._runtime, pooled.link
         splice = Splice(client.id, client.service, client.stream, link)
+        if rate := runtime.options.rate_of(client.service):
+            splice.limit_rate(rate)
         splice.to_link.carried = len(client.early)
         splice.to_link.done = link.has_ended
         splice.said_end = link.has_ended and client.ended
