@@ -14,6 +14,7 @@ Each room imports only rooms that stand above it in this list (tests/test_house.
     tls             the same over TLS
     link            a link that carries one connection at a time
     threads         a cache of parked threads
+    pace            how fast one direction of a connection may be
     pump            one direction of a connection
     splice          a stream and a link that carry one connection
     watch           what looks after all of them

@@ -9,6 +9,7 @@ and passes bulk traffic through a pipe inside the kernel, where both ends allow 
 
     _pump ─▶ _pass_bytes           small messages of a stream
              _pass_frames          small messages of a link, most of which come as one whole frame
+             _pass_paced           both, where the connection has a rate: no byte is taken before it may pass
              _pump_bulk ─▶ _pump_in_kernel, _pump_large
 
 Small messages are where Python costs most: their two loops have the socket's own calls, and no method in between.
@@ -22,6 +23,7 @@ import socket
 import time
 
 from .link import Link
+from .pace import Pace
 from .protocol import DATA_HEAD, HEAD, HEADER
 from .streams import BULK, PIPE_SIZE, Sink, Source
 from .system import fcntl, go_home, roam
@@ -76,6 +78,8 @@ class Flow:
         """Nothing is left to do: the sink has ended too, or something broke."""
         self.halted = False
         """Stop, whatever there is to carry."""
+        self.pace: Pace | None = None
+        """How fast it may be; set before the first byte."""
         self.out = bytearray(first)
         """For the sink, and not taken by its socket yet; so far `_taken` bytes of the connection."""
         self._taken = 0
@@ -86,9 +90,12 @@ class Flow:
 
     def take(self, view: memoryview) -> None:
         """Take what is here from the source, as much as may pass without a pump."""
-        source = self.source
+        source, most = self.source, OPENING_BYTES
+        if self.pace is not None:
+            most = min(most, self.pace.burst)
+            view = view[:most]
         try:
-            while self._taken < OPENING_BYTES and (count := source.recv_now(view)) is not None and not self.halted:
+            while self._taken < most and (count := source.recv_now(view)) is not None and not self.halted:
                 if count == 0:
                     self.ended = True
                     return
@@ -113,7 +120,7 @@ class Flow:
             return False
         self.carried, self._taken = self.carried + self._taken, 0
         if not self.ended:
-            return self.carried < OPENING_BYTES
+            return self.carried < (OPENING_BYTES if self.pace is None else min(OPENING_BYTES, self.pace.burst))
         try:
             self.done = sink.end(wait=False)
         except OSError as error:
@@ -149,6 +156,8 @@ class Flow:
 
     def _pump(self) -> None:
         size, pass_small = SMALL_BUFFER, self._pass_frames if self.source.head else self._pass_bytes
+        if self.pace is not None:
+            pass_small = self._pass_paced
         while count := pass_small(size, BULK if size == LARGE_BUFFER else size):
             if size == LARGE_BUFFER and count >= BULK and self._pump_bulk():
                 return
@@ -232,6 +241,21 @@ class Flow:
             if count >= enough or sparse == SPARSE_READS:
                 return count
 
+    def _pass_paced(self, size: int, enough: int) -> int:
+        """The same for either source, as fast as the pace allows."""
+        view, little, sparse = memoryview(bytearray(HEADER + size)), _little(size), 0
+        while room := self._room(size):
+            count = self._pass_piece(view, view[HEADER : HEADER + room])
+            sparse = sparse + 1 if count <= little else 0
+            if count == 0 or count >= enough or sparse == SPARSE_READS:
+                return count
+        return 0
+
+    def _room(self, most: int) -> int:
+        """How many bytes may be taken at once, of so many at most; rests first where the pace asks for that, and is 0
+        where the flow is halted meanwhile."""
+        return most if self.pace is None else min(most, self.pace.wait(self))
+
     def _send_late(self, error: OSError, piece: memoryview, count: int) -> None:
         """Send what a sink has not taken for a while, with so many bytes of the source in it.  Raises `SinkError` where
         that is to end, and for every other error."""
@@ -283,7 +307,8 @@ class Flow:
         for _ in itertools.count() if most is None else range(most):
             if small == SPARSE_READS:
                 return False
-            count = self._pass_piece(view, view[HEADER : HEADER + queue.bound])
+            room = self._room(queue.bound)
+            count = self._pass_piece(view, view[HEADER : HEADER + room]) if room else 0
             if count == 0:
                 return True
             queue.sent(count)
@@ -296,11 +321,13 @@ class Flow:
         stream, small = sink.stream, 0
         try:
             while small < SMALL_READS:
+                if not (room := self._room(queue.bound)):
+                    return True
                 try:
                     ahead = source.bulk_ahead()
                     if not ahead:
                         return False
-                    count = os.splice(source.fd, writer, min(ahead, queue.bound))
+                    count = os.splice(source.fd, writer, min(ahead, room))
                     source.took_bulk(count)
                 except OSError as error:
                     raise SourceError(source, error) from error

@@ -9,6 +9,7 @@ It is INI as `configparser` reads it, a section for each relay client, by the na
     from = 192.0.2.0/24           where it may connect from; everywhere without
     max-links = 32
     max-connections = 100
+    limit-rate = 10M              bytes a second, of each connection and each way
 """
 
 from __future__ import annotations
@@ -23,7 +24,16 @@ from .addresses import Network, is_in
 from .arguments import say_meant
 from .options import read_secret
 from .text import say_error, shown, trim
-from .values import PortRange, parse_name, parse_network, parse_path, parse_ports, parse_positive, parse_secret
+from .values import (
+    PortRange,
+    parse_name,
+    parse_network,
+    parse_path,
+    parse_ports,
+    parse_positive,
+    parse_rate,
+    parse_secret,
+)
 
 ALL = "*"
 """Stands for all that there are."""
@@ -44,7 +54,9 @@ class Identity:
     """Where it may connect from; empty is everywhere."""
     max_links: int = 0
     max_connections: int = 0
-    """At once, over all relay clients of this name; 0 is no limit of its own."""
+    """At once, over all relay clients of this name; 0 is no limit of its own, here and below."""
+    limit_rate: int = 0
+    """Bytes a second that each of its connections may carry each way."""
 
     def why_not(self, host: str, service: str, port: int | None = None) -> str:
         """Why a link from this host may not be for this service, on a port of its own if that is given (0 is any); ""
@@ -129,6 +141,7 @@ def parse_rights(
         identities[name] = Identity(
             name, token, tuple(services) if ALL in named else named, client_ports if ports == ALL else ports,
             values.get("from", ()), values.get("max-links", 0), values.get("max-connections", 0),
+            values.get("limit-rate", 0),
         )  # fmt: skip
     return identities
 
@@ -180,6 +193,6 @@ def _ports(text: str) -> tuple[PortRange, ...] | str:
 
 KEYS: dict[str, Callable[[str], Any]] = {
     "token": parse_secret, "token-file": parse_path, "services": _names, "ports": _ports, "from": _networks,
-    "max-links": parse_positive, "max-connections": parse_positive,
+    "max-links": parse_positive, "max-connections": parse_positive, "limit-rate": parse_rate,
 }  # fmt: skip
 """The settings of a section, and what reads the value of each."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from .addresses import Network, parse_host, parse_port
 from .options import Options, repeated
 from .values import (
-    ServiceNetwork, ServicePort, option, parse_count, parse_flag, parse_heartbeat, parse_network, parse_path,
-    parse_seconds, parse_service, parse_service_network,
+    RateLimit, ServiceNetwork, ServicePort, option, parse_count, parse_flag, parse_heartbeat, parse_network, parse_path,
+    parse_rate_limit, parse_seconds, parse_service, parse_service_network,
 )  # fmt: skip
 
 
@@ -50,6 +50,10 @@ class ServerOptions(Options):
     max_per_address: int = option(
         0, parse_count, "connections at once from one address (IPv6: one /64 network); 0 is no limit",
         group="Connections", metavar="N", secures=True)  # fmt: skip
+    limit_rate: tuple[RateLimit, ...] = option(
+        (), parse_rate_limit, "bytes a second that a connection carries each way at most, as in 10M; of one service, "
+        "as in web=512Ki; may be repeated",
+        group="Connections", metavar="[SERVICE=]BYTES[/s]", many=True)  # fmt: skip
     heartbeat: float = option(
         15.0, parse_heartbeat, "seconds between two PINGs on an idle link; it is dead after 2.5 silent ones",
         group="Links", metavar="SECONDS")  # fmt: skip
@@ -109,6 +113,12 @@ class ServerOptions(Options):
         ports = [(self.hostname, self.relay_port)] + [(s.host or self.hostname, s.port) for s in services]
         taken = repeated([(host, port) for host, port in ports if port])
         yield taken, f"two ports are {taken and taken[1]}"
+        limited = [limit.service for limit in self.limit_rate]
+        named = next((name for name in limited if name and name not in [service.name for service in services]), "")
+        yield named, f"--limit-rate {named}=… names no service here: correct the name, or add --service {named}=PORT"
+        twice = repeated(limited)
+        whose = f"the service {twice}" if twice else "all services"
+        yield twice is not None, f"--limit-rate is given twice for {whose}: leave one of them out"
         yield (
             self.auth and not self.ca_file,
             ("--auth needs --ca-file: the CA certificates that relay clients' certificates come from"),
@@ -144,6 +154,11 @@ class ServerOptions(Options):
         """TLS without a certificate: one is made, and a token too."""
         given = self.cert or self.pfx or (self.tls == "service" and (self.service_cert or self.service_pfx))
         return bool(self.tls or self.auth) and not given
+
+    def rate_of(self, service: str) -> int:
+        """Bytes a second that a connection of a service may carry each way; 0 is no limit."""
+        rates = {limit.service: limit.rate for limit in self.limit_rate}
+        return rates.get(service, rates.get("", 0))
 
     @property
     def services(self) -> list[ServicePort]:

@@ -15,6 +15,7 @@ import threading
 import time
 
 from .link import AnyLink
+from .pace import Pace
 from .pump import Flow, SinkError, SourceError
 from .streams import FLUSH_TIMEOUT, Stream
 from .system import ignore_oserror
@@ -60,6 +61,10 @@ class Splice:
         self._lost_at = 0.0
         self._seen = 0
         self._quiet_since = self.opened
+
+    def limit_rate(self, rate: int) -> None:
+        """Let each direction carry no more than so many bytes a second; before `run`."""
+        self.to_link.pace, self.from_link.pace = Pace(rate), Pace(rate)
 
     def run(self, threads: Threads) -> None:
         """Carry the connection until both directions have ended; then no other thread uses stream and link.
@@ -138,7 +143,7 @@ class Splice:
         if idle_timeout or half_closed:
             # A slow reader takes bytes from the kernel's buffers long before a pump can add some.
             state = (state << 32 | unsent_bytes(self.stream.sock)) << 32 | unsent_bytes(self.link.sock)
-        if state != self._seen:
+        if state != self._seen or any(flow.pace is not None and flow.pace.resting for flow in (there, back)):
             self._seen, self._quiet_since = state, now
         quiet = now - self._quiet_since
         if idle_timeout and quiet >= idle_timeout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -250,6 +251,38 @@ def parse_service_network(text: str) -> ServiceNetwork:
     """``[SERVICE=]NETWORK``.  Raises `ValueError` that says what is accepted."""
     name, equals, network = text.rpartition("=")
     return ServiceNetwork(parse_name(name) if equals else "", parse_network(network))
+
+
+LEAST_RATE = 1024
+"""Bytes a second: with less, what one packet holds would take longer than people wait for a sign of life."""
+RATE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+
+def parse_rate(text: str) -> int:
+    """Bytes a second: a whole number, with k, M or G (powers of 1000) or Ki, Mi or Gi (of 1024) behind it, and ``/s``
+    if you like.  Raises `ValueError` that says what is accepted."""
+    found = re.fullmatch("([0-9]{1,12})([kmg]i?)?(/s)?", text.strip(), re.IGNORECASE)
+    rate = int(found[1]) * RATE_UNITS[(found[2] or "").lower()] if found else 0
+    if rate < LEAST_RATE:
+        raise ValueError("bytes a second, 1024 or more, as in 65536, 512Ki or 10M/s")
+    return rate
+
+
+@dataclass(frozen=True)
+class RateLimit:
+    """How many bytes a second a connection may carry each way; service "" means all that have no limit of their own."""
+
+    service: str
+    rate: int
+
+    def __str__(self) -> str:
+        return f"{self.service}={self.rate}" if self.service else str(self.rate)
+
+
+def parse_rate_limit(text: str) -> RateLimit:
+    """``BYTES`` or ``SERVICE=BYTES``, as `parse_rate` takes them.  Raises `ValueError` that says what is accepted."""
+    service, equals, rate = text.rpartition("=")
+    return RateLimit(parse_name(service) if equals else "", parse_rate(rate))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,18 @@ def test_connections_of_one_identity_are_bounded(bench: Bench, clients: ClientsF
     bench.client(server, service.port, name="pi", token=PI, num_conn=1)
     talk()
     second.close()
+
+
+@pytest.mark.parametrize(("general", "own"), [("64Ki", "1G"), ("1G", "64Ki")])
+def test_the_smaller_rate_counts(bench: Bench, clients: ClientsFile, general: str, own: str) -> None:
+    """That of all, or that of an identity; 192 KiB take two seconds, less what may pass at once."""
+    clients.write(nas=f"{SECTIONS['nas']}limit-rate = {own}\n")
+    server = serve(bench, clients, limit_rate=general)
+    bench.client(server, bench.service().port, name="nas", token=NAS)
+    sock, began = bench.connect(server), time.monotonic()
+    sock.sendall(bytes(192 << 10))
+    read_exactly(sock, 192 << 10)
+    assert 1.5 < time.monotonic() - began < 6
 
 
 # What is taken back

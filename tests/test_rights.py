@@ -37,11 +37,12 @@ def test_a_section_says_all() -> None:
         from = 192.0.2.0/24, 2001:db8::/32 ,198.51.100.7
         max_links = 32
         Max-Connections = 100
+        limit-rate = 512Ki/s
     """
     found = one("\n".join(line.removeprefix("        ") for line in text.splitlines()))
     networks = tuple(map(parse_network, ("192.0.2.0/24", "2001:db8::/32", "198.51.100.7/32")))
     ports = (PortRange(20000, 20009), PortRange(22022, 22022))
-    assert found == Identity("nas", b"a=b:c;d#e", ("web", "ssh"), ports, networks, 32, 100)
+    assert found == Identity("nas", b"a=b:c;d#e", ("web", "ssh"), ports, networks, 32, 100, 512 << 10)
 
 
 def test_a_star_is_all() -> None:
@@ -73,6 +74,7 @@ WRONG = [
     (f"{NAS}services = ssh\nports = 9-8\n", "line 4: ports: expected a port, or ports as in 20000-20099"),
     (f"{NAS}services = ssh\nfrom = home\n", "line 4: from: expected a network, as in 192.0.2.0/24, or an address"),
     (f"{NAS}services = ssh\nmax-links = 0\n", "line 4: max-links: expected a whole number, 1 or more"),
+    (f"{NAS}services = ssh\nlimit-rate = 1\n", "line 4: limit-rate: expected bytes a second, 1024 or more"),
     (f"{NAS}token-file = x\nservices = ssh\n", "line 2: give token or token-file, not both"),
     ("[nas]\ntoken-file = /nowhere/x\nservices = ssh\n", "line 2: token-file /nowhere/x: no such file or directory"),
     (

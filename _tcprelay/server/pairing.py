@@ -237,6 +237,9 @@ class Pairing:
         """Carry a connection whose service has answered, tell its record, and give the link back."""
         runtime, link = self._runtime, pooled.link
         splice = Splice(client.id, client.service, client.stream, link)
+        rates = runtime.options.rate_of(client.service), pooled.identity.limit_rate if pooled.identity else 0
+        if any(rates):
+            splice.limit_rate(min(filter(None, rates)))
         splice.to_link.carried = len(client.early)
         splice.to_link.done = link.has_ended
         splice.said_end = link.has_ended and client.ended
