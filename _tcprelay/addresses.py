@@ -5,10 +5,14 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .text import has_controls, shown
+
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,19 @@ def address_group(address: Any) -> str:
     if ":" not in host:
         return str(host)
     return str(ipaddress.ip_network(f"{host}/64", strict=False))
+
+
+def is_among(address: Any, networks: Sequence[Network]) -> bool:
+    """Whether a peer's socket address is in one of these networks; one without an Internet address is in none."""
+    if not networks or not isinstance(address, tuple):
+        return False
+    try:
+        host = ipaddress.ip_address(address[0].partition("%")[0])
+    except ValueError:
+        return False
+    if isinstance(host, ipaddress.IPv6Address):
+        host = host.ipv4_mapped or host
+    return any(host in network for network in networks)
 
 
 def name_in_certificate(host: str) -> str:

@@ -127,6 +127,8 @@ class Options:
             info, value = item.metadata["option"], getattr(self, item.name)
             if value is None:
                 value = item.default
+            elif info.many and isinstance(value, str):
+                value = (_parse_one(item.name, info, value),)
             elif not info.many and value != item.default:
                 try:
                     value = info.parse(trim(str(value)))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .addresses import parse_host, parse_port
+from .addresses import Network, parse_host, parse_port
 from .options import Options, repeated
 from .values import (
-    ServicePort, option, parse_count, parse_flag, parse_heartbeat, parse_path, parse_seconds, parse_service,
+    ServicePort, option, parse_count, parse_flag, parse_heartbeat, parse_network, parse_path, parse_seconds,
+    parse_service,
 )  # fmt: skip
 
 
@@ -72,6 +73,10 @@ class ServerOptions(Options):
     allow_unauthenticated: bool = option(
         False, parse_flag, "accept links from other hosts although neither token nor certificates are asked for",
         group="Trust")  # fmt: skip
+    accept_proxy_protocol: tuple[Network, ...] = option(
+        (), parse_network, "a proxy before the service ports and the relay port, or a network of them: what comes from "
+        "there must begin with a PROXY protocol header, v1 or v2, whose source address is believed; limits per address "
+        "do not count these connections; may be repeated", group="Trust", metavar="NETWORK", many=True)  # fmt: skip
 
     def _complaints(self) -> Iterator[tuple[object, str]]:
         yield from super()._complaints()

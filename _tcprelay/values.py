@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .addresses import Endpoint, parse_endpoint, parse_place
+from .addresses import Endpoint, Network, parse_endpoint, parse_place
 from .text import has_controls
 
 
@@ -200,3 +201,33 @@ def parse_publication(text: str) -> Publication:
     if not equals:
         raise ValueError("NAME=[HOST:]PORT or NAME=unix:PATH")
     return Publication(parse_name(name), parse_endpoint(target, "localhost"))
+
+
+@dataclass(frozen=True)
+class ProxyProtocol:
+    """The version of the PROXY protocol in which a service is told of its clients; service "" is every other one."""
+
+    service: str
+    version: int
+
+    def __str__(self) -> str:
+        return f"{self.service}=v{self.version}" if self.service else f"v{self.version}"
+
+
+def parse_proxy_protocol(text: str) -> ProxyProtocol:
+    """``[SERVICE=]v1`` or ``v2``.  Raises `ValueError` that says what is accepted."""
+    service, equals, version = text.rpartition("=")
+    if version.lower() not in ("v1", "v2"):
+        raise ValueError("v1 or v2, with a service before it as in web=v2")
+    return ProxyProtocol(parse_name(service) if equals else "", int(version[1]))
+
+
+def parse_network(text: str) -> Network:
+    """A network, or an address, which is one of a single address.  Raises `ValueError` that says what is accepted."""
+    try:
+        network = ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise ValueError("a network, as in 192.0.2.0/24, or an address") from None
+    if network.version == 6 and (mapped := network.network_address.ipv4_mapped) and network.prefixlen >= 96:
+        return ipaddress.IPv4Network((mapped, network.prefixlen - 96))  # as which such addresses count everywhere
+    return network

@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 from ..addresses import show_address
-from ..events import ClientDown, ClientUp, LinkDown, LinkUp
+from ..events import ClientDown, ClientUp, LinkDown, LinkRefused, LinkUp
 from ..server_options import ServerOptions
 from ..protocol import REFUSED, SILENCE, LinkFault
 from ..role import Runtime
@@ -30,6 +30,7 @@ from .intake import Intake
 from .limits import TOO_MANY_HANDSHAKES, Handshakes
 from .nonces import Nonces
 from .pool import Pool, PooledLink
+from .proxies import Proxies, Unsaid
 
 SURPLUS_TIME = 60.0
 """Seconds after which an idle link beyond what its client asked for is retired."""
@@ -52,6 +53,7 @@ class Links:
         self._pool = pool
         self._intake = intake
         self._handshakes = handshakes
+        self._proxies = Proxies(runtime, handshakes)
         self.keeper = runtime.own_thread(self._keep, "keeper", runtime.cut)
         """The thread that keeps what is idle; it lives as long as the server."""
         self._nonces = nonces
@@ -66,9 +68,15 @@ class Links:
         """A relay client's connection from accept to the pool; the top of its thread."""
         stream, pooled = None, None
         try:
-            stream = make_stream(sock, f"link with {show_address(address)}", address, self._runtime.credentials.links)
+            origin, count = self._proxies.origin(sock, address)
+            stream = make_stream(sock, f"link with {show_address(origin)}", origin, self._runtime.credentials.links)
+            stream.received = count
             self._handshakes.enter(stream)
             pooled = self._greeting.receive(stream)
+        except Unsaid as error:
+            self._runtime.log.debug("link from %s did not come about: %s", show_address(address), error)
+        except Refusal as error:
+            self._runtime.emit(LinkRefused(peer=show_address(address), code=error.code, reason=str(error)))
         finally:
             if stream is not None:
                 self._handshakes.leave(stream)
@@ -76,6 +84,7 @@ class Links:
                 (stream or sock).close()
                 self._intake.leave("", address)
         if pooled is not None:
+            pooled.address = address  # by which it was counted in
             self.give_back(pooled)
 
     def _join(self, pooled: PooledLink) -> None:

@@ -69,8 +69,8 @@ class Listeners:
         """When to accept again, after an error; 0 while nothing is wrong."""
         self._pause, self._told = FIRST_PAUSE, 0.0
         options = runtime.options
-        self.of_clients = Shares(options.max_per_address)
-        self.of_links = Shares(options.max_links_per_address)
+        self.of_clients = Shares(options.max_per_address, options.accept_proxy_protocol)
+        self.of_links = Shares(options.max_links_per_address, options.accept_proxy_protocol)
 
     def bind(self, signals: Wakes | None) -> None:
         """Listen on all ports.  Raises `OSError` that names the address, and `Stopping` at a signal."""

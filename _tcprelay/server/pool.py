@@ -27,6 +27,7 @@ class PooledLink:
     def __init__(self, link: AnyLink, service: str, client: str, name: str, address: Any) -> None:
         self.link = link
         self.address = address
+        """Of its connection: of a proxy, maybe, where `peer` is what that has said."""
         self.service = service
         self.client = client
         """The relay client's id, random per process; of a raw link, its host."""
