@@ -6,6 +6,7 @@ Each room imports only rooms that stand above it in this list (tests/test_house.
     text            what is said to people: strings made safe, errors in words, ids
     waiting         waiting for a descriptor, with a deadline, and cut short by a stop
     addresses       endpoints and socket addresses: parsed, shown, grouped
+    proxy_header    PROXY protocol headers, made and parsed; no I/O
     names           host names looked up, with a thread of their own
     tcp             what is set on TCP sockets, and what Linux tells of them
     sockets         listening and dialling
@@ -47,6 +48,7 @@ Each room imports only rooms that stand above it in this list (tests/test_house.
     server.trust      certificates, token, the line to paste
     server.enrolling  a new relay client: its section, and its line to paste
     server.greeting   how a connection to the relay port becomes a link
+    server.proxies    connections that come through a proxy, and where they come from really
     server.links      links while they carry no connection
     server.pairing    a service client from accept to its closing record
     server.workers    the parent of worker processes

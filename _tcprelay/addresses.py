@@ -5,11 +5,13 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from .text import has_controls, shown
+
+Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 @dataclass(frozen=True)
@@ -132,18 +134,6 @@ def host_of(address: Any) -> str:
         return f"{host}%{address[3]}"
 
 
-Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
-
-
-def is_in(host: str, networks: Iterable[Network]) -> bool:
-    """Whether a host's address, as `show_address` shows it, is in one of these networks."""
-    try:
-        address = ipaddress.ip_address(host.strip("[]").partition("%")[0])
-    except ValueError:
-        return False
-    return any(address.version == network.version and address in network for network in networks)
-
-
 def is_loopback(address: Any) -> bool:
     """Whether a peer's socket address is on this machine's loopback (or a Unix socket)."""
     if not isinstance(address, tuple):
@@ -163,6 +153,19 @@ def address_group(address: Any) -> str:
     if ":" not in host:
         return str(host)
     return str(ipaddress.ip_network(f"{host}/64", strict=False))
+
+
+def is_among(address: Any, networks: Sequence[Network]) -> bool:
+    """Whether a peer's socket address is in one of these networks; one without an Internet address is in none."""
+    if not networks or not isinstance(address, tuple):
+        return False
+    try:
+        host = ipaddress.ip_address(address[0].partition("%")[0])
+    except ValueError:
+        return False
+    if isinstance(host, ipaddress.IPv6Address):
+        host = host.ipv4_mapped or host
+    return any(host in network for network in networks)
 
 
 def name_in_certificate(host: str) -> str:

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .addresses import Endpoint, parse_endpoint, parse_host, parse_place, parse_port, split_place
-from .options import Options
+from .options import Options, repeated
 from .values import (
-    Publication, option, parse_count, parse_flag, parse_path, parse_pin, parse_positive, parse_publication, parse_relay,
+    ProxyProtocol, Publication, option, parse_count, parse_flag, parse_path, parse_pin, parse_positive,
+    parse_proxy_protocol, parse_publication, parse_relay,
 )  # fmt: skip
 
 
@@ -50,6 +51,11 @@ class ClientOptions(Options):
         "", str, "what the relay server calls this client in its log", group="Links", metavar="NAME",
         shown_default="this host's name")  # fmt: skip
 
+    proxy_protocol: tuple[ProxyProtocol, ...] = option(
+        (), parse_proxy_protocol, "begin each connection to a service, or to all without a name, with a PROXY protocol "
+        "header, which tells it the service client's address; may be repeated",
+        group="Connections", metavar="[SERVICE=]v1|v2", many=True)  # fmt: skip
+
     reject_unauthorized: bool = option(
         True, parse_flag, "refuse a relay server whose certificate cannot be verified",
         group="TLS", metavar="true|false", spelling="rejectUnauthorized")  # fmt: skip
@@ -89,6 +95,21 @@ class ClientOptions(Options):
         yield from self._useless("pin tls_server_name cert pfx ca_file", "--tls", self.tls in ("relay", "both"))
         to_services = self.tls in ("both", "service")
         yield from self._useless("service_ca_file service_insecure", "--tls both or --tls service", to_services)
+
+        named = [one.service for one in self.proxy_protocol]
+        twice = repeated(named)
+        yield twice is not None, f"--proxy-protocol stands there twice for {twice or 'all services'}"
+        unknown = [name for name in named if name and name not in [service.name for service in services]]
+        yield unknown, f"--proxy-protocol: no service is named {', '.join(unknown)}"
+        yield (
+            self.wire == "raw" and self.proxy_protocol,
+            ("--proxy-protocol is of no use with --wire raw, which does not tell where service clients come from"),
+        )
+
+    def proxy_version(self, service: str) -> int:
+        """The version of the PROXY protocol header that this service gets, 0 for none."""
+        versions = {one.service: one.version for one in self.proxy_protocol}
+        return versions.get(service, versions.get("", 0))
 
     @classmethod
     def short(cls, words: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ import struct
 import threading
 from typing import Any, NamedTuple
 
+from .proxy_header import may_begin_header
 from .system import hashlib, hmac
 from .text import random_id
 
@@ -215,6 +216,9 @@ def is_same(given: bytes, expected: bytes) -> bool:
     return hmac.compare_digest(given, expected)
 
 
+PROXY = "the PROXY protocol"
+
+
 def guess_protocol(start: bytes) -> str:
     """What a peer that does not speak the link protocol seems to speak, from its first bytes."""
     if start[:1] in (b"\x15", b"\x16") and (len(start) < 2 or start[1] == 3):  # an alert, or a handshake's beginning
@@ -223,4 +227,6 @@ def guess_protocol(start: bytes) -> str:
         return "HTTP"
     if start[:4] == b"SSH-":
         return "SSH"
+    if len(start) >= 4 and may_begin_header(start):
+        return PROXY
     return "something else"

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .addresses import Network, is_in
+from .addresses import Network, is_among
 from .arguments import say_meant
 from .options import read_secret
 from .text import say_error, shown, trim
@@ -62,7 +62,7 @@ class Identity:
         """Why a link from this host may not be for this service, on a port of its own if that is given (0 is any); ""
         where it may."""
         may = "the server's clients file gives it "
-        if self.networks and not is_in(host, self.networks):
+        if self.networks and not is_among((host.strip("[]"), 0), self.networks):
             return f"{self.name} may not connect from {host}: {may}{', '.join(map(str, self.networks))}"
         if port is not None:
             if any(port in ports or port == 0 for ports in self.ports):

@@ -98,6 +98,10 @@ class ServerOptions(Options):
     deny_links: tuple[Network, ...] = option(
         (), parse_network, "relay clients of this network may not connect; goes before --allow-links; may be repeated",
         group="Trust", metavar="NETWORK", many=True, secures=True)  # fmt: skip
+    accept_proxy_protocol: tuple[Network, ...] = option(
+        (), parse_network, "a proxy before the service ports and the relay port, or a network of them: what comes from "
+        "there must begin with a PROXY protocol header, v1 or v2, whose source address is believed; limits per address "
+        "do not count these connections; may be repeated", group="Trust", metavar="NETWORK", many=True)  # fmt: skip
 
     def _complaints(self) -> Iterator[tuple[object, str]]:
         yield from super()._complaints()

@@ -104,6 +104,8 @@ class TLSStream(Stream):
                 self._flush_records()  # also the alert that says why it failed
             wait_for(self.fd, select.POLLIN, deadline, stop)
             count = self.sock.recv_into(self._raw, 0, socket.MSG_DONTWAIT)
+            if len(self.beginning) < 16:
+                self.beginning += bytes(self._raw[: min(count, 16)])
             with self._tls_lock:
                 self._feed(count)
             if count == 0:

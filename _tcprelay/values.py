@@ -303,3 +303,22 @@ def parse_publication(text: str) -> Publication:
     if not equals:
         raise ValueError("NAME=[HOST:]PORT or NAME=unix:PATH")
     return Publication(parse_name(name), parse_endpoint(target, "localhost"))
+
+
+@dataclass(frozen=True)
+class ProxyProtocol:
+    """The version of the PROXY protocol in which a service is told of its clients; service "" is every other one."""
+
+    service: str
+    version: int
+
+    def __str__(self) -> str:
+        return f"{self.service}=v{self.version}" if self.service else f"v{self.version}"
+
+
+def parse_proxy_protocol(text: str) -> ProxyProtocol:
+    """``[SERVICE=]v1`` or ``v2``.  Raises `ValueError` that says what is accepted."""
+    service, equals, version = text.rpartition("=")
+    if version.lower() not in ("v1", "v2"):
+        raise ValueError("v1 or v2, with a service before it as in web=v2")
+    return ProxyProtocol(parse_name(service) if equals else "", int(version[1]))

@@ -23,6 +23,7 @@ from ..events import (
 from ..link import AnyLink, Link, RawLink
 from ..client_options import ClientOptions
 from ..protocol import BYE, IDLE, PING, PONG, READY, SILENCE, START, Frame
+from ..proxy_header import encode_proxy_header
 from ..role import Runtime
 from ..sockets import DIAL_TIMEOUT
 from ..splice import Splice
@@ -151,7 +152,8 @@ class Links:
     def _try(self, service: Service) -> None:
         """Reach for a service that has just been published, so that a wrong port is told before anybody needs it."""
         try:
-            stream = self._dial_service(service, self._runtime.stop, little=False)
+            # Where a PROXY protocol header is waited for, one that says nothing makes less noise than none.
+            stream = self._dial_service(service, self._runtime.stop, False, self._header(service))
             stream.close_normally()
             stream.close()
             self._runtime.log.info("service %s: something listens at %s", service.name, service.target)
@@ -275,7 +277,8 @@ class Links:
         try:
             if way and way.times >= len(self._stock.services):
                 raise ConnectionError(LOOP)
-            stream = self._dial_service(service, self._runtime.cut, little=not is_near(link.sock))
+            header = self._header(service, record["peer"], way.port if way else "")
+            stream = self._dial_service(service, self._runtime.cut, not is_near(link.sock), header)
             if way:
                 way.ends = ends_of(stream.sock)
                 if way.place.is_at(way.ends[1], way.port):
@@ -288,14 +291,27 @@ class Links:
             link.fail(reason, self._runtime.cut)
         return None
 
-    def _dial_service(self, service: Service, stop: Stop, little: bool) -> Stream:
-        """The same, with TLS where it is asked for.  Raises `OSError`, `EOFError`, and `Stopping`."""
+    def _header(self, service: Service, client: str = "", port: str = "") -> bytes:
+        """What a connection to the service begins with, where it is to be told of its client: a PROXY protocol header,
+        with the addresses from which that has come and at which it has connected."""
+        version = self._runtime.options.proxy_version(service.name)
+        return encode_proxy_header(version, client, port) if version else b""
+
+    def _dial_service(self, service: Service, stop: Stop, little: bool, header: bytes) -> Stream:
+        """The same, with the header before everything else, and TLS where it is asked for.  Raises `OSError`,
+        `EOFError`, and `Stopping`."""
         deadline = Deadline(DIAL_TIMEOUT)
         sock = service.dialer.dial(stop, little=little)
         name, context = f"service {service.target}", self._runtime.credentials.services
+        stream = Stream(sock, name)
+        stream.reset_on_close()
+        if header:
+            try:
+                stream.send(header)
+            except BaseException:
+                sock.close()
+                raise
         if context is None:
-            stream = Stream(sock, name)
-            stream.reset_on_close()
             return stream
         try:
             secure = TLSStream(sock, name, context, server_hostname=service.target.host or None)

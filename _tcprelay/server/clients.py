@@ -9,6 +9,7 @@ from typing import Any
 from ..addresses import show_address
 from ..link import Link
 from ..protocol import ABORT
+from ..proxy_header import begins_header, may_begin_header
 from ..streams import Stream
 from ..system import ssl
 from ..text import connection_id, say_error, shown
@@ -16,6 +17,9 @@ from ..tls import TLSStream
 
 EARLY_BYTES = 65536
 """How much a service client may send before READY; it is kept, to be offered to another link after a FAIL."""
+
+
+UNTRUSTED = "it sent a PROXY protocol header, and --accept-proxy-protocol does not name its address"
 
 
 class Refusal(Exception):
@@ -56,6 +60,13 @@ class ServiceClient:
         self.id = connection_id()
         self.service = service
         self.address = address
+        """Where its connection comes from: a proxy, maybe."""
+        self.origin = address
+        """Where it comes from itself, which `peer` shows."""
+        self.introduced = 0
+        """Bytes of the PROXY protocol header that has said so; they are taken already."""
+        self.is_wary = False
+        """A PROXY protocol header would be a fault, and nothing has ruled it out yet."""
         self.peer = show_address(address)
         self.stream = make_stream(sock, f"service client {self.peer}", address, context)
         self.early = bytearray()
@@ -90,8 +101,8 @@ class ServiceClient:
     def state(self) -> dict[str, Any]:
         """What another worker has to know of it, beside its early bytes."""
         return {"service": self.service, "address": self.address, "id": self.id, "since": self._since,
-                "ended": self.ended, "failed": list(self.failed), "reason": self.reason,
-                "visited": self.visited}  # fmt: skip
+                "origin": self.origin, "introduced": self.introduced, "ended": self.ended,
+                "failed": list(self.failed), "reason": self.reason, "visited": self.visited}  # fmt: skip
 
     def resume(self, fields: dict[str, Any], early: bytes) -> None:
         """Go on from such a state."""
@@ -102,6 +113,22 @@ class ServiceClient:
             self.visited = fields["visited"]
             self.early = bytearray(early)
             self.stream.received = len(early)
+            if fields["introduced"]:
+                self.introduce(tuple(fields["origin"]), fields["introduced"])
+
+    def introduce(self, origin: Any, count: int) -> None:
+        """Note where it really comes from, as a header of so many bytes has said."""
+        self.origin, self.introduced = origin, count
+        self.peer = self.record["peer"] = show_address(origin)
+        self.stream.peer, self.stream.name = origin, f"service client {self.peer}"
+        self.stream.received += count
+
+    @property
+    def was_check(self) -> bool:
+        """It was a proxy's own, most likely to see whether somebody listens: it has come for nobody, and is gone
+        without a byte."""
+        left = self.gone or self.ended
+        return bool(self.introduced and self.origin == self.address and left and not self.early)
 
     @property
     def may_send_more(self) -> bool:
@@ -118,6 +145,12 @@ class ServiceClient:
         if count == 0:
             self.ended = True
         self.may_hold_more = count == len(piece) or (count is not None and self.stream.holds_bytes())
+        if self.is_wary and count:
+            start = self.early[:16] + piece[: min(count, 16)]
+            self.is_wary = may_begin_header(start)
+            if begins_header(start):
+                self.gone = UNTRUSTED  # and the service gets nothing of this piece
+                return
         self.early += piece[: count or 0]
 
     def look(self, waited: bool) -> None:

@@ -15,8 +15,8 @@ from ..events import LinkNotMade, LinkRefused
 from ..link import Link, RawLink
 from ..server_options import ServerOptions
 from ..protocol import (
-    CHALLENGE, CLIENT, HELLO, NEW, PROTOCOL_VERSION, REFUSED, SERVER, WELCOME, LinkFault, encode_frame, guess_protocol,
-    is_proof, is_same, new_nonce, prove,
+    CHALLENGE, CLIENT, HELLO, NEW, PROTOCOL_VERSION, PROXY, REFUSED, SERVER, WELCOME, LinkFault, encode_frame,
+    guess_protocol, is_proof, is_same, new_nonce, prove,
 )  # fmt: skip
 from ..rights import Identity, Rights
 from ..role import Credentials, Runtime
@@ -26,7 +26,7 @@ from ..tcp import say_path
 from ..text import is_tls_error, say_error, shown
 from ..tls import ACCESS_DENIED, NOT_TLS
 from ..waiting import Deadline, Stopping, wait_for
-from .clients import Refusal
+from .clients import UNTRUSTED, Refusal
 from .intake import Intake
 from .limits import TOO_MANY_HANDSHAKES, Handshakes
 from .nonces import Nonces
@@ -110,7 +110,8 @@ class Greeting:
             known = link.machine.state == NEW and spoken != "something else"
             first = f"it speaks {spoken}, not the link protocol: " if known else ""
             hint = "; if it is a tcprelayc, add --tls here, or leave it out there" if known and spoken == "TLS" else ""
-            refusal = Refusal(f"{first}{error}{hint}", "protocol")
+            header = self._explain_header(link.unread()) if known else ""
+            refusal = Refusal(header or f"{first}{error}{hint}", "protocol")
         except TimeoutError:
             step = f"{HANDSHAKE_STEP:g} s for each answer and {HANDSHAKE_TIMEOUT:g} s in all"
             refusal = Refusal(f"its handshake was not complete in time ({step}){say_path(stream.sock)}", "timeout")
@@ -122,7 +123,8 @@ class Greeting:
             reason = "closed before its handshake was complete" if isinstance(error, EOFError) else say_error(error)
             refusal = Refusal(TOO_MANY_HANDSHAKES if evicted else reason, "lost")
             if is_tls_error(error):
-                refusal, gave_up = Refusal(explain_tls(error), "tls"), False
+                header = self._explain_header(stream.beginning)
+                refusal, gave_up = Refusal(header or explain_tls(error), "tls"), False
                 if error.reason in NOT_TLS:  # a plain relay client may be told in its own language
                     plain = encode_frame(REFUSED, {"code": "tls", "reason": "it speaks TLS; add --tls"})
                     ignore_oserror(stream.sock.sendall, plain)
@@ -135,10 +137,11 @@ class Greeting:
         stream = link.stream
         # A peer that has sent nothing may be a raw client, which would take REFUSED for bytes of a connection; or a
         # port scan, which is no refusal.
-        silent = type(stream) is Stream and not link.unread() and link.machine.state == NEW
+        nothing = not link.unread() and not stream.beginning and link.machine.state == NEW
+        silent = nothing and type(stream) is Stream
         kind = LinkNotMade if gave_up else LinkRefused
         event = kind(peer=show_address(stream.peer), code=refusal.code, reason=str(refusal))
-        if silent and gave_up:
+        if nothing and gave_up:
             self._runtime.log.debug("%s", event)
         else:
             self._runtime.emit(event)
@@ -152,6 +155,14 @@ class Greeting:
         if refusal.code != "tls":  # then an alert has been sent
             link.refuse(refusal.code, refusal.told)
         stream.linger()
+
+    def _explain_header(self, start: bytes) -> str:
+        """What is to be said of a peer that has begun with a PROXY protocol header; "" of others."""
+        if guess_protocol(start) != PROXY:
+            return ""
+        if self._runtime.options.accept_proxy_protocol:
+            return UNTRUSTED
+        return "it sent a PROXY protocol header; --accept-proxy-protocol is to name its address, if it is your proxy"
 
     def _greet(self, link: Link, credentials: Credentials, deadline: Deadline) -> PooledLink:
         """HELLO, CHALLENGE, AUTH, WELCOME.  Raises `Refusal`, `LinkFault`, `OSError`, `EOFError`."""

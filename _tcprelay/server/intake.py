@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ..addresses import show_address
+from ..addresses import is_among, show_address
 from ..events import ConnectionFailed, ServiceUnserved
 from ..messages import MESSAGE_ROOM, MESSAGE_SIZE, adopt_socket, decode_message, encode_message, receive_message
 from ..server_options import ServerOptions
@@ -81,6 +81,16 @@ class Intake:
 
     def arrive(self, client: ServiceClient) -> None:
         """A service client is ready to be served, which may be some time after its connection was accepted."""
+
+    def refuses(self, service: str, address: Any) -> str:
+        """As `Access.refuses`, by the lists that are in force."""
+        return self._listeners.access.refuses(service, address)
+
+    def is_ready(self, client: ServiceClient) -> bool:
+        """Whether a service client can be served at once: a TLS handshake, and the header of a proxy, come before that,
+        and silent ones would seem to take all the links, and keep others out."""
+        awaits_header = not client.introduced and is_among(client.address, self._runtime.options.accept_proxy_protocol)
+        return not (client.stream.secure or awaits_header)
 
     def count_waiting(self, service: str) -> int:
         """How many service clients wait for a link, in all processes."""
@@ -159,7 +169,7 @@ class PortIntake(Intake):
             threads.start(self.serve_link, sock, address)
             return
         client = ServiceClient(service, sock, address, self._runtime.credentials.services)
-        if not client.stream.secure:  # or silent handshakes would keep others out
+        if self.is_ready(client):
             self.arrive(client)
         try:
             threads.start(self.serve_client, client)
@@ -287,8 +297,8 @@ class ParentIntake(Intake):
             client = ServiceClient(service, sock, address, self._runtime.credentials.services)
             client.resume(fields, early)
             client.unsettled = served = True
-            if client.stream.secure:
-                self.settle(client)  # or silent handshakes would seem to take all the links
+            if not self.is_ready(client):
+                self.settle(client)
             self.serve_client(client)
         finally:
             if not served:  # it is reset
@@ -302,7 +312,8 @@ class ParentIntake(Intake):
                 if service:
                     record = {"id": fields.get("id") or connection_id(), "service": service}
                     seconds = time.monotonic() - fields["since"]
-                    failed = ConnectionFailed(peer=show_address(address), seconds=seconds, reason=problem, **record)
+                    peer = show_address(tuple(fields.get("origin") or address))
+                    failed = ConnectionFailed(peer=peer, seconds=seconds, reason=problem, **record)
                     self._runtime.emit(failed)
             if not service:
                 self._account.settle(LINKS)  # while its handshake lasts it counts as under way, for the balance

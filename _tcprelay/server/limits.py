@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
-from ..addresses import address_group
+from ..addresses import Network, address_group, is_among
 from ..streams import Stream
 from ..system import hashlib, random_fraction
 
@@ -32,16 +32,18 @@ def bounds_of_handshakes(connections: int, processes: int) -> tuple[int, int]:
 
 class Shares:
     """How many connections each address has (see `addresses.address_group`), up to `most`; 0 is no limit, and nothing
-    is counted.  Where a limit is set while there are connections, those that came before it count for nothing."""
+    is counted.  Nor are proxies', in these networks: they have the connections of many.  Where a limit is set while
+    there are connections, those that came before it count for nothing."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, proxies: Sequence[Network] = ()) -> None:
         self.most = most
+        self.proxies = proxies
         self._lock = threading.Lock()  # over what follows
         self._counts: dict[str, int] = {}
 
     def enter(self, address: Any) -> bool:
         """Count one in; False where the address has as many as it may have.  Each one counted in calls `leave`."""
-        if not self.most:
+        if not self.most or is_among(address, self.proxies):
             return True
         group = address_group(address)
         with self._lock:
@@ -52,7 +54,7 @@ class Shares:
             return True
 
     def leave(self, address: Any) -> None:
-        if not (self.most or self._counts):
+        if not (self.most or self._counts) or is_among(address, self.proxies):
             return
         group = address_group(address)
         with self._lock:

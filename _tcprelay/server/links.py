@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 from ..addresses import show_address
-from ..events import ClientDown, ClientUp, LinkDown, LinkUp
+from ..events import ClientDown, ClientUp, LinkDown, LinkRefused, LinkUp
 from ..server_options import ServerOptions
 from ..protocol import REFUSED, SILENCE, LinkFault
 from ..role import Runtime
@@ -31,6 +31,7 @@ from .intake import Intake
 from .limits import TOO_MANY_HANDSHAKES, Handshakes, Quotas
 from .nonces import Nonces
 from .pool import Pool, PooledLink
+from .proxies import Proxies, Unsaid
 
 REVOKE_TIMEOUT = 10.0
 """Seconds that what has lost its right is waited for; a thread that sends looks up within one."""
@@ -56,6 +57,7 @@ class Links:
         self._pool = pool
         self._intake = intake
         self._handshakes = handshakes
+        self._proxies = Proxies(runtime, handshakes, intake.refuses)
         self.keeper = runtime.own_thread(self._keep, "keeper", runtime.cut)
         """The thread that keeps what is idle; it lives as long as the server."""
         self._nonces = nonces
@@ -70,11 +72,19 @@ class Links:
 
     def serve(self, sock: socket.socket, address: Any) -> None:
         """A relay client's connection from accept to the pool; the top of its thread."""
-        stream, pooled, credentials = None, None, self._runtime.credentials
+        stream, pooled, credentials, origin = None, None, self._runtime.credentials, address
         try:
-            stream = make_stream(sock, f"link with {show_address(address)}", address, credentials.links)
+            origin, count = self._proxies.origin("", sock, address)
+            if origin != address and (reason := self._intake.refuses("", origin)):
+                raise Refusal(reason, "address")
+            stream = make_stream(sock, f"link with {show_address(origin)}", origin, credentials.links)
+            stream.received = count
             self._handshakes.enter(stream)
             pooled = self._greeting.receive(stream, credentials)
+        except Unsaid as error:
+            self._runtime.log.debug("link from %s did not come about: %s", show_address(address), error)
+        except Refusal as error:
+            self._runtime.emit(LinkRefused(peer=show_address(origin), code=error.code, reason=str(error)))
         finally:
             if stream is not None:
                 self._handshakes.leave(stream)
@@ -82,6 +92,7 @@ class Links:
                 (stream or sock).close()
                 self._intake.leave("", address)
         if pooled is not None:
+            pooled.address = address  # by which it was counted in
             self.give_back(pooled)
 
     def _join(self, pooled: PooledLink) -> None:

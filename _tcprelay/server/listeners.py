@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ..addresses import Endpoint, host_of, show_address
+from ..addresses import Endpoint, host_of, is_among, show_address
 from ..events import AcceptPaused, ConnectionFailed, LinkRefused, Listening
 from ..server_options import ServerOptions
 from ..protocol import REFUSED, encode_frame
@@ -80,6 +80,7 @@ class Listeners:
         """Have what the options say count from now on."""
         options = self._runtime.options
         self.of_clients.most, self.of_links.most = options.max_per_address, options.max_links_per_address
+        self.of_clients.proxies = self.of_links.proxies = options.accept_proxy_protocol
 
     def bind(self, signals: Wakes | None) -> None:
         """Listen on all ports.  Raises `OSError` that names the address, and `Stopping` at a signal."""
@@ -154,7 +155,7 @@ class Listeners:
     def accept(self, listener: socket.socket) -> None:
         """Take what has connected, and hand it on.  Raises `OSError` and `RuntimeError` where that cannot be done."""
         service = self.services[listener]
-        share = self.share(service)
+        share, proxies = self.share(service), self._runtime.options.accept_proxy_protocol
         for _ in range(64):  # then look at the other listeners
             if self.is_full(service):
                 return
@@ -164,7 +165,7 @@ class Listeners:
                 return
             counted = False
             try:
-                if reason := self.access.refuses(service, address):
+                if not is_among(address, proxies) and (reason := self.access.refuses(service, address)):
                     self._turn_away(service, sock, address, Refusal(reason, "address"))
                     continue
                 sock.setblocking(True)  # whatever default a program has set, or the listener handed down

@@ -1,6 +1,7 @@
 """A service client from accept to its closing record: paired with a link, started on it, and spliced.
 
 serve          the top of its thread, which from `Pool.take` on owns the link as well
+  Proxies.introduce  the header of a proxy, where one is believed
   _shake_hands     TLS, where the service port speaks it
   _find_link       one idle link after another, until a service answers:
     _start             START, the first bytes … READY or FAIL; alone on the link, in both directions
@@ -16,18 +17,19 @@ from ..addresses import show_own
 from ..events import ConnectionClosed, ConnectionFailed, ConnectionOpened
 from ..link import Link, RawLink
 from ..server_options import ServerOptions
-from ..protocol import FAIL, READY, REFUSED, START
+from ..protocol import FAIL, PROXY, READY, REFUSED, START, guess_protocol
 from ..role import Runtime
 from ..splice import Splice
 from ..tcp import is_resent, path_is_dead, unsent_bytes
 from ..text import say_error, shown
 from ..waiting import Deadline, Stopping, wait_for
-from .clients import NoLinkHere, Refusal, ServiceClient, Unacknowledged
+from .clients import UNTRUSTED, NoLinkHere, Refusal, ServiceClient, Unacknowledged
 from .greeting import HANDSHAKE_STEP
 from .intake import Intake
 from .limits import TOO_MANY_HANDSHAKES, Handshakes
 from .links import Links
 from .pool import Pool, PooledLink
+from .proxies import Proxies, Unsaid
 from .trust import explain_service_tls
 
 SUSPICION = 3.0
@@ -52,6 +54,7 @@ class Pairing:
         self._pool = pool
         self._intake = intake
         self._handshakes = handshakes
+        self._proxies = Proxies(runtime, handshakes, intake.refuses)
         self._links = links
         self._failing: set[tuple[str, str]] = set()
         """Services and the relay clients that could not reach them when they were last asked; each is one step."""
@@ -62,12 +65,17 @@ class Pairing:
         admitted = places.enter()
         try:
             if admitted:
+                self._proxies.introduce(client)
                 self._shake_hands(client)
                 self._intake.arrive(client)
                 self._carry(client, self._find_link(client))
                 return
+            self._proxies.glance_at(client)
         except NoLinkHere:
             return  # this process's descriptor is closed; the parent has another
+        except Unsaid as error:
+            self._note_check(client, str(error))
+            return
         except Refusal as error:
             reason = str(error)
         finally:
@@ -77,7 +85,13 @@ class Pairing:
                 self._intake.leave(client.service, client.address)
             if admitted:
                 places.leave()
+        if client.was_check:
+            self._note_check(client, reason)
+            return
         self._runtime.emit(ConnectionFailed(reason=reason, seconds=client.seconds, **client.record))
+
+    def _note_check(self, client: ServiceClient, reason: str) -> None:
+        self._runtime.log.debug("service %s: connection from %s did not last: %s", client.service, client.peer, reason)
 
     def _shake_hands(self, client: ServiceClient) -> None:
         """TLS with a service client, where its port speaks it.  Raises `Refusal`."""
@@ -88,12 +102,14 @@ class Pairing:
         try:
             client.stream.handshake(Deadline(HANDSHAKE_STEP), self._runtime.stop)
         except (OSError, EOFError) as error:
-            reason = explain_service_tls(error)
+            forged = client.is_wary and guess_protocol(client.stream.beginning) == PROXY
+            reason = UNTRUSTED if forged else explain_service_tls(error)
         finally:
             if not self._handshakes.leave(client.stream):
                 reason = TOO_MANY_HANDSHAKES
         if reason:
             raise Refusal(f"no TLS handshake: {reason}")
+        client.is_wary = False  # what comes over TLS is for the service
 
     def _find_link(self, client: ServiceClient) -> PooledLink:
         """Offer the service client to one idle link after another until a service answers.  Raises `Refusal`."""

@@ -39,6 +39,7 @@ class PooledLink:
         self.is_counted = False
         """That connection counts among those that its identity may have."""
         self.address = address
+        """Of its connection: of a proxy, maybe, where `peer` is what that has said."""
         self.service = service
         self.client = client
         """The relay client's id, random per process; of a raw link, its host."""

@@ -30,6 +30,7 @@ from .account import HANDED, LINKS, RETURNED, WAITING, Account, WorkerAccount
 from .limits import Quotas
 from .listeners import Listeners
 from .pool import are_links_given, say_no_link
+from .proxies import glance
 
 
 class Visitor:
@@ -160,7 +161,7 @@ class ServerWorkers(Workers):
         if options.max_connections and self._count_clients() >= options.max_connections:
             self._refuse(visitor, "too many connections at once (--max-connections)")
         elif queue or not self._send(visitor):
-            self._note_unserved(visitor.service, visitor.address)
+            self._note_unserved(visitor)
             if len(queue) >= options.max_pending:
                 self._refuse(visitor, "too many service clients wait for a link (--max-pending)")
                 return
@@ -168,11 +169,19 @@ class ServerWorkers(Workers):
             queue.append(visitor)
             self._guard(functools.partial(self._serve_queue, visitor.service))  # from here on it is not the acceptor's
 
-    def _note_unserved(self, service: str, address: Any) -> None:
+    def _note_unserved(self, visitor: Visitor) -> None:
         """Tell, once until one comes, that a service client waits where no relay client is connected."""
+        service = visitor.service
         if service not in self._told and not self._has_client(service):
             self._told.add(service)
-            self.emit(ServiceUnserved(service=service, peer=show_address(address)))
+            self.emit(ServiceUnserved(service=service, peer=show_address(self._origin(visitor))))
+
+    def _origin(self, visitor: Visitor) -> Any:
+        """Where a service client comes from really, as far as that is known: as a worker has found, or as it stands at
+        the beginning of what it has sent."""
+        if "origin" in visitor.state:
+            return tuple(visitor.state["origin"])
+        return glance(visitor.sock, visitor.address, self._options.accept_proxy_protocol)
 
     def _has_client(self, service: str) -> bool:
         return any(name == service for name, _ in self._present)
@@ -214,15 +223,16 @@ class ServerWorkers(Workers):
         return visitor
 
     def _refuse(self, visitor: Visitor, reason: str) -> None:
+        state = {"service": visitor.service, "since": visitor.since, **visitor.state, "origin": self._origin(visitor)}
         visitor.sock.close()
-        state = {"service": visitor.service, "since": visitor.since, **visitor.state}
         self._note_refused(state, visitor.address, reason)
 
     def _note_refused(self, state: dict[str, Any], address: Any, reason: str) -> None:
         self._listeners.of_clients.leave(address)
         record = {"id": state.get("id") or connection_id(), "service": state["service"]}
         seconds = time.monotonic() - state["since"]
-        self.emit(ConnectionFailed(peer=show_address(address), seconds=seconds, reason=reason, **record))
+        peer = show_address(tuple(state["origin"]))
+        self.emit(ConnectionFailed(peer=peer, seconds=seconds, reason=reason, **record))
 
     def _balance(self, service: str) -> None:
         """Where service clients wait in one worker, and links are idle in another: have one opened anew."""
@@ -279,7 +289,7 @@ class ServerWorkers(Workers):
             if not self._send(visitor):
                 self._refuse(visitor, f"the service cannot be reached: {state['reason']}")
             return
-        self._note_unserved(visitor.service, visitor.address)
+        self._note_unserved(visitor)
         queue = self._queues[visitor.service]  # where it has its place by the moment at which it came
         queue.insert(sum(other.since < visitor.since for other in queue), visitor)
         self._serve_queue(visitor.service)

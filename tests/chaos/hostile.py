@@ -2,6 +2,7 @@
 
 mutations   frames and TLS ClientHellos with something wrong in each, to the relay server from peers that have
             no token and from one that has it, and to a relay client from a relay server that is none
+proxy-headers  PROXY protocol headers with something wrong, to the parser alone and to both ports
 silent      floods of connections that say nothing, beside somebody who behaves well
 access      a flood of connections from an address that may not connect, beside somebody who behaves well
 hijack      whoever lacks what the relay server asks for, while service clients wait for a link with a canary
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import queue
 import random
+import re
 import select
 import socket
 import ssl
@@ -33,6 +35,7 @@ from _tcprelay.protocol import (
     ABORT, AUTH, BYE, CHALLENGE, CLIENT, DATA, END, FAIL, HELLO, MAX_CONTROL, PING, PONG, READY, REFUSED, START,
     WELCOME, encode_frame, encode_header, new_nonce, prove,
 )  # fmt: skip
+from _tcprelay.proxy_header import HeaderFault, HeaderParser, encode_proxy_header
 from _tcprelay.server.greeting import HANDSHAKE_STEP, HANDSHAKE_TIMEOUT
 from _tcprelay.server.limits import most_handshakes
 from _tcprelay.system import from_descriptor_limit
@@ -644,6 +647,165 @@ def client_hello(version: ssl.TLSVersion) -> bytes:
     with suppress(ssl.SSLWantReadError):
         context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="relay.example.net").do_handshake()
     return outgoing.read()
+
+
+# --- PROXY protocol headers -----------------------------------------------------------------------------------
+
+HEADERS, SENT_HEADERS = 100_000, 2_000
+"""Mutations that the parser reads alone, and those that are sent to a relay server."""
+PROXY_HOST = "127.0.0.5"
+"""The address of the proxy that the relay server believes."""
+
+Verdict = tuple[int, str] | None
+"""How many bytes a header has, and which source it names, "" for none; ``None`` where there is no right one."""
+
+
+@case(9, "proxy-headers", 300)
+def proxy_headers(run: Run) -> None:
+    counts = Counter[str]()
+    for _ in range(run.scaled(HEADERS)):
+        data = mutate_header(random.Random(run.random.getrandbits(64)))
+        expected, found = judge_header(data), parse_in_pieces(data, run.random)
+        counts["right ones among them"] += expected is not None
+        counts["accepted, or understood, as they should not be"] += found is not None and found != expected
+        counts["refused, though they are right"] += found is None and expected is not None
+        if found != expected:
+            run.say(f"{data!r}: {found} instead of {expected}")
+    run.tell("mutated headers", run.scaled(HEADERS), least=run.scaled(HEADERS))
+    run.tell("right ones among them", counts["right ones among them"], least=1)
+    for what in ("accepted, or understood, as they should not be", "refused, though they are right"):
+        run.tell(what, counts[what], most=0)
+    send_headers(run)
+
+
+def send_headers(run: Run) -> None:
+    """To both ports of a relay server, from the proxy that it believes."""
+    who = "sent headers"
+    server = run.peers.server("--token", TOKEN, "--accept-proxy-protocol", PROXY_HOST)
+    run.peers.client(server.relay_port, run.peers.service(echo).port, "--token", TOKEN)
+    ports = (HOST, server.service_port), (HOST, server.relay_port)
+
+    def converse(seed: int) -> tuple[bool, bool, bool]:
+        """Whether it was closed in time, whether it was served, and whether that is as it should be."""
+        chance = random.Random(seed)
+        data = mutate_header(chance)
+        verdict, port = judge_header(data), ports[seed % 2]
+        with connect(port, PROXY_HOST) as peer:
+            try:
+                for piece in in_pieces(data, chance):
+                    peer.sock.sendall(piece)
+                peer.sock.shutdown(socket.SHUT_WR)
+                peer.hear_out()
+            except TimeoutError:
+                return False, bool(peer.heard), False
+            except OSError:
+                pass  # closed while it was still being said
+            if port is ports[1]:  # a header alone makes no link
+                return True, False, peer.heard[:1] in (b"", bytes([REFUSED]))
+            return True, bool(peer.heard), peer.heard == (data[verdict[0] :] if verdict else b"")
+
+    jobs = [run.random.getrandbits(64) // 2 * 2 + number % 2 for number in range(run.scaled(SENT_HEADERS))]
+    results = each_half(run, server, who, jobs, converse)
+    run.tell(f"{who}: connections left open", sum(not closed for closed, _, _ in results), most=0)
+    run.tell(f"{who}: served", sum(served for _, served, _ in results), least=1)
+    run.tell(f"{who}: with another answer than they should have", sum(not right for _, _, right in results), most=0)
+    run.tell(f"{who}: relay clients beside the real one", len(server.events("ClientUp")) - 1, most=0)
+    with connect(ports[0], FLOODER) as peer:
+        peer.sock.sendall(b"?")
+        peer.sock.shutdown(socket.SHUT_WR)
+        run.tell(f"{who}: somebody else is served in the end", peer.hear_out() and peer.heard == b"?", least=1)
+
+
+def right_header(chance: random.Random) -> bytes:
+    """One that a proxy could send, of either version."""
+    hosts = [f"{chance.randrange(256)}.0.{chance.randrange(256)}.7", f"[2001:db8::{chance.randrange(1, 65536):x}]", "x"]
+    near, far = (f"{chance.choice(hosts)}:{chance.randrange(65536)}" for _ in range(2))
+    header = encode_proxy_header(chance.choice((1, 2)), near, far)
+    if header[:1] == b"P" or chance.random() < 0.5:
+        return header
+    rest = header[16:] + b"\x04" + len(tail := chance.randbytes(chance.randrange(300))).to_bytes(2, "big") + tail
+    return header[:14] + len(rest).to_bytes(2, "big") + rest
+
+
+def mutate_header(chance: random.Random) -> bytes:
+    """A header with something wrong, or with nothing wrong by chance, and what comes behind it."""
+    header = right_header(chance)
+    start, end = sorted(chance.randrange(len(header) + 1) for _ in range(2))
+    kind = chance.randrange(8)
+    if kind == 0:
+        header = flip_bits(header, chance)
+    elif kind == 1:
+        header = header[:start]
+    elif kind == 2:
+        header = header[:start] + header[end:]
+    elif kind == 3:
+        header = header[:end] + header[start:]
+    elif kind == 4:
+        header = header[:start] + right_header(chance)[end:]
+    elif kind == 5:
+        odd = (b" ", b"\r", b"\n", b"0", b"\0", b":", b"%1", b"/8", b"+", b"-", b"_", b"\xd9\xa1", b"x" * 90)
+        header = header[:start] + chance.choice(odd) + header[start:]
+    elif kind == 6 and len(header) > 15:
+        place = chance.randrange(12, 16)
+        header = header[:place] + bytes([chance.randrange(256)]) + header[place + 1 :]
+    return header + chance.choice((b"", b"\n", b"GET / HTTP/1.1\r\n\r\n", chance.randbytes(20)))
+
+
+def in_pieces(data: bytes, chance: random.Random) -> Iterator[bytes]:
+    most = chance.choice((1, 5, 9999))
+    while data:
+        count = chance.randint(1, most)
+        yield data[:count]
+        data = data[count:]
+
+
+def parse_in_pieces(data: bytes, chance: random.Random) -> Verdict:
+    """What the relay's own parser says, which gets a piece after the other as it wants more."""
+    parser = HeaderParser()
+    try:
+        for piece in in_pieces(data, chance):
+            taken = parser.feed(piece)
+            if parser.is_whole:
+                return parser.count, parser.source[0] if parser.source else ""
+            if taken != len(piece):
+                return -1, "it leaves bytes of what is not whole"
+    except HeaderFault:
+        pass
+    return None
+
+
+def judge_header(data: bytes) -> Verdict:
+    """Another reading of HAProxy's specification than the relay's own."""
+    if line := re.match(rb"PROXY UNKNOWN(?: [\0-\x09\x0b\x0c\x0e-\x7f]*)?\r\n", data):
+        return (line.end(), "") if line.end() <= 107 else None
+    port = rb"(?:0|[1-9]\d{0,4})"
+    if line := re.match(rb"PROXY TCP([46]) ([\da-fA-F.:]+) ([\da-fA-F.:]+) (%b) (%b)\r\n" % (port, port), data):
+        family = socket.AF_INET if line[1] == b"4" else socket.AF_INET6
+        try:
+            source, _ = (socket.inet_pton(family, line[number].decode()) for number in (2, 3))
+        except OSError:
+            return None
+        right = line.end() <= 107 and max(int(line[4]), int(line[5])) < 65536
+        return (line.end(), say_source(source)) if right else None
+    if data[:12] != b"\r\n\r\n\0\r\nQUIT\n" or len(data) < 16 or data[12] not in (0x20, 0x21):
+        return None
+    length = int.from_bytes(data[14:16], "big")
+    if length > 4096 or len(data) < 16 + length:
+        return None
+    needs = {0: 0, 0x11: 12, 0x12: 12, 0x21: 36, 0x22: 36, 0x31: 216, 0x32: 216}
+    if data[12] == 0x20 or not needs.get(data[13], 1):
+        return 16 + length, ""
+    if length < needs.get(data[13], 1 << 16):
+        return None
+    size = {0x11: 4, 0x21: 16}.get(data[13], 0)
+    return 16 + length, say_source(data[16 : 16 + size]) if size else ""
+
+
+def say_source(packed: bytes) -> str:
+    """An address as the relay shows it."""
+    if packed[:-4] == b"\0" * 10 + b"\xff\xff":
+        packed = packed[-4:]
+    return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
 
 
 # --- Silent peers ---------------------------------------------------------------------------------------------
