@@ -15,7 +15,6 @@ With --workers, each worker process is a `RelayClient` that keeps its share of t
 
 from __future__ import annotations
 
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,14 +24,14 @@ from _tcprelay.certificates import make_context, trust
 from _tcprelay.client.greeting import Greeting
 from _tcprelay.client.links import Links
 from _tcprelay.client.loops import OwnConnections
-from _tcprelay.client.stock import MOST_HANDSHAKES, MOST_REASONS, Service, Stock
+from _tcprelay.client.stock import MOST_HANDSHAKES, Service, Stock
+from _tcprelay.client.workers import ClientWorkers
 from _tcprelay.command import run_command
-from _tcprelay.events import Event, Published, Unpublished
+from _tcprelay.events import Event, Unpublished
 from _tcprelay.client_options import ClientOptions
 from _tcprelay.options import make_options
-from _tcprelay.processes import WorkerProcess, Workers
 from _tcprelay.role import SHORTEST_TOKEN, Credentials, Relay, Runtime, warn_about_secrets
-from _tcprelay.system import ssl
+from _tcprelay.system import from_descriptor_limit, ssl
 from _tcprelay.text import random_id
 from _tcprelay.threads import JOIN_TIMEOUT, join
 from _tcprelay.values import Publication
@@ -94,14 +93,34 @@ class RelayClient(Relay[ClientOptions]):
         """Keep the share of the links that falls to one process of so many."""
         options, runtime = self.options, self.runtime
 
-        def share(whole: int) -> int:
-            return whole // count + (number < whole % count)
-
-        self._worker, self._most_idle = number, share(options.num_conn)
+        self._worker, self._count_of_workers = number, count
+        self._most_idle = self._share(options.num_conn)
         if options.max_conn:
-            runtime.places.most = share(options.max_conn)
+            runtime.places.most = self._share(options.max_conn)
         services = [Service(one, self._most_idle, count) for one in options.services]
-        self._stock = Stock(services, self._most_idle, runtime.places, max(1, share(MOST_HANDSHAKES)))
+        self._stock = Stock(services, self._most_idle, runtime.places, max(1, self._share(MOST_HANDSHAKES)))
+
+    def _share(self, whole: int) -> int:
+        """What falls to this process of so many that the role has."""
+        count = self._count_of_workers
+        return whole // count + (self._worker < whole % count)
+
+    def _make_service(self, publication: Publication) -> Service:
+        """One that is published while the client runs.  Raises `OSError`."""
+        service = Service(publication, self._most_idle, self._count_of_workers)
+        self._stock.begin(service)
+        return service
+
+    def _apply(self, options: ClientOptions, credentials: Credentials) -> None:
+        names = {service.name for service in options.services}
+        gone = [service.name for service in self.options.services if service.name not in names]
+        if self._started and not self._closed:
+            self._stock.replace(options.services, self._make_service)
+        super()._apply(options, credentials)
+        self.runtime.places.most = self._share(options.max_conn) if options.max_conn else from_descriptor_limit()
+        if not self.runtime.is_worker:
+            for name in gone:
+                self.runtime.log.info("service %s is published no more", name)
 
     @property
     def counters(self) -> dict[str, int]:
@@ -164,6 +183,8 @@ class RelayClient(Relay[ClientOptions]):
         if not self.runtime.is_worker:
             self.prepare()
         greeting = Greeting(self.runtime, self._most_idle, self._id, self._worker)
+        for service in self._stock.services:
+            self._stock.begin(service)
         links = Links(self.runtime, self._stock, greeting, self._id, self._own)
         self._own_threads.append(links.keeper)
         links.keeper.start()
@@ -176,6 +197,10 @@ class RelayClient(Relay[ClientOptions]):
     def _wake_all(self) -> None:
         self._stock.wake_all()
 
+    def _close(self) -> None:
+        super()._close()
+        self._stock.close()
+
     def make_workers(self, count: int) -> ClientWorkers | None:
         """As many as there are idle links to keep, at most.  With --max-conn there are none by default: one process
         may need what another has left."""
@@ -184,43 +209,6 @@ class RelayClient(Relay[ClientOptions]):
             return None
         count = min(count, options.num_conn, options.max_conn or count)
         return ClientWorkers(self, count, self._become_one_of) if count > 1 else None
-
-
-class ClientWorkers(Workers):
-    """The parent of a relay client's workers.
-
-    Parameters: the client; how many workers; and what has a new process be one of them, with its number and the count.
-    """
-
-    def __init__(self, client: Relay[ClientOptions], count: int, become_one_of: Callable[[int, int], None]) -> None:
-        super().__init__(client, count)
-        self._become_one_of = become_one_of
-        self._published: dict[str, set[int]] = {service.name: set() for service in client.options.services}
-        """Which workers have links of each service."""
-        self._told: dict[str, set[str]] = {name: set() for name in self._published}
-        """What was told of each service since it was published, or "" where it is: each reason once."""
-
-    def become(self, worker: WorkerProcess, intake: socket.socket) -> None:
-        self._become_one_of(worker.number, len(self.workers))
-
-    def lost(self, worker: WorkerProcess) -> None:
-        for numbers in self._published.values():
-            numbers.discard(worker.number)
-
-    def tell(self, event: str, fields: dict[str, Any], worker: WorkerProcess) -> None:
-        """A service is published while one of the workers has links for it."""
-        service, reason = fields["service"], fields.get("reason", "")
-        if event == "Published":
-            self._published[service].add(worker.number)
-        else:
-            self._published[service].discard(worker.number)
-            if self._published[service]:
-                return
-        told = self._told[service]
-        if reason not in told:
-            few = told - {""} if reason and len(told) < MOST_REASONS else set()
-            self._told[service] = few | {reason}
-            self.emit(Unpublished(**fields) if reason else Published(**fields))
 
 
 def create_relay_client(

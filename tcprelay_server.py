@@ -35,6 +35,7 @@ from _tcprelay.server.access import load_access
 from _tcprelay.server.account import WorkerAccount
 from _tcprelay.server.enrolling import add_client
 from _tcprelay.server.intake import Intake, ParentIntake, PortIntake
+from _tcprelay.server.leases import Leases
 from _tcprelay.server.limits import Handshakes, Quotas, bounds_of_handshakes
 from _tcprelay.server.links import Links
 from _tcprelay.server.listeners import Listeners
@@ -89,6 +90,8 @@ class RelayServer(Relay[ServerOptions]):
         self._nonces = Nonces()
         self._quotas = Quotas(), Quotas()
         """Of links and of connections."""
+        self._leases: Leases | None = None
+        """Where ports are listened on: here, or in the parent of workers."""
         self._account: WorkerAccount | None = None
         """In a worker, as is the next."""
         self._source: socket.socket
@@ -152,6 +155,7 @@ class RelayServer(Relay[ServerOptions]):
         intake: Intake
         if account is None:
             intake = PortIntake(runtime, pool, self._listeners)
+            self._leases = intake.leases
         else:
             intake = ParentIntake(runtime, pool, self._listeners, self._source, account)
         self._intake = intake
@@ -185,22 +189,30 @@ class RelayServer(Relay[ServerOptions]):
         if self._is_made:
             self._pool.max_pending = options.max_pending
             self._links.revoke()
+        if self._leases is not None:
+            self._leases.revoke()
 
     # With workers
 
     def make_workers(self, count: int) -> ServerWorkers:
         self._nonces, self._quotas = Nonces(count), (Quotas(count), Quotas(count))
-        return ServerWorkers(self, count, self._listeners, self._become_one_of, self._quotas)
+        workers = ServerWorkers(self, count, self._listeners, self._become_one_of, self._quotas)
+        self._leases = workers.leases
+        return workers
 
     def _become_one_of(self, account: WorkerAccount, source: socket.socket) -> None:
         """Be one worker: what is accepted, bounded and counted over all of them is its parent's business."""
-        self._account, self._source = account, source
+        self._account, self._source, self._leases = account, source, None
         for shared in (self._nonces, *self._quotas):
             shared.process = account.number
 
     def obey(self, order: dict[str, Any]) -> None:
         if "suspect" in order:
             self._links.suspect(order["suspect"])
+        elif "asked" in order and isinstance(self._intake, ParentIntake):
+            self._intake.note_answer(order)
+        elif "given_back" in order and isinstance(self._intake, ParentIntake):
+            self._intake.give_back(order["given_back"])
         else:
             self._links.give_up_one(order["give_up"])
 

@@ -42,8 +42,10 @@ Each room imports only rooms that stand above it in this list (tests/test_house.
     server.clients    a service client until its service has answered
     server.nonces     nonces that are handed out ahead
     server.account    what was handed to workers, and what became of it
+    server.pooled     a link and what is known of it
     server.pool       idle links and waiting service clients
     server.listeners  the ports, and what each address may have of them
+    server.leases     ports on demand: who has which, and for how long
     server.intake     where connections come from: the ports, or a parent process
     server.trust      certificates, token, the line to paste
     server.enrolling  a new relay client: its section, and its line to paste
@@ -56,6 +58,7 @@ Each room imports only rooms that stand above it in this list (tests/test_house.
     client.greeting   how a link is opened
     client.loops      connections that come back to their relay client
     client.links      links, each in a thread of its own
+    client.workers    the parent of worker processes
 """
 
 __version__ = "0.1.0"

@@ -32,9 +32,13 @@ class ClientOptions(Options):
     port: int | None = option(
         None, parse_port, "port of the service named default",
         group="Addresses", metavar="PORT", spelling="port")  # fmt: skip
+    service_port: int | None = option(
+        None, parse_port, "port that the relay server is asked for, for the service named default; 0 is any free one",
+        group="Addresses", metavar="PORT", shown_default="the server's own port for that service")  # fmt: skip
     publish: tuple[Publication, ...] = option(
-        (), parse_publication, "a further service, by its name at the relay server; may be repeated",
-        group="Addresses", metavar="NAME=[HOST:]PORT", many=True)  # fmt: skip
+        (), parse_publication, "a further service, by its name at the relay server; with @PORT behind it, on a port "
+        "that the server is asked for, 0 being any; may be repeated",
+        group="Addresses", metavar="NAME=[HOST:]PORT[@PORT]", many=True)  # fmt: skip
     try_service: bool = option(
         True, parse_flag, "connect to each service once when it is published, and warn where that fails; false for one "
         "that serves a single connection", group="Links", metavar="true|false")  # fmt: skip
@@ -82,6 +86,10 @@ class ClientOptions(Options):
         services = self.services
         yield not services, "--port (with --host) or --publish is required, as in tcprelayc relay.example.net:10080 22"
         yield from self._wrong_services([service.name for service in services])
+        asked = any(service.port is not None for service in services)
+        yield self.wire == "raw" and asked, "--wire raw cannot ask for a port: leave --service-port and @PORT out"
+        has_default = self.port is not None or self.host.startswith("unix:")
+        yield self.service_port is not None and not has_default, "--service-port is of no use without --port"
         unreachable = [service.target for service in services if not (service.target.port or service.target.path)]
         yield unreachable, f"nothing can be reached at port 0: {', '.join(map(str, unreachable))}"
         yield (
@@ -114,13 +122,13 @@ class ClientOptions(Options):
     @classmethod
     def short(cls, words: Sequence[str]) -> list[str]:
         """``RELAY_HOST:PORT SERVICE…``, a service being ``PORT``, ``HOST:PORT``, ``unix:PATH`` or one of these with its
-        name before it, ``NAME=…``."""
+        name before it, ``NAME=…``, or the port that is asked for behind it, ``…@PORT``."""
         names: list[str] = []
         for word in words:
             is_path, is_named = word.startswith("unix:"), "=" in word
             if not (names or is_path or is_named or word.isdigit()):
                 names.append("relay-host")
-            elif names and is_named and not is_path:
+            elif names and not is_path and (is_named or "@" in word):
                 names.append("publish")
             elif names and not {"host", "port"} & set(names):
                 names.append("port" if word.isdigit() else "host")
@@ -145,7 +153,7 @@ class ClientOptions(Options):
     def services(self) -> list[Publication]:
         """All services, that of ``--host`` and ``--port`` first."""
         if self.host.startswith("unix:"):
-            return [Publication("default", parse_endpoint(self.host)), *self.publish]
+            return [Publication("default", parse_endpoint(self.host), self.service_port), *self.publish]
         if self.port is None:
             return list(self.publish)
-        return [Publication("default", Endpoint(self.host, self.port)), *self.publish]
+        return [Publication("default", Endpoint(self.host, self.port), self.service_port), *self.publish]

@@ -12,10 +12,10 @@ from typing import Any
 from .command_line import Given, parse_options, read_options
 from .logs import fail, log_writer, set_up_logging
 from .options import OptionsT
-from .processes import can_fork_workers, default_workers, invite, serve
+from .processes import invite, serve
 from .role import Relay
 from .signals import Signals
-from .system import SWITCH_INTERVAL, raise_descriptor_limit
+from .system import SWITCH_INTERVAL, can_fork_workers, default_workers, raise_descriptor_limit
 from .state import NothingKept, looking_only
 from .text import say_error
 from .waiting import Stopping

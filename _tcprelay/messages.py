@@ -5,9 +5,11 @@ to the parent, over the channel     "up": it serves now
                                     "event", "fields": what is about the role as a whole
                                     "look": a service has an idle link, or a waiting client
                                     "suspect": a relay client that seems to be out of reach
+                                    "ask", "for": a relay client wants a port
                                     "left", "address": a connection of that service (links: "") is gone
                                     "id", "failed", …: a service client comes back, with its descriptor
-to a worker, over the channel       a byte: the number of a signal; "give_up", "suspect": orders
+to a worker, over the channel       a byte: the number of a signal; "give_up", "suspect": orders; "asked": the
+                                    answer to "ask"; "given_back": a port that was
 to a worker, over the intake        "service", "address", …: a connection, with its descriptor
 """
 

@@ -9,10 +9,8 @@ import os
 import selectors
 import signal
 import socket
-import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
@@ -20,40 +18,10 @@ from .logs import log_writer
 from .messages import MESSAGE_SIZE, decode_message, receive_message, send_message
 from .role import Relay
 from .signals import Signals, notify_systemd, reap
-from .system import has_interpreter_lock
+from .system import fork
 from .text import say_error
 from .threads import JOIN_TIMEOUT
 from .waiting import Deadline
-
-MOST_WORKERS = 4
-"""Workers by default, where there are twice as many processors: the others are for the kernel, and for services."""
-
-
-def default_workers() -> int:
-    """One for every two processors that this process may use, up to `MOST_WORKERS`; none where that is one, or where
-    Python has no interpreter lock.
-
-    Measured on two processors that both roles, the load and the service shared: two workers carried twice as many
-    requests over 512 connections, but a third fewer new connections, and as many requests over 64.
-    """
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = min(processors // 2, MOST_WORKERS)
-    return count if count > 1 and has_interpreter_lock() else 0
-
-
-def can_fork_workers() -> bool:
-    """Whether this system has processes that fork and can pass descriptors to each other in whole messages."""
-    return sys.platform != "darwin" and all(
-        hasattr(module, name) for module, name in ((os, "fork"), (socket, "SCM_RIGHTS"), (socket, "SOCK_SEQPACKET"))
-    )
-
-
-def fork() -> int:
-    """`os.fork`, without Python's warning of other threads (3.12 and later): there is the log's alone, and whenever the
-    parent's first thread runs Python, that one waits: for a line, or in a write."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return os.fork()
 
 
 def serve(role: Relay[Any], signals: Signals | Orders) -> int:
@@ -206,6 +174,9 @@ class Workers:
     def stop_intake(self) -> None:
         """Begin nothing new: the workers are about to be told to end."""
 
+    def renewed(self) -> None:
+        """The role has new options, which the workers are about to read, too."""
+
     def lost(self, worker: WorkerProcess) -> None:
         """A worker has died."""
 
@@ -251,6 +222,7 @@ class Workers:
         if number == signal.SIGHUP:
             notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             if said := self.role.renew():
+                self._guard(self.renewed)
                 self._reloaded = said
                 for worker in self.workers:
                     worker.reloads += bool(worker.pid)

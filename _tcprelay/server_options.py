@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from .addresses import Network, parse_host, parse_port
 from .options import Options, repeated
 from .values import (
-    RateLimit, ServiceNetwork, ServicePort, option, parse_count, parse_flag, parse_heartbeat, parse_network, parse_path,
-    parse_rate_limit, parse_seconds, parse_service, parse_service_network,
+    PortRange, RateLimit, ServiceNetwork, ServicePort, option, parse_count, parse_flag, parse_heartbeat, parse_lease,
+    parse_network, parse_path, parse_ports, parse_rate_limit, parse_seconds, parse_service, parse_service_network,
 )  # fmt: skip
 
 
@@ -29,6 +29,12 @@ class ServerOptions(Options):
     service: tuple[ServicePort, ...] = option(
         (), parse_service, "a further service and its port; may be repeated",
         group="Addresses", metavar="NAME=[ADDRESS:]PORT", many=True, fixed=True)  # fmt: skip
+    client_ports: tuple[PortRange, ...] = option(
+        (), parse_ports, "ports that relay clients may ask for, with --service-port there; may be repeated",
+        group="Addresses", metavar="PORT[-PORT]", many=True)  # fmt: skip
+    port_lease: float = option(
+        60.0, parse_lease, "seconds for which a relay client that is gone can have the port again that it was given",
+        group="Addresses", metavar="SECONDS")  # fmt: skip
     hostname: str = option(
         "", parse_host, "address to listen on; a name is all its addresses, :: is IPv4 too",
         group="Addresses", metavar="ADDRESS", secures=True,
@@ -108,7 +114,9 @@ class ServerOptions(Options):
         yield self.relay_port is None, "--relay-port is required, as in tcprelays 10080 2222"
         yield not self.pair_timeout, "--pair-timeout must be more than 0"
         services = self.services
-        yield not services, "--service-port or --service is required, as in tcprelays 10080 2222"
+        on_demand = self.client_ports or self.clients
+        yield not (services or on_demand), "--service-port or --service is required, as in tcprelays 10080 2222"
+        yield (self.client_ports and self.wire == "raw", "--wire raw cannot ask for a port: leave --client-ports out")
         yield from self._wrong_services([service.name for service in services])
         names = {"", *(service.name for service in services)}
         for option_name, items in (("--allow", self.allow), ("--deny", self.deny)):
@@ -160,7 +168,7 @@ class ServerOptions(Options):
         return bool(self.tls or self.auth) and not given
 
     def rate_of(self, service: str) -> int:
-        """Bytes a second that a connection of a service may carry each way; 0 is no limit."""
+        """Bytes a second that a connection of a service of this name may carry each way; 0 is no limit."""
         rates = {limit.service: limit.rate for limit in self.limit_rate}
         return rates.get(service, rates.get("", 0))
 

@@ -89,6 +89,7 @@ def seconds(least: float, most: float, accepted: str) -> Callable[[str], float]:
 
 parse_seconds = seconds(0, 2e6, "a number of seconds, 0 or more")  # poll takes no more milliseconds than that
 parse_heartbeat = seconds(0.05, 3600, "a number of seconds from 0.05 to 3600")
+parse_lease = seconds(1, 2e6, "a number of seconds, 1 or more")
 parse_keepalive = seconds(1, 20_000, "a number of seconds from 1 to 20000")  # Linux takes up to 32,767
 
 
@@ -291,18 +292,25 @@ class Publication:
 
     name: str
     target: Endpoint
+    port: int | None = None
+    """That the relay server is asked for; 0 is any, ``None`` one that it has for this name."""
 
     def __str__(self) -> str:
-        return f"{self.name}={self.target}"
+        return f"{self.name}={self.target}" + ("" if self.port is None else f"@{self.port}")
 
 
 def parse_publication(text: str) -> Publication:
-    """``NAME=HOST:PORT``, ``NAME=PORT`` on this host, or ``NAME=unix:PATH``.  Raises `ValueError` that says what is
-    accepted."""
-    name, equals, target = text.partition("=")
+    """``NAME=HOST:PORT``, ``NAME=PORT`` on this host, or ``NAME=unix:PATH``; each with ``@PORT`` behind it where that
+    is asked for at the relay server, and then the name ``default`` may be left out.  Raises `ValueError` that says what
+    is accepted."""
+    before, at, asked = text.rpartition("@")
+    port = parse_port(asked) if at and asked.isascii() and asked.isdigit() else None
+    name, equals, target = (text if port is None else before).partition("=")
+    if not equals and port is None:
+        raise ValueError("NAME=[HOST:]PORT or NAME=unix:PATH, with @PORT behind it for a port of its own")
     if not equals:
-        raise ValueError("NAME=[HOST:]PORT or NAME=unix:PATH")
-    return Publication(parse_name(name), parse_endpoint(target, "localhost"))
+        name, target = "default", name
+    return Publication(parse_name(name), parse_endpoint(target, "localhost"), port)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import time
@@ -62,6 +63,33 @@ class Stop:
 
     def close(self) -> None:
         """Give the descriptors back, when no thread waits any more."""
+        self._reader.close()
+        self._writer.close()
+
+
+class Bell:
+    """What wakes a thread that waits in a selector, any number of times."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+
+    def fileno(self) -> int:
+        return self._reader.fileno()
+
+    def ring(self) -> None:
+        """Wake it, once at least; any thread."""
+        with contextlib.suppress(OSError):  # it is ringing all the while, or nobody waits any more
+            self._writer.send(b"\0")
+
+    def hush(self) -> None:
+        """Note that it has been heard."""
+        with contextlib.suppress(BlockingIOError):
+            while self._reader.recv(4096):
+                pass
+
+    def close(self) -> None:
         self._reader.close()
         self._writer.close()
 

@@ -905,7 +905,7 @@ def test_a_link_that_is_gone_leaves_its_place_and_is_not_woken() -> None:
 def test_a_failure_is_told_where_no_other_link_is_up() -> None:
     """And that a service is published, once."""
     stock, service = make_stock()
-    assert [stock.tell_up(service), stock.tell_up(service)] == [True, False]
+    assert [stock.tell_up(service, ""), stock.tell_up(service, "")] == [True, False]
     service.busy = 1
     assert not stock.fail(service, 0.0, "no")
     service.busy = 0

@@ -976,7 +976,7 @@ def test_who_waits_is_woken() -> None:
     waiting = threading.Thread(target=client._stock.wait_until_published, args=(Deadline(6 * PATIENCE),))
     waiting.start()
     wait_until(lambda: client._stock._condition._waiters)  # type: ignore[attr-defined]
-    client._stock.tell_up(service)
+    client._stock.tell_up(service, "")
     waiting.join(PATIENCE)
     assert not waiting.is_alive()
 

@@ -35,7 +35,7 @@ UNSEEN = {
     "a message of more than": "between a parent and its workers, which send no message that is so long",
     "the relay server's proofs do not cover its certificate": "caught where links are opened: another one is dialled",
     "] token =": "the section that --add-client prints",
-    "services = *": "likewise",
+    "services =": "likewise",
     "more names were counted than there are rows for": "8,192 names, in a clients file that was changed all the time",
     "tcprelay link 1": "a part of what a proof is made of",
     "(while attempting": "what Python puts into an error, and is left out",

@@ -161,7 +161,12 @@ def test_the_examples_are_one_connection() -> None:
     for name, body in blocks:
         if name != "DATA":
             ahead = {"server_nonce", "proof"} if body is bodies["HELLO"] else set()
-            assert set(FIELDS[name]) - set(body) <= {"certificate", *ahead}  # the links are plain
+            assert set(FIELDS[name]) - set(body) <= {
+                "certificate",
+                "service_port",
+                "had_port",
+                *ahead,
+            }  # plain, and for services that the server has
             assert set(body) <= set(FIELDS[name])
     later = dict(blocks)
     parts = later["HELLO"]["nonce"], bodies["PING"]["nonces"][0], "web", given["client id"]
@@ -250,7 +255,7 @@ class Wire:
         fields = json.loads(body) if body else {}
         types = {"string": str, "number": (int, float), "boolean": bool, "list": list}
         assert [key for key, value in fields.items() if not isinstance(value, types[FIELDS[name][key]])] == []  # type: ignore[arg-type]
-        optional = {"proof", "passed", "again", "nonces", "server_nonce", "certificate"}
+        optional = {"proof", "passed", "again", "nonces", "server_nonce", "certificate", "service_port", "had_port"}
         assert set(FIELDS.get(name, ())) - set(fields) <= optional
         return fields
 

@@ -18,7 +18,8 @@ from _tcprelay.protocol import (
 )  # fmt: skip
 from _tcprelay.server.limits import Handshakes
 from _tcprelay.server.links import Links
-from _tcprelay.server.pool import Pool, PooledLink
+from _tcprelay.server.pool import Pool
+from _tcprelay.server.pooled import PooledLink
 from _tcprelay.streams import Stream
 from _tcprelay.waiting import Deadline, wait_for
 from _tcprelay.watch import in_batches

@@ -26,7 +26,7 @@ from ..tcp import round_trip, say_path, unsent_bytes
 from ..text import is_tls_error, say_error, shown
 from ..tls import NOT_TLS, TLSStream
 from ..waiting import Deadline
-from .stock import RefusedByServer, Unreachable
+from .stock import RefusedByServer, Service, Unreachable
 
 RELAY_DIAL_TIMEOUT, DIAL_AGAIN = 15.0, 5.0
 """Seconds to reach the relay server, and after how many without an answer it is tried once more beside the first
@@ -58,7 +58,6 @@ class Greeting:
         self._most_idle = most_idle
         self._id = id
         self.worker = worker
-        self._name = (options.name or socket.gethostname())[:64]
         self.relay = Endpoint(options.relay_host, options.relay_port or 0)
         self._dialer = Dialer(self.relay, RELAY_DIAL_TIMEOUT, runtime.probing, DIAL_AGAIN)
         self._nonces: deque[str] = deque(maxlen=MOST_NONCES)
@@ -67,7 +66,7 @@ class Greeting:
         self._must_verify = False
         """They did not, and its certificate alone can show who it is."""
 
-    def connect(self, service: str, doubt: Callable[[str], object]) -> tuple[AnyLink, str, int]:
+    def connect(self, service: Service, doubt: Callable[[str], object]) -> tuple[AnyLink, str, int]:
         """Dial the relay server and bring a link to its idle state; with the service's address there, and how many
         service clients wait.  `doubt` is called with what may be wrong where it takes long.
 
@@ -79,7 +78,7 @@ class Greeting:
             self._must_verify = True
             return self._connect(service, doubt, True)
 
-    def _connect(self, service: str, doubt: Callable[[str], object], verify: bool) -> tuple[AnyLink, str, int]:
+    def _connect(self, service: Service, doubt: Callable[[str], object], verify: bool) -> tuple[AnyLink, str, int]:
         """The same; with TLS the server's certificate is verified by itself where that is asked for, or the token's
         proof need not cover it.  Raises `NotBound`, too, where the proof would have to and does not."""
         deadline, credentials = Deadline(None), self._runtime.credentials
@@ -166,17 +165,26 @@ class Greeting:
         return TimeoutError(f"no answer within {LINK_TIMEOUT:g} s{why}")
 
     def _greet(
-        self, link: Link, service: str, token: bytes, verified: bool, deadline: Deadline, doubt: Callable[[str], object]
+        self,
+        link: Link,
+        service: Service,
+        token: bytes,
+        verified: bool,
+        deadline: Deadline,
+        doubt: Callable[[str], object],
     ) -> Frame:
         """HELLO, and CHALLENGE and AUTH where there was no nonce for HELLO; returns WELCOME.  The server proves that it
         knows the token, too."""
         runtime = self._runtime
+        name = runtime.options.name or socket.gethostname()
         nonce, expected, certificate = new_nonce(), "", certificate_of(link.stream)
-        hello = {"version": PROTOCOL_VERSION, "service": service, "client": self._id, "worker": self.worker,
-                 "name": self._name, "idle": self._most_idle, "nonce": nonce, "token": bool(token)}  # fmt: skip
+        hello = {"version": PROTOCOL_VERSION, "service": service.name, "client": self._id, "worker": self.worker,
+                 "name": name[:64], "idle": self._most_idle, "nonce": nonce, "token": bool(token)}  # fmt: skip
+        if service.port is not None:
+            hello |= {"service_port": service.port, "had_port": service.had}
         bound = self._is_bound
         if token and (bound or verified) and (ahead := self._take_nonce()):
-            parts = (nonce, ahead, service, self._id, certificate if bound else "")
+            parts = (nonce, ahead, service.name, self._id, certificate if bound else "")
             hello |= {"server_nonce": ahead, "proof": prove(token, CLIENT, *parts)}
             if bound:
                 hello["certificate"] = certificate
@@ -211,7 +219,7 @@ class Greeting:
                 link.refuse("token", "it has no token; set --token-file there")
                 raise RefusedByServer("the relay asks for a token; set --token-file or --token")
             self._is_bound = bound = check_binding(link, answer.text("certificate"), certificate, verified)
-            parts = (nonce, answer.text("nonce"), service, self._id, certificate if bound else "")
+            parts = (nonce, answer.text("nonce"), service.name, self._id, certificate if bound else "")
             expected = prove(token, SERVER, *parts)
             auth = {"proof": prove(token, CLIENT, *parts)}
             link.send(AUTH, {**auth, "certificate": certificate} if bound else auth)
@@ -220,6 +228,10 @@ class Greeting:
             raise refused(answer)
         if token and not (expected and is_proof(answer.text("proof"), expected)):
             raise RefusedByServer("the relay did not prove that it knows the token; is --token-file set there?")
+        if service.port is not None:
+            if "service_port" not in answer.fields:
+                raise RefusedByServer("this relay server cannot be asked for a port: it is older than this client")
+            service.had = int(answer.number("service_port", 0, 65535))
         self.keep_nonces(answer)
         return answer
 

@@ -102,7 +102,7 @@ class Links:
             problem: Exception
             link, problem, began = None, RuntimeError("unexpected error"), time.monotonic()
             try:
-                link, address, waiting = self._greeting.connect(service.name, functools.partial(self._doubt, service))
+                link, address, waiting = self._greeting.connect(service, functools.partial(self._doubt, service))
             except (OSError, EOFError) as error:
                 problem = error.with_traceback(None)
             finally:
@@ -136,7 +136,7 @@ class Links:
 
     def _tell_up(self, link: AnyLink, service: Service, address: str) -> None:
         emit = self._runtime.emit
-        if self._stock.tell_up(service):
+        if self._stock.tell_up(service, address):
             host, _, port = address.rpartition(":")
             where = address or f"the relay {self._relay}, on a port that it does not tell (--wire raw)"
             if host in ("[::]", "0.0.0.0") and port.isdigit():
@@ -173,10 +173,11 @@ class Links:
         settled, place = True, RelayPlace(link.sock)
         while True:
             try:
-                frame = link.receive(Deadline(patience), self._runtime.stop)
+                frame = link.receive(Deadline(patience), service.stop)
                 settled = True
             except Stopping:
-                reason = "the relay client is ending"
+                ending = self._runtime.stop.requested
+                reason = "the relay client is ending" if ending else "it publishes this service no more"
                 self._say_bye(link, service, Deadline(BYE_TIMEOUT if settled else None), reason=reason)
                 return reason, True
             except TimeoutError:
@@ -254,9 +255,9 @@ class Links:
         early = bytearray(4096)
         while (count := link.stream.recv_now(memoryview(early))) is None:
             try:
-                wait_for(link.fd, select.POLLIN, Deadline(None), self._runtime.stop)
+                wait_for(link.fd, select.POLLIN, Deadline(None), service.stop)
             except Stopping:
-                return "the relay client is ending"
+                return "the relay client is ending, or publishes this service no more"
         if count == 0:
             raise EOFError("the relay closed it")
         record = {"id": connection_id(), "service": service.name, "peer": f"relay {self._relay}"}

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 from ..link import AnyLink
 from ..sockets import Dialer
 from ..system import random_fraction
 from ..values import Publication
-from ..waiting import Deadline
+from ..waiting import Deadline, Stop
 from ..watch import Places
 
 FIRST_BACKOFF = 1.0
@@ -103,8 +104,15 @@ class Service:
     """A published service and the state of its links; all but the first three under `Stock._condition`."""
 
     def __init__(self, publication: Publication, most_idle: int, workers: int = 1) -> None:
+        self.publication = publication
         self.name = publication.name
         self.target = publication.target
+        self.port = publication.port
+        """The port that the relay server is asked for; 0 is any, ``None`` one that it has for this name."""
+        self.had = 0
+        """The one that it gave last."""
+        self.address = ""
+        """Where the service was last told to be."""
         self.dialer = Dialer(publication.target)
         self.idle = self.busy = self.connecting = 0
         self.pace = Pace(most_idle, workers)
@@ -118,6 +126,8 @@ class Service:
         """Seconds within which that moment was drawn."""
         self.trying = True
         """At the start and after a failure, until a link is up: one attempt at a time."""
+        self.stop: Stop | None = None
+        """Requested when nothing more is to come over its links: at the end, or when it is published no more."""
         self.carried = 0
         """Connections that its links have begun to carry."""
         self.told: str | None = None
@@ -144,11 +154,39 @@ class Stock:
         self._handshakes = handshakes
         """Links that may be opened at once: half as many after a failure, and with each that is up one more."""
         self._links: set[AnyLink] = set()
+        self._leaving: list[Service] = []
+        """Services that are published no more, and may have links still."""
         self._ending = False
 
     def count_idle(self) -> int:
         with self._condition:
             return sum(service.idle for service in self.services)
+
+    # For the role
+
+    def begin(self, service: Service) -> None:
+        """Make what the service's links wait on.  Raises `OSError`."""
+        service.stop = Stop()
+
+    def replace(self, publications: list[Publication], make: Callable[[Publication], Service]) -> list[str]:
+        """Publish these from now on; returns the names of those that are published no more.
+
+        A service that is published elsewhere, or on another port, is another one.  Idle links of those that go are
+        given up in peace; connections that live go on.  Raises `OSError`, and then nothing is changed.
+        """
+        with self._condition:
+            before = {service.publication: service for service in self.services}
+            fresh = [make(publication) for publication in publications if publication not in before]
+            made = {service.publication: service for service in fresh}
+            gone = [service for publication, service in before.items() if publication not in publications]
+            self.services = [before.get(publication) or made[publication] for publication in publications]
+            self._leaving += gone
+            for service in gone:
+                if service.stop is not None:
+                    service.stop.request()
+            self._condition.notify_all()
+            names = {publication.name for publication in publications}
+            return [service.name for service in gone if service.name not in names]
 
     # For the keeper
 
@@ -188,7 +226,8 @@ class Stock:
         with self._condition:
             service.connecting -= 1
             self._back_off(service, began, longest)
-            return not ending and self._should_tell(service, reason)
+            self._forget(service)
+            return not ending and service in self.services and self._should_tell(service, reason)
 
     def doubt(self, service: Service, reason: str) -> bool:
         """An attempt has not failed yet, but may well.  True where that is to be told."""
@@ -218,10 +257,11 @@ class Stock:
             service.trying = False
             self._condition.notify_all()
 
-    def tell_up(self, service: Service) -> bool:
-        """Whether it is to be told that the service can be reached."""
+    def tell_up(self, service: Service, address: str) -> bool:
+        """Whether it is to be told that the service can be reached at this address."""
         with self._condition:
-            tell, service.told = service.told != "", ""
+            tell, service.told = service.told != "" or service.address != address, ""
+            service.address = address
             service.is_known = True
             service.reasons.clear()
             self._condition.notify_all()  # who waits until all is published
@@ -270,6 +310,14 @@ class Stock:
                 service.failures, service.retry_at = 0, 0.0
             else:
                 self._back_off(service, since)
+            self._forget(service)
+
+    def _forget(self, service: Service) -> None:
+        """A link is gone: of a service that is published no more it may have been the last."""
+        if service in self._leaving and not (service.idle or service.busy or service.connecting):
+            self._leaving.remove(service)
+            if service.stop is not None:
+                service.stop.close()
 
     def _back_off(self, service: Service, began: float, longest: float = LAST_BACKOFF) -> None:
         """Set the moment of the next attempt, after one that began then has failed."""
@@ -292,10 +340,19 @@ class Stock:
             self._condition.notify_all()
 
     def end(self) -> None:
-        """Open no further links."""
+        """Open no further links, and give up those that are idle."""
         with self._condition:
             self._ending = True
+            for service in self.services:
+                if service.stop is not None:
+                    service.stop.request()
             self._condition.notify_all()
+
+    def close(self) -> None:
+        """Give back what links have waited on, when there are none any more."""
+        for service in (*self.services, *self._leaving):
+            if service.stop is not None:
+                service.stop.close()
 
     def wake_all(self) -> None:
         """Wake the threads that wait for something on a link."""

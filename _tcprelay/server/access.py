@@ -18,6 +18,8 @@ from ..server_options import ServerOptions
 from ..text import say_error, trim
 from ..values import ServiceNetwork, parse_network
 
+OTHERS = "@"
+"""Stands for all services on ports that relay clients have asked for; no service has such a name."""
 BITS = {4: 32, 6: 128}
 """Of an address, by its version."""
 
@@ -65,12 +67,14 @@ class Access:
     """Who may connect: replaced as a whole when the lists are read again."""
 
     lists: Mapping[str, Lists] = field(default_factory=dict)
-    """Of each service for which there are any, and of the relay port under ""."""
+    """Of each service for which there are any, of the relay port under "", and of all other services."""
+    names: frozenset[str] = frozenset()
+    """The services that have their own, and the relay port."""
 
     def refuses(self, service: str, address: Any) -> str:
         """Why a socket address, IPv4's or IPv6's, may not connect to this service, or to the relay port under ""; ""
         where it may.  Any thread.  Raises `OSError` and `ValueError` where the host in it is no such address."""
-        lists = self.lists.get(service)
+        lists = self.lists.get(service) if service in self.names else self.lists.get(OTHERS)
         if lists is None:
             return ""
         version, number = number_of(address[0])
@@ -91,14 +95,15 @@ def load_access(options: ServerOptions) -> Access:
         list_networks(options.allow_links),
         "its address is not among those that links are accepted from (--allow-links)",
     )}  # fmt: skip
-    for service in options.services:
-        found[service.name] = make_lists(
-            [(list_networks(for_service(options.deny, service.name)), "its address may not connect (--deny)"),
+    for name in (*(service.name for service in options.services), OTHERS):
+        found[name] = make_lists(
+            [(list_networks(for_service(options.deny, name)), "its address may not connect (--deny)"),
              (from_file, "its address may not connect (--deny-file)")],
-            list_networks(for_service(options.allow, service.name)),
+            list_networks(for_service(options.allow, name)),
             "its address is not among those that may connect (--allow)",
         )  # fmt: skip
-    return Access({name: lists for name, lists in found.items() if lists.denied or lists.allowed})
+    lists = {name: lists for name, lists in found.items() if lists.denied or lists.allowed}
+    return Access(lists, frozenset(found) - {OTHERS})
 
 
 def make_lists(denied: list[tuple[Networks, str]], allowed: Networks, otherwise: str) -> Lists:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,14 +36,31 @@ LINKS = ""
 class Account:
     """The whole account, as the parent has it.  Made before the first worker is forked."""
 
-    def __init__(self, workers: int, services: Sequence[str]) -> None:
+    def __init__(self, workers: int, services: Sequence[str], more: int = 0) -> None:
+        """For these services, and for so many more that come and go."""
         self.workers = workers
         self._kinds = {name: number for number, name in enumerate([*services, LINKS])}
-        self._row = 6 * len(self._kinds)
-        size = workers * self._row + len(self._kinds)
+        self._free = deque(range(len(self._kinds), len(self._kinds) + more))
+        """The numbers of those to come; one that is given back is used last."""
+        kinds = len(self._kinds) + more
+        self._row = 6 * kinds
+        size = workers * self._row + kinds
         self._numbers = memoryview(mmap.mmap(-1, 8 * size)).cast("q")
         self._held: list[Counter[tuple[Shares, Any]]] = [Counter() for _ in range(workers)]
         """What each worker has of the addresses' shares."""
+
+    def open(self, kind: str, number: int | None = None) -> int:
+        """Have a row for a service that there was not before, in a worker that of this number; returns the number."""
+        if number is not None:
+            self._kinds[kind] = number
+        elif kind not in self._kinds:
+            self._kinds[kind] = self._free.popleft()
+        return self._kinds[kind]
+
+    def close(self, kind: str) -> None:
+        """Give it back.  What was counted there comes to nothing by itself: see the table."""
+        if (number := self._kinds.pop(kind, None)) is not None:
+            self._free.append(number)
 
     def place(self, worker: int, kind: str, figure: int) -> int:
         """Where a figure stands; those of how many wait in the parent stand behind all workers'."""
@@ -85,7 +102,7 @@ class Account:
 
     def clients(self, worker: int) -> int:
         """How many service clients there are in a worker."""
-        return sum(self.present(worker, kind) for kind in self._kinds if kind != LINKS)
+        return sum(self.present(worker, kind) for kind in list(self._kinds) if kind != LINKS)
 
     def hold(self, worker: int, share: Shares, address: Any, more: int) -> None:
         """So much more of an address's share is in a worker."""
@@ -112,6 +129,7 @@ class WorkerAccount:
         self.number = number
         self._lock = threading.Lock()  # over what is added to
         self.workers = account.workers
+        self.open, self.close = account.open, account.close
 
     def settle(self, kind: str) -> None:
         """A service client, or a link, needs no link any more."""

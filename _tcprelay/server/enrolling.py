@@ -1,11 +1,15 @@
-"""A new relay client: its section in the clients file, and the line to paste on the other side."""
+"""A new relay client: its section in the clients file, and the line to paste on the other side.
+
+The file is not locked against the server, which reads it at a signal: it is replaced as a whole, and never half there.
+The token stands in what is said, as that is what it is for; it is in no log.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 
-from ..rights import parse_rights
+from ..rights import ALL, parse_rights
 from ..server_options import ServerOptions
 from ..state import rewrite
 from ..text import random_id, shown, trim
@@ -26,7 +30,7 @@ def add_client(options: ServerOptions, name: str) -> str:
         raise ValueError(f"{shown(name)} cannot be a relay client's name: up to 64 characters, without brackets")
 
     def add(text: str) -> str:
-        if name in parse_rights(text, path, services, (), options.auth):
+        if name in parse_rights(text, path, services, options.client_ports, options.auth):
             raise ValueError(f"{path} has a section {name} already: take that out, or choose another name")
         return f"{text.rstrip()}\n\n{section}".lstrip("\n")
 
@@ -46,5 +50,12 @@ def add_client(options: ServerOptions, name: str) -> str:
 
 
 def say_rights(options: ServerOptions) -> str:
-    """What a new relay client may do: all, until somebody takes some of it away."""
-    return "services = *"
+    """What a new relay client may do: all that others may, until somebody takes some of it away."""
+    lines = []
+    if options.services:
+        lines.append(f"services = {ALL}")
+    if options.client_ports:
+        lines.append(f"ports = {ALL}")
+    if not lines:
+        raise ValueError("there is nothing that a relay client could publish: give --service or --client-ports, too")
+    return "\n".join(lines)

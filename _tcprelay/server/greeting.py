@@ -15,7 +15,7 @@ from ..events import LinkNotMade, LinkRefused
 from ..link import Link, RawLink
 from ..server_options import ServerOptions
 from ..protocol import (
-    CHALLENGE, CLIENT, HELLO, NEW, PROTOCOL_VERSION, PROXY, REFUSED, SERVER, WELCOME, LinkFault, encode_frame,
+    CHALLENGE, CLIENT, HELLO, NEW, PROTOCOL_VERSION, PROXY, REFUSED, SERVER, WELCOME, Frame, LinkFault, encode_frame,
     guess_protocol, is_proof, is_same, new_nonce, prove,
 )  # fmt: skip
 from ..rights import Identity, Rights
@@ -25,12 +25,14 @@ from ..system import ignore_oserror
 from ..tcp import say_path
 from ..text import is_tls_error, say_error, shown
 from ..tls import ACCESS_DENIED, NOT_TLS
+from ..values import parse_name
 from ..waiting import Deadline, Stopping, wait_for
 from .clients import UNTRUSTED, Refusal
 from .intake import Intake
+from .leases import Ask, name_in
 from .limits import TOO_MANY_HANDSHAKES, Handshakes
 from .nonces import Nonces
-from .pool import PooledLink
+from .pooled import PooledLink
 from .trust import check_protected_mode, explain_tls
 
 HANDSHAKE_TIMEOUT, HANDSHAKE_STEP = 20.0, 10.0
@@ -61,17 +63,25 @@ def wrong_token(called: str, identity: Identity | None, rights: Rights | None) -
     )
 
 
-def lost_right(pooled: PooledLink, rights: Rights | None) -> str:
+def asked_port(hello: Frame) -> int | None:
+    """The port that a relay client asks for; ``None`` where it asks for none.  Raises `LinkFault`."""
+    return int(hello.number("service_port", 0, 1e6)) if "service_port" in hello.fields else None
+
+
+def lost_right(pooled: PooledLink, runtime: Runtime[ServerOptions]) -> str:
     """Why a link may not stay, by what is in force now; "" where it may."""
-    identity = pooled.identity
+    identity, rights, port = pooled.identity, runtime.credentials.rights, pooled.port
+    if identity is None and rights is None:
+        lost = port is not None and not any(port in ports for ports in runtime.options.client_ports)
+        return f"revoked: port {port} is not among those that relay clients may ask for any more" if lost else ""
     if identity is None:
-        return "" if rights is None else "revoked: relay clients have to be known by name now"
+        return "revoked: relay clients have to be known by name now"
     now = rights.get(identity.name) if rights else None
     if now is None:
         return f"revoked: the server does not know {identity.name} any more"
     if now.token != identity.token:
         return f"revoked: {identity.name} has another token now"
-    reason = now.why_not(pooled.host, pooled.service)
+    reason = now.why_not(pooled.host, name_in(pooled.service), port)
     return reason and f"revoked: {reason}"
 
 
@@ -141,7 +151,8 @@ class Greeting:
         silent = nothing and type(stream) is Stream
         kind = LinkNotMade if gave_up else LinkRefused
         event = kind(peer=show_address(stream.peer), code=refusal.code, reason=str(refusal))
-        if nothing and gave_up:
+        checked = nothing and stream.received  # nothing but the header of a proxy that is believed: a health check
+        if (silent or checked) and gave_up:
             self._runtime.log.debug("%s", event)
         else:
             self._runtime.emit(event)
@@ -210,24 +221,23 @@ class Greeting:
         if identity:
             if runtime.options.auth and proven != shown(identity.name, 64):
                 raise Refusal(f"its certificate is that of {proven}: then its --name must be that, too", "rights")
-            if reason := identity.why_not(host, service):
+            if reason := identity.why_not(host, service, asked_port(hello)):
                 raise Refusal(reason, "rights")
-        if service not in self._intake.addresses or not service:
-            known = shown(", ".join(name for name in self._intake.addresses if name), 200)
-            raise Refusal(
-                f"there is no service {shown(service, 64)} here; there is {known} (--service adds one)", "service"
-            )
+        key, port = self._find_service(hello, service, client, identity)
         name = f"{name} (certificate {proven})" if proven and not identity else name
-        pooled = PooledLink(link, service, client, name, link.stream.peer, identity)
+        pooled = PooledLink(link, key, client, name, link.stream.peer, identity)
+        pooled.port = port
         pooled.worker = int(hello.number("worker", 0, 1e6))
         pooled.wanted = self._intake.own_share(int(hello.number("idle", 1, 1e6)))
         welcome = {
             "heartbeat": runtime.options.heartbeat,
-            "address": self._say_address(service),
-            "waiting": self._intake.count_waiting(service),
+            "address": self._say_address(key),
+            "waiting": self._intake.count_waiting(key),
         }
+        if port is not None:
+            welcome["service_port"] = port
         self._join(pooled)
-        if runtime.credentials is not credentials and (reason := lost_right(pooled, runtime.credentials.rights)):
+        if runtime.credentials is not credentials and (reason := lost_right(pooled, runtime)):
             self._forget(pooled, reason)  # whoever looks for such links may have looked before it joined
             raise Refusal(reason, "rights")
         pooled.pongs_due += 1  # until it has answered once, others are given out first: its client may have given up
@@ -240,6 +250,31 @@ class Greeting:
             self._forget(pooled, say_error(error))
             raise
         return pooled
+
+    def _find_service(
+        self, hello: Frame, service: str, client: str, identity: Identity | None
+    ) -> tuple[str, int | None]:
+        """The key of the service that a link is to be for, and the port, where it has asked for one and was given it.
+        Raises `Refusal`."""
+        options = self._runtime.options
+        ports = identity.ports if identity else options.client_ports
+        ask = Ask.read(hello, service, client, identity.name if identity else "", ports)
+        if ask is None:
+            if service in (known := [one.name for one in options.services]):
+                return service, None
+            there = f"there is {shown(', '.join(known), 200)} (--service adds one)" if known else "none at all"
+            raise Refusal(f"there is no service {shown(service, 64)} here; {there}", "service")
+        try:
+            parse_name(service)
+        except ValueError:
+            raise Refusal(f"{shown(service, 64)} cannot be the name of a service", "service") from None
+        if not ports:
+            raise Refusal("this relay server gives no ports to relay clients (--client-ports)", "rights")
+        if ask.port and not ask.may_have(ask.port):
+            may = ", ".join(map(str, ports))
+            raise Refusal(f"port {ask.port} is not among those that relay clients may ask for: {may}", "rights")
+        key = self._intake.ask(ask)
+        return key, self._intake.addresses[key][1]
 
     def _say_address(self, service: str) -> str:
         """Where service clients connect, as the relay client is told."""

@@ -19,9 +19,12 @@ opened anew.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import math
 import os
+import queue
 import selectors
 import socket
 import threading
@@ -38,11 +41,15 @@ from ..system import ignore_oserror
 from ..tcp import set_timeout
 from ..text import connection_id, say_error
 from ..threads import JOIN_TIMEOUT, Threads, join
+from ..waiting import Bell
 from .account import LINKS, WorkerAccount
+from .leases import Ask, Leases
 from .clients import NoLinkHere, Refusal, ServiceClient
 from .listeners import Listeners
 from .pool import Pool
 
+ANSWER_TIMEOUT = 5.0
+"""Seconds that a worker waits for its parent's word on a port: less than what a relay client has for an answer."""
 SPARE_TAKERS = 8
 """Threads of a worker that wait for connections, at most."""
 
@@ -100,6 +107,10 @@ class Intake:
         """How many idle links there should be here, of so many that a relay client keeps."""
         return idle
 
+    def ask(self, ask: Ask) -> str:
+        """Have a relay client be given the port that it asks for; returns the key of its service.  Raises `Refusal`."""
+        raise NotImplementedError
+
     def offer(self, service: str) -> None:
         """A link is idle here."""
 
@@ -121,6 +132,7 @@ class PortIntake(Intake):
     def __init__(self, runtime: Runtime[ServerOptions], pool: Pool, listeners: Listeners) -> None:
         super().__init__(runtime, pool, listeners)
         listeners.is_full, listeners.hand_on = pool.is_full, self._hand_on
+        self.leases = Leases(runtime, listeners, pool.has_client, self._begin_service, pool.remove)
         self._acceptor = runtime.own_thread(self._accept, "acceptor", runtime.stop)
         self.threads.append(self._acceptor)
 
@@ -147,6 +159,9 @@ class PortIntake(Intake):
     def count_waiting(self, service: str) -> int:
         return self._pool.count_unserved(service)
 
+    def ask(self, ask: Ask) -> str:
+        return self.leases.ask(ask)
+
     def note_unserved(self, client: ServiceClient) -> None:
         if self._pool.is_unserved(client.service):
             self._runtime.emit(ServiceUnserved(service=client.service, peer=client.peer))
@@ -154,13 +169,20 @@ class PortIntake(Intake):
     def _accept(self) -> None:
         """Accept until `Runtime.stop` is requested."""
         stop, listeners = self._runtime.stop, self._listeners
-        with selectors.DefaultSelector() as selector:
+        bell = Bell()
+        with contextlib.closing(bell), selectors.DefaultSelector() as selector:
             selector.register(stop.fileno(), selectors.EVENT_READ, lambda: None)
+            selector.register(bell, selectors.EVENT_READ, bell.hush)
+            listeners.bell = bell
             listeners.watch(selector)
             while not stop.requested:
-                wait = listeners.look()
+                wait = min(self.leases.look() if self.leases.may_be_given else math.inf, listeners.look())
                 for key, _ in selector.select(None if wait == math.inf else wait):
                     key.data()
+            listeners.bell = None
+
+    def _begin_service(self, key: str, address: tuple[str, int]) -> None:
+        self._pool.add(key)
 
     def _hand_on(self, service: str, sock: socket.socket, address: Any) -> None:
         """Serve a connection in a thread of its own.  Raises `RuntimeError` where there is none."""
@@ -193,6 +215,9 @@ class ParentIntake(Intake):
         """The threads that wait for a connection."""
         self._tell_at = 0.0
         """When the next connection that cannot be taken is to be told."""
+        self._asked: dict[int, queue.SimpleQueue[dict[str, Any]]] = {}
+        """Where the answers go to what the parent was asked."""
+        self._questions = itertools.count(1)
         pool.show, pool.count_waiting_elsewhere = account.show, account.count_waiting_elsewhere
 
     def start(self) -> None:
@@ -237,6 +262,37 @@ class ParentIntake(Intake):
 
     def suspect(self, client: str) -> None:
         self._runtime.tell_parent({"suspect": client})
+
+    def ask(self, ask: Ask) -> str:
+        number, answers = next(self._questions), queue.SimpleQueue[dict[str, Any]]()
+        self._asked[number] = answers
+        try:
+            self._runtime.tell_parent({"ask": number, "for": ask.as_message()})
+            answer = answers.get(timeout=ANSWER_TIMEOUT)
+        except queue.Empty:
+            raise Refusal("the relay server is too busy to give it a port", "limit") from None
+        finally:
+            del self._asked[number]
+        if reason := answer.get("refused"):
+            raise Refusal(reason, "port")
+        return str(answer["key"])
+
+    def note_answer(self, answer: dict[str, Any]) -> None:
+        """The parent has answered what it was asked."""
+        if key := answer.get("key"):
+            if key not in self.addresses:
+                self._account.open(key, answer["row"])
+                self._pool.add(key)
+            host, port = answer["address"]
+            self.addresses[key] = host, port
+        if answers := self._asked.get(answer["asked"]):
+            answers.put(answer)
+
+    def give_back(self, key: str) -> None:
+        """The parent has given back the port of a service: nobody has links of it."""
+        if self.addresses.pop(key, None) is not None:
+            self._pool.remove(key)
+            self._account.close(key)
 
     def _take(self) -> None:
         """Serve what the parent sends, one connection after another; the top of its thread."""

@@ -30,7 +30,8 @@ from .greeting import Greeting, lost_right
 from .intake import Intake
 from .limits import TOO_MANY_HANDSHAKES, Handshakes, Quotas
 from .nonces import Nonces
-from .pool import Pool, PooledLink
+from .pool import Pool
+from .pooled import PooledLink
 from .proxies import Proxies, Unsaid
 
 REVOKE_TIMEOUT = 10.0
@@ -229,9 +230,9 @@ class Links:
     def revoke(self) -> None:
         """Close what has lost its right by the credentials that are in force now, living connections too, and wait
         until all of it is gone."""
-        rights, lost = self._runtime.credentials.rights, list[PooledLink]()
+        lost = list[PooledLink]()
         for pooled in self._pool.members():
-            if reason := lost_right(pooled, rights):
+            if reason := lost_right(pooled, self._runtime):
                 lost.append(pooled)
                 pooled.revoked = reason  # before the look at where it is: see `Pool.put` and `carry`
                 if self._pool.hold(pooled):

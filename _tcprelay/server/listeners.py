@@ -11,6 +11,7 @@ import math
 import selectors
 import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ from ..streams import Stream
 from ..system import ignore_oserror
 from ..text import connection_id, say_error
 from ..tls import ACCESS_DENIED
-from ..waiting import Stopping, Wakes
+from ..waiting import Bell, Stopping, Wakes
 from .access import Access
 from .clients import Refusal
 from .limits import Shares
@@ -71,6 +72,11 @@ class Listeners:
         self._resume_at = 0.0
         """When to accept again, after an error; 0 while nothing is wrong."""
         self._pause, self._told = FIRST_PAUSE, 0.0
+        self._arrived: deque[tuple[socket.socket, str]] = deque()
+        """Listeners that are to be looked after, from whichever thread."""
+        self._is_closed = False
+        self.bell: Bell | None = None
+        """Wakes the thread that accepts."""
         self.of_clients, self.of_links = Shares(0), Shares(0)
         self.set_shares()
         self.access = Access()
@@ -101,6 +107,33 @@ class Listeners:
             self.addresses.setdefault(name, (host_of(address), address[1]))
             self._runtime.emit(Listening(service=name, address=show_address(address)))
 
+    def add(self, service: str, listeners: list[socket.socket]) -> None:
+        """Accept from these, too, for a service that there was not before; any thread."""
+        address = listeners[0].getsockname()
+        self.addresses[service] = host_of(address), address[1]
+        self._arrived.extend((listener, service) for listener in listeners)
+        if self._is_closed:
+            self.close()
+            return
+        if self.bell is not None:
+            self.bell.ring()
+        self._runtime.emit(Listening(service=service, address=show_address(address)))
+
+    def remove(self, service: str) -> None:
+        """Listen no more for such a service; in the thread that accepts."""
+        self._admit()
+        for listener in [listener for listener, name in self.services.items() if name == service]:
+            del self.services[listener]
+            if listener in self._watched:
+                self._watched.discard(listener)
+                self._selector.unregister(listener)
+            listener.close()
+        self.addresses.pop(service, None)
+
+    def _admit(self) -> None:
+        while self._arrived:
+            self.services.update([self._arrived.popleft()])
+
     def watch(self, selector: selectors.BaseSelector) -> None:
         """Accept when this selector says so: the data of its keys are what to call then.  See `look`, too."""
         self._selector = selector
@@ -111,6 +144,7 @@ class Listeners:
     def look(self) -> float:
         """Accept from the listeners where that is possible now: not from those of full services, and from none for a
         moment after an error.  Returns the seconds after which this is to be called again."""
+        self._admit()
         now = time.monotonic()
         if now < self._resume_at:
             return self._resume_at - now
@@ -128,12 +162,22 @@ class Listeners:
         self._resume_at = time.monotonic() + seconds
 
     def close(self) -> None:
+        self._is_closed = True
+        self._admit()
         for listener in self.services:
             listener.close()
 
+    def forget(self) -> None:
+        """In a worker: these are its parent's, and so are the ports that relay clients have asked for; the worker hears
+        of those that it needs."""
+        names = {service.name for service in self._runtime.options.services} | {""}
+        self.close()
+        for service in [service for service in self.addresses if service not in names]:
+            del self.addresses[service]
+
     def _accept(self, listener: socket.socket) -> None:
         if listener not in self._watched:
-            return  # since this round of events has begun
+            return  # ignored, or gone, since this round of events has begun
         try:
             self.accept(listener)
             self._pause = FIRST_PAUSE

@@ -26,9 +26,11 @@ from ..waiting import Deadline, Stopping, wait_for
 from .clients import UNTRUSTED, NoLinkHere, Refusal, ServiceClient, Unacknowledged
 from .greeting import HANDSHAKE_STEP
 from .intake import Intake
+from .leases import name_in
 from .limits import TOO_MANY_HANDSHAKES, Handshakes
 from .links import Links
-from .pool import Pool, PooledLink
+from .pool import Pool
+from .pooled import PooledLink
 from .proxies import Proxies, Unsaid
 from .trust import explain_service_tls
 
@@ -253,7 +255,7 @@ class Pairing:
         """Carry a connection whose service has answered, tell its record, and give the link back."""
         runtime, link = self._runtime, pooled.link
         splice = Splice(client.id, client.service, client.stream, link)
-        rates = runtime.options.rate_of(client.service), pooled.identity.limit_rate if pooled.identity else 0
+        rates = runtime.options.rate_of(name_in(client.service)), pooled.identity.limit_rate if pooled.identity else 0
         if any(rates):
             splice.limit_rate(min(filter(None, rates)))
         splice.to_link.carried = len(client.early)

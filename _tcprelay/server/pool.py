@@ -8,99 +8,13 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
 
-from ..addresses import show_address
-from ..link import AnyLink
-from ..protocol import BYE, PONG, Frame, LinkFault
-from ..rights import Identity
-from ..splice import Splice
-from ..text import shown
 from ..waiting import Deadline
 from .clients import NoLinkHere, Refusal
+from .pooled import Origin, PooledLink
 
 STANDSTILL = 5.0
 """Seconds without a link for anybody after which a service counts as not served, where service clients wait."""
-
-
-class PooledLink:
-    """A link and what the pool knows of it."""
-
-    def __init__(
-        self, link: AnyLink, service: str, client: str, name: str, address: Any, identity: Identity | None = None
-    ) -> None:
-        self.link = link
-        self.identity = identity
-        """Who its relay client has proven to be, where the server knows them by name."""
-        self.revoked = ""
-        """Why it is to be closed, where its relay client has lost its right to it."""
-        self.splice: Splice | None = None
-        """The connection that it carries, and that has been opened."""
-        self.is_counted = False
-        """That connection counts among those that its identity may have."""
-        self.address = address
-        """Of its connection: of a proxy, maybe, where `peer` is what that has said."""
-        self.service = service
-        self.client = client
-        """The relay client's id, random per process; of a raw link, its host."""
-        self.worker = 0
-        """Which of its relay client's processes it leads to."""
-        self.name = name
-        self.peer = show_address(address)
-        self.host = self.peer.rpartition(":")[0]
-        self.wanted = 1
-        """How many idle links its client wants."""
-        self.last_heard = self.last_used = self.last_pinged = time.monotonic()
-        self.pongs_due = 0
-        """PINGs without an answer so far."""
-        self.unproven = False
-        """Not to be used before the PONG that is due."""
-        self.settling = False
-        """Unproven since its connection is over here, but the relay client has not shown that it has passed all bytes
-        on: to a service that reads slowly, say, and hears nothing else meanwhile.  Silence says nothing then."""
-        self.farewell = "the relay client gave it up"
-        """Why it is given up, where the relay client has said BYE."""
-        self.blocked = False
-        """Its socket has not taken all of what `send` was given."""
-        self._unsent = bytearray()  # of that; TLS keeps it itself
-
-    @property
-    def origin(self) -> Origin:
-        return self.client, self.worker
-
-    def send(self, frame: bytes) -> None:
-        """Send a frame on an idle link, now or, where its socket is full, later by `flush`.  Raises `OSError`."""
-        self._unsent += frame
-        self.flush()
-
-    def flush(self) -> None:
-        """Send what can go now of what was to be sent.  Raises `OSError`."""
-        self.blocked = not self.link.stream.send_now(self._unsent)
-
-    def use(self) -> None:
-        """Note that it begins or ends a connection."""
-        self.last_used = time.monotonic()
-
-    def hear(self) -> None:
-        """Note that the relay client has said something."""
-        self.last_heard = time.monotonic()
-
-    def take(self, frame: Frame) -> None:
-        """Note a frame between connections.  Raises `LinkFault` for a PONG without a PING: a flood of them
-        would keep the keeper busy."""
-        self.hear()
-        if frame.kind == BYE:
-            self.farewell = shown(frame.text("reason")) or self.farewell
-        elif frame.kind == PONG:
-            self.pongs_due -= 1
-            if self.pongs_due < 0:
-                raise LinkFault("PONG without PING")
-            if not self.pongs_due:
-                self.unproven = self.settling = False
-
-
-Origin = tuple[str, int]
-"""A relay client, and which of its processes: links are handed out from each in turn."""
 
 
 class Pool:
@@ -139,9 +53,31 @@ class Pool:
         """Services of which it has been told that no relay client is connected."""
         self._closed = False
 
-    def join(self, pooled: PooledLink) -> bool:
-        """Count a link in; True for the first one of its relay client.  Raises `Refusal` at the limit."""
+    def add(self, service: str) -> None:
+        """A service that there was not before."""
         with self._lock:
+            self._waiting[service], self._idle[service] = deque(), OrderedDict()
+            self._idle_counts[service] = self._expected[service] = 0
+            self._given_at[service] = 0.0
+
+    def remove(self, service: str) -> None:
+        """A service that is no more, and has no links; who waits for it is refused."""
+        with self._lock:
+            waiters = self._waiting.pop(service, ())
+            for waiter in waiters:
+                waiter.condition.notify()
+            if service in self._idle:
+                self.show(service, 0, 0)
+            for table in (self._idle, self._idle_counts, self._expected, self._given_at):
+                table.pop(service, None)
+            self._told.discard(service)
+
+    def join(self, pooled: PooledLink) -> bool:
+        """Count a link in; True for the first one of its relay client.  Raises `Refusal` at the limit, and where its
+        service is no more."""
+        with self._lock:
+            if pooled.service not in self._idle:
+                raise Refusal("the port was given back meanwhile", "port")
             if sum(map(len, self._members.values())) >= self._most:
                 raise Refusal("there are too many links", "limit")
             members = self._members.setdefault((pooled.service, pooled.client), set())
@@ -222,6 +158,8 @@ class Pool:
         with self._lock:
             if self._closed:
                 raise Refusal("the relay server is ending")
+            if service not in self._idle:
+                raise Refusal(GONE)
             if (pooled := self._pick(service, failed)) is not None:
                 return pooled, False
             if not wait:
@@ -237,14 +175,20 @@ class Pool:
             self._waiting[service].insert(0 if first else len(self._waiting[service]), waiter)
             self._count(service, 0)
             try:
-                waiter.condition.wait_for(lambda: waiter.pooled or self._closed, deadline.remaining())
+                waiter.condition.wait_for(
+                    lambda: waiter.pooled or self._closed or service not in self._idle, deadline.remaining()
+                )
                 if waiter.pooled is not None:
                     return waiter.pooled, True
-                self._waiting[service].remove(waiter)
+                if service in self._idle:
+                    self._waiting[service].remove(waiter)
             finally:
-                self._count(service, 0)
+                if service in self._idle:
+                    self._count(service, 0)
             if self._closed:
                 raise Refusal("the relay server is ending")
+            if service not in self._idle:
+                raise Refusal(GONE)
             raise Refusal(say_no_link(self._has_client(service)))
 
     def is_unserved(self, service: str) -> bool:
@@ -255,13 +199,19 @@ class Pool:
                 self._told.add(service)
             return tell
 
+    def has_client(self, service: str) -> bool:
+        """Whether there are links of a service, idle or not."""
+        with self._lock:
+            return self._has_client(service)
+
     def _has_client(self, service: str) -> bool:
         return any(name == service for name, _ in self._members)
 
     def expect(self, service: str, more: int) -> None:
         """So many more service clients have no link yet, which has been found out before they ask for one."""
         with self._lock:
-            self._expected[service] += more
+            if service in self._expected:
+                self._expected[service] += more
 
     def count_unserved(self, service: str) -> int:
         """How many service clients have come for whom there is no idle link: those that will wait for one when their
@@ -271,7 +221,7 @@ class Pool:
     def is_full(self, service: str) -> bool:
         """Whether as many service clients have no link as may wait for one, while others still get theirs: then the
         kernel holds the next ones.  Where none is served they are refused instead (see `take`)."""
-        if not service or self._expected[service] < self.max_pending:
+        if not service or self._expected.get(service, 0) < self.max_pending:
             return False
         with self._lock:
             return not self._closed and self._is_served(service)
@@ -382,6 +332,9 @@ class Pool:
         """So many more links of this service are idle; under the lock."""
         self._idle_counts[service] += more
         self.show(service, self._idle_counts[service], len(self._waiting[service]))
+
+
+GONE = "its port was given back: the relay client that had asked for it is gone"
 
 
 def are_links_given(max_pending: int, last: float, oldest: float) -> bool:

@@ -35,7 +35,7 @@ def load_credentials(options: ServerOptions) -> Credentials:
     token, rights = options.read_token(), None
     if options.clients:
         services = [service.name for service in options.services]
-        rights = load_rights(options.clients, services, (), options.auth)
+        rights = load_rights(options.clients, services, options.client_ports, options.auth)
     on_links = options.tls in ("relay", "both") or options.auth
     on_services = options.tls in ("both", "service")
     if not (on_links or on_services):

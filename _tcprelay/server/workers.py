@@ -27,9 +27,11 @@ from ..processes import WorkerProcess, Workers
 from ..role import Relay
 from ..text import connection_id
 from .account import HANDED, LINKS, RETURNED, WAITING, Account, WorkerAccount
+from .clients import Refusal
 from .limits import Quotas
+from .leases import MOST_LEASES, Ask, Leases
 from .listeners import Listeners
-from .pool import are_links_given, say_no_link
+from .pool import GONE, are_links_given, say_no_link
 from .proxies import glance
 
 
@@ -77,7 +79,9 @@ class ServerWorkers(Workers):
         self._listeners = listeners
         self._become_one_of = become_one_of
         services = [service.name for service in server.options.services]
-        self._account = Account(count, services)
+        self._account = Account(count, services, MOST_LEASES)
+        runtime = server.runtime
+        self.leases = Leases(runtime, listeners, self._has_client, self._begin_service, self._end_service)
         self._queues: dict[str, deque[Visitor]] = {name: deque() for name in services}
         self._present: dict[tuple[str, str], tuple[ClientUp, set[int]]] = {}
         """The relay clients, and which workers have links of them."""
@@ -99,7 +103,7 @@ class ServerWorkers(Workers):
         for queue in self._queues.values():
             for visitor in queue:
                 visitor.sock.close()
-        self._listeners.close()
+        self._listeners.forget()
         self._become_one_of(WorkerAccount(self._account, worker.number), intake)
 
     def stop_intake(self) -> None:
@@ -231,7 +235,7 @@ class ServerWorkers(Workers):
         self._listeners.of_clients.leave(address)
         record = {"id": state.get("id") or connection_id(), "service": state["service"]}
         seconds = time.monotonic() - state["since"]
-        peer = show_address(tuple(state["origin"]))
+        peer = show_address(tuple(state.get("origin") or address))
         self.emit(ConnectionFailed(peer=peer, seconds=seconds, reason=reason, **record))
 
     def _balance(self, service: str) -> None:
@@ -248,6 +252,32 @@ class ServerWorkers(Workers):
             self.workers[richest].order(encode_message({"give_up": service}))
             self._next_give_up = now + self.LOOK_AGAIN
 
+    # Ports on demand
+
+    def _begin_service(self, key: str, address: tuple[str, int]) -> None:
+        self._account.open(key)
+        self._queues[key], self._given_at[key] = deque(), 0.0
+
+    def _end_service(self, key: str) -> None:
+        while visitor := self._next(key):
+            self._refuse(visitor, GONE)
+        for table in (self._queues, self._given_at):
+            table.pop(key, None)
+        self._told.discard(key)
+        self._account.close(key)
+        for worker in self._living():
+            worker.order(encode_message({"given_back": key}))
+
+    def _answer(self, worker: WorkerProcess, number: int, ask: dict[str, Any]) -> None:
+        """A relay client has asked one of the workers for a port."""
+        answer: dict[str, Any] = {"asked": number}
+        try:
+            key = self.leases.ask(Ask.from_message(ask))
+            answer |= {"key": key, "row": self._account.open(key), "address": self._listeners.addresses[key]}
+        except Refusal as refusal:
+            answer["refused"] = str(refusal)
+        worker.order(encode_message(answer))
+
     # Workers
 
     def hear(self, worker: WorkerProcess, message: dict[str, Any], payload: bytes, descriptors: list[int]) -> None:
@@ -258,6 +288,8 @@ class ServerWorkers(Workers):
             for other in self._living():
                 if other is not worker:
                     other.order(encode_message(message))
+        elif "ask" in message:
+            self._answer(worker, message["ask"], message["for"])
         elif "left" in message:
             share, address = self._listeners.share(message["left"]), tuple(message["address"])
             self._account.hold(worker.number, share, address, -1)
@@ -321,6 +353,7 @@ class ServerWorkers(Workers):
             self._absent(key, worker, "its worker has died")
 
     def look_at_time(self) -> float:
+        self.leases.look()
         wait, now = min(1.0, self._listeners.look()), time.monotonic()
         self.emit.tell_floods()
         for service, queue in self._queues.items():

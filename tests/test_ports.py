@@ -1,0 +1,384 @@
+"""Ports on demand: asked for, shared, refused, kept over breaks, and given back."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from _tcprelay.protocol import HELLO, REFUSED, new_nonce
+from _tcprelay.server import leases
+from _tcprelay.values import parse_publication
+from tcprelay import (
+    ClientDown, ConnectionFailed, LinkDown, LinkRefused, Listening, Published, RelayClient, RelayServer, Unpublished,
+)  # fmt: skip
+
+from .conftest import Bench, connect, echo, read_exactly, replace, unused_port, wait_until
+from .peers import HOST, Peers, free_port
+from .peers_v1 import FakeClient, FakeServer
+
+TOKEN = "the token of all the tests"
+
+
+def free_range(count: int) -> tuple[int, int]:
+    """So many ports in a row that nobody listens on."""
+    for _ in range(100):
+        first = unused_port()
+        try:
+            for port in range(first, first + count):
+                socket.create_server((HOST, port)).close()
+        except (OSError, OverflowError):
+            continue
+        return first, first + count - 1
+    raise AssertionError("no free ports in a row")
+
+
+def serve(bench: Bench, first: int, last: int, **options: Any) -> RelayServer:
+    options = {"service_port": None, "hostname": HOST, "client_ports": f"{first}-{last}", "token": TOKEN, **options}
+    return bench.server(**options)
+
+
+def come(
+    bench: Bench, server: RelayServer | int, asked: int, name: str = "", client_name: str = "", **options: Any
+) -> RelayClient:
+    """A relay client that asks for a port for an echo service."""
+    port = server if isinstance(server, int) else server.relay_address[1]
+    service = f"{name or 'default'}={HOST}:{bench.service().port}@{asked}"
+    own: dict[str, Any] = {"num_conn": 2, "drain_timeout": 0.0, "on_event": bench.client_events, "try_service": False}
+    options = {"token": TOKEN, "publish": service, "name": client_name, **own, **options}
+    return bench.enter(RelayClient(relay_host=HOST, relay_port=port, **options))  # type: ignore[no-any-return]
+
+
+def published(bench: Bench, count: int = 1) -> list[int]:
+    """The ports that were told so far, once there are so many."""
+    return [int(event.address.rpartition(":")[2]) for event in bench.client_events.wait(Published, count)]
+
+
+def answers(port: int) -> bool:
+    with connect(("", port)) as sock:
+        sock.sendall(b"hello")
+        return read_exactly(sock, 5) == b"hello"
+
+
+def is_closed(port: int) -> bool:
+    try:
+        connect(("", port)).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+# What is given
+
+
+def test_a_certain_port_and_any(bench: Bench) -> None:
+    """The server has no service of its own; names and ports are in what it tells."""
+    first, last = free_range(4)
+    server = serve(bench, first, last)
+    come(bench, server, last, "web")
+    assert published(bench) == [last]
+    come(bench, server, 0, "ssh")
+    assert published(bench, 2) == [last, first]
+    assert answers(first) and answers(last)
+    assert set(server.service_addresses) == {f"web@{last}", f"ssh@{first}"}
+    assert [event.service for event in bench.server_events.of(Listening)[1:]] == [f"web@{last}", f"ssh@{first}"]
+
+
+def test_each_that_asks_for_any_has_its_own(bench: Bench) -> None:
+    """And all links of one lead to its own; in whichever process, see below."""
+    first, last = free_range(3)
+    server = serve(bench, first, last)
+    for number in range(3):
+        come(bench, server, 0, "web", num_conn=3)
+        published(bench, number + 1)
+    assert sorted(published(bench, 3)) == [first, first + 1, last]
+    wait_until(lambda: server.counters["links_idle"] == 9)
+    assert all(map(answers, (first, first + 1, last)))
+
+
+def test_a_full_range_is_told(bench: Bench) -> None:
+    """And once there is room, the one that was refused gets it."""
+    first, last = free_range(1)
+    server = serve(bench, first, last, port_lease=1)
+    one = come(bench, server, 0, "web")
+    published(bench)
+    come(bench, server, 0, "other")
+    event = bench.client_events.wait(Unpublished)[0]
+    assert event.reason == f"refused by the relay: all ports that it may have are taken ({first})"
+    assert not event.lasting
+    one.end(0)
+    wait_until(lambda: is_closed(first) or server.service_addresses.keys() == {f"other@{first}"})
+
+
+def test_a_certain_port_is_shared_by_those_of_one_service(bench: Bench) -> None:
+    """Links of both are taken in turn; with another service's name the second is refused."""
+    first, last = free_range(2)
+    server = serve(bench, first, last)
+    come(bench, server, first, "web")
+    come(bench, server, first, "web")
+    wait_until(lambda: server.counters["links_idle"] == 4)
+    come(bench, server, first, "ssh")
+    event = bench.client_events.wait(Unpublished)[0]
+    assert event.reason == f"refused by the relay: port {first} is taken by service web"
+
+
+def test_another_identity_is_refused(bench: Bench, tmp_path: Path) -> None:
+    """The same name and port do not help; and each has the ports that its section says."""
+    first, last = free_range(3)
+    path = tmp_path / "clients.conf"
+    path.write_text(f"[nas]\ntoken = {TOKEN}\nports = {first}-{first + 1}\n[pi]\ntoken = pi {TOKEN}\nports = {first}\n")
+    server = serve(bench, first, last, token=None, client_ports=None, clients=str(path))
+    come(bench, server, first, "web", client_name="nas")
+    published(bench)
+    come(bench, server, first, "web", client_name="nas")
+    wait_until(lambda: server.counters["links_idle"] == 4)
+    come(bench, server, first, "web", client_name="pi", token=f"pi {TOKEN}")
+    reasons = [event.reason for event in bench.client_events.wait(Unpublished)]
+    assert reasons == [f"refused by the relay: port {first} is taken by another relay client"]
+    come(bench, server, last, "web", client_name="nas")
+    assert bench.client_events.wait(Unpublished, 2)[1].reason == (
+        f"refused by the relay: nas may not ask for port {last}: the server's clients file gives it {first}-{first + 1}"
+    )
+
+
+def test_what_the_server_does_not_give(bench: Bench) -> None:
+    """A port outside the range, any at all, and one of its own."""
+    first, last = free_range(2)
+    server = serve(bench, first, last, service_port=last)
+    come(bench, server, last + 1)
+    assert bench.client_events.wait(Unpublished)[0].reason == (
+        f"refused by the relay: port {last + 1} is not among those that relay clients may ask for: {first}-{last}"
+    )
+    come(bench, server, last)
+    assert bench.client_events.wait(Unpublished, 2)[1].reason == (
+        f"refused by the relay: port {last} is the server's own, of its service default"
+    )
+    come(bench, bench.server(token=TOKEN), 0)
+    assert bench.client_events.wait(Unpublished, 3)[2].reason == (
+        "refused by the relay: this relay server gives no ports to relay clients (--client-ports)"
+    )
+
+
+def test_a_port_that_another_program_has(bench: Bench) -> None:
+    """A certain one is refused, and for any another one is taken."""
+    first, last = free_range(2)
+    with socket.create_server((HOST, first)):
+        server = serve(bench, first, last)
+        come(bench, server, first)
+        assert bench.client_events.wait(Unpublished)[0].reason == (
+            f"refused by the relay: port {first} cannot be had there: another program has it"
+        )
+        come(bench, server, 0, "web")
+        assert published(bench) == [last]
+
+
+def test_a_privileged_port_says_what_it_needs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests may run as root, who may listen there."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    server = serve(bench, 80, 80)
+    monkeypatch.setattr(leases, "listen", refuse)
+    come(bench, server, 80)
+    assert bench.client_events.wait(Unpublished)[0].reason == (
+        "refused by the relay: port 80 cannot be had there: a port below 1024 needs CAP_NET_BIND_SERVICE"
+    )
+
+
+@pytest.mark.parametrize("service", ["", "a b", "web@1", "x" * 65])
+def test_a_key_is_no_name(bench: Bench, service: str) -> None:
+    """Nobody gets to another's port by its key, nor has a name that none can be."""
+    first, last = free_range(2)
+    server = serve(bench, first, last, token=None)
+    come(bench, server, first, "web", token=None)
+    published(bench)
+    for more in ({"service_port": last}, {}):
+        for name in (service, f"web@{first}"):
+            link: FakeClient = bench.enter(FakeClient(server))
+            hello = {"version": 1, "service": name, "client": "c", "nonce": new_nonce(), "name": "x", **more}
+            link.send(HELLO, hello)
+            answer = link.next()
+            assert (answer.kind, answer.fields["code"]) == (REFUSED, "service")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"service_port": 65536}, {"service_port": -1}, {"service_port": 0, "had_port": 1e9}]
+)
+def test_what_is_no_port_is_a_fault(bench: Bench, fields: dict[str, Any]) -> None:
+    server = serve(bench, *free_range(1), token=None)
+    link: FakeClient = bench.enter(FakeClient(server))
+    link.send(HELLO, {"version": 1, "service": "web", "client": "c", "nonce": new_nonce(), **fields})
+    answer = link.next()
+    assert (answer.kind, answer.fields["code"]) == (REFUSED, "protocol")
+
+
+def test_an_old_server_is_not_taken_for_one_that_gives_ports(bench: Bench) -> None:
+    """It would put the service somewhere else, and not say so."""
+    with FakeServer() as old:
+        come(bench, old.port, 0, token=None)
+        old.welcome(old.accept())
+        event = bench.client_events.wait(Unpublished)[0]
+    assert event.reason == "this relay server cannot be asked for a port: it is older than this client"
+    assert not bench.client_events.of(Published)
+
+
+# Breaks
+
+
+def test_a_port_is_kept_for_a_while(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client comes back to it, also as another process of the same name, and it is given back afterwards."""
+    first, last = free_range(2)
+    server = serve(bench, first, last, port_lease=1)
+    for number in (1, 2):
+        client = come(bench, server, 0, "web", client_name="nas")
+        assert published(bench, number)[-1] == first
+        client.end(0)
+        bench.server_events.wait(ClientDown, number)
+    assert not is_closed(first)
+    wait_until(lambda: is_closed(first))
+    assert server.service_addresses == {}
+
+
+def test_who_waits_where_a_port_is_given_back_is_refused(bench: Bench) -> None:
+    first, last = free_range(1)
+    server = serve(bench, first, last, port_lease=1)
+    client = come(bench, server, first, "web")
+    published(bench)
+    client.end(0)
+    bench.server_events.wait(ClientDown)
+    with connect(("", first)) as sock, pytest.raises(ConnectionResetError):
+        sock.recv(1)
+    [failed] = bench.server_events.wait(ConnectionFailed)
+    assert failed.reason == "its port was given back: the relay client that had asked for it is gone"
+    assert failed.service == f"web@{first}"
+    come(bench, server, first, "web")
+    published(bench, 2)
+    assert answers(first)
+
+
+def test_after_a_restart_of_the_server_it_asks_for_the_one_it_had(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And gets another one where that is taken; the address that is told is right each time."""
+    for name in ("FIRST_BACKOFF", "LAST_BACKOFF", "REFUSED_BACKOFF"):
+        replace(monkeypatch, name, 0.05)
+    first, last = free_range(3)
+    relay_port = free_port()
+    own = {"on_event": bench.server_events, "token": TOKEN, "client_ports": f"{first}-{last}", "hostname": HOST}
+    first_one = {"relay_host": HOST, "relay_port": relay_port, "token": TOKEN, "publish": "x=1@0", "try_service": False}
+    with RelayServer(relay_port, **own, drain_timeout=0), RelayClient(**first_one):  # type: ignore[arg-type]
+        wait_until(lambda: not is_closed(first))
+        come(bench, relay_port, 0, "web")
+        assert published(bench) == [first + 1]
+    with RelayServer(relay_port, **own, drain_timeout=0):  # type: ignore[arg-type]
+        wait_until(lambda: not is_closed(first + 1))
+        assert answers(first + 1)
+        assert set(published(bench)) == {first + 1}
+    with socket.create_server((HOST, first + 1)), RelayServer(relay_port, **own, drain_timeout=0):  # type: ignore[arg-type]
+        wait_until(lambda: published(bench)[-1] == first)
+        assert answers(first)
+
+
+def test_another_address_is_told_although_nothing_was_lost_long(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server was started anew between two links: no attempt has failed."""
+    first, _ = free_range(1)
+    with FakeServer() as relay:
+        come(bench, relay.port, 0, "web", token=None, num_conn=1)
+        for number, port in enumerate((first, first + 1), 1):
+            link = relay.accept()
+            hello = relay.welcome(link, service_port=port, address=f"127.0.0.1:{port}")
+            assert hello.fields["had_port"] == (0 if number == 1 else first)
+            assert published(bench, number)[-1] == port
+            link.close()
+        assert not bench.client_events.of(Unpublished)
+
+
+# What is taken back
+
+
+def test_ports_are_taken_back(bench: Bench) -> None:
+    """At once, with their links; those that may stay do."""
+    first, last = free_range(2)
+    server = serve(bench, first, last)
+    come(bench, server, first, "web")
+    come(bench, server, last, "ssh")
+    published(bench, 2)
+    wait_until(lambda: server.counters["links_idle"] == 4)
+    assert server.reload(client_ports=str(last))
+    wait_until(lambda: is_closed(first))
+    assert {event.reason for event in bench.server_events.of(LinkDown)} == {
+        f"revoked: port {first} is not among those that relay clients may ask for any more"
+    }
+    assert answers(last)
+    assert bench.server_events.wait(LinkRefused)[0].code == "rights"
+
+
+# With workers
+
+
+def test_workers_share_what_is_asked_for(peers: Peers, workers: str) -> None:
+    """The links of all processes on both sides lead to one port, and to each of several; a worker that has died gets
+    them again, and they are given back when the client has gone."""
+    first, last = free_range(3)
+    words = "--token", TOKEN, "--port-lease", "1", "--client-ports", f"{first}-{last}"
+    server = peers.relay_process("server", "--relay-port", "0", "--hostname", HOST, *words)
+    server.wait_event("Listening", service="")
+    service = peers.service(echo)
+    client = peers.relay_process(
+        "client", "--relay-host", HOST, "--relay-port", str(server.relay_port), "--token", TOKEN,
+        "--publish", f"any={HOST}:{service.port}@0", "--publish", f"web={HOST}:{service.port}@{last}",
+    )  # fmt: skip
+    client.wait_event("Published", service="any", address=f"{HOST}:{first}")
+    client.wait_event("Published", service="web", address=f"{HOST}:{last}")
+    for port in (first, last):
+        socks = [peers.connect(port) for _ in range(12)]
+        for sock in socks:
+            sock.sendall(b"x")
+            assert read_exactly(sock, 1) == b"x"
+        for sock in socks:
+            sock.close()
+    assert is_closed(first + 1)
+    client.signal(signal.SIGTERM)
+    assert client.wait() == 0
+    wait_until(lambda: is_closed(first) and is_closed(last))
+    client = peers.relay_process(
+        "client", f"{HOST}:{server.relay_port}", f"{HOST}:{service.port}@{first + 1}", "--token", TOKEN
+    )
+    client.wait_event("Published", service="default", address=f"{HOST}:{first + 1}")
+    with peers.connect(first + 1) as sock:
+        sock.sendall(b"x")
+        assert read_exactly(sock, 1) == b"x"
+
+
+# The words
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("web=80@0", "web=localhost:80@0"),
+        ("80@20000", "default=localhost:80@20000"),
+        ("nas:80@1", "default=nas:80@1"),
+        ("app=unix:/run/a@2", "app=unix:/run/a@2"),
+        ("app=unix:/run/a@b", "app=unix:/run/a@b"),
+    ],
+)
+def test_the_words_of_a_publication(text: str, said: str) -> None:
+    assert str(parse_publication(text)) == said
+    assert parse_publication(said) == parse_publication(text)
+
+
+def test_a_port_for_the_default_service() -> None:
+    client = RelayClient(HOST, 80, HOST, 1, service_port=20000)
+    assert [str(service) for service in client.options.services] == [f"default={HOST}:80@20000"]
+    with pytest.raises(ValueError, match="--service-port is of no use without --port"):
+        RelayClient(relay_host=HOST, relay_port=1, publish="web=80", service_port=0)
+    with pytest.raises(ValueError, match="--wire raw cannot ask for a port"):
+        RelayClient(HOST, 80, HOST, 1, service_port=0, wire="raw")
+    with pytest.raises(ValueError, match="--wire raw cannot ask for a port"):
+        RelayServer(1, client_ports="1-2", wire="raw", service_port=3)
