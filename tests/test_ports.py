@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import signal
 import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ from tcprelay import (
     ClientDown, ConnectionFailed, LinkDown, LinkRefused, Listening, Published, RelayClient, RelayServer, Unpublished,
 )  # fmt: skip
 
-from .conftest import Bench, connect, echo, read_exactly, replace, unused_port, wait_until
+from .conftest import Bench, connect, connect_from, echo, read_exactly, replace, unused_port, wait_until
 from .peers import HOST, Peers, free_port
 from .peers_v1 import FakeClient, FakeServer
+from .wire import SERVER, Way, Wire
 
 TOKEN = "the token of all the tests"
 
@@ -227,6 +230,22 @@ def test_an_old_server_is_not_taken_for_one_that_gives_ports(bench: Bench) -> No
     assert not bench.client_events.of(Published)
 
 
+def test_lists_and_limits_are_for_those_services_too(bench: Bench) -> None:
+    """Those for all services; and a name that the server has counts, too."""
+    first, last = free_range(2)
+    server = serve(bench, first, last, service="web=0", deny="127.0.0.2", allow="web=127.0.0.3", limit_rate="64Ki")
+    come(bench, server, first, "ssh")
+    published(bench)
+    with pytest.raises(ConnectionResetError):
+        connect_from(bench, "127.0.0.2", first).recv(1)
+    assert bench.server_events.wait(ConnectionFailed)[0].reason == "its address may not connect (--deny)"
+    began = time.monotonic()
+    sock = connect_from(bench, "127.0.0.4", first)
+    sock.sendall(bytes(128 << 10))
+    read_exactly(sock, 128 << 10)
+    assert time.monotonic() - began > 1
+
+
 # Breaks
 
 
@@ -296,6 +315,31 @@ def test_another_address_is_told_although_nothing_was_lost_long(bench: Bench, mo
             assert published(bench, number)[-1] == port
             link.close()
         assert not bench.client_events.of(Unpublished)
+
+
+def test_over_a_network_that_is_gone(lay_wire: Callable[..., Wire], peers: Peers, workers: str) -> None:
+    """For less than the lease its port is kept; for longer somebody else may get it, and then another one is told."""
+    wire = lay_wire(Way(delay=0.01))
+    first, last = 20_000, 20_001  # in a network of the test's own
+    words = "--token", TOKEN, "--port-lease", "3", "--client-ports", f"{first}-{last}", "--heartbeat", "0.4"
+    with wire.server.inside():
+        server = peers.relay_process("server", "--relay-port", "10080", *words)
+    server.wait_event("Listening", service="")
+    with wire.client.inside():
+        client = peers.relay_process("client", f"{SERVER}:10080", "22@0", "--token", TOKEN, "--try-service", "false")
+    client.wait_event("Published", address=f"{SERVER}:{first}")
+    with wire.hole():
+        server.wait_event("ClientDown", service=f"default@{first}")
+    wait_until(lambda: len(server.events("ClientUp")) == 2, 30)
+    assert {str(event["service"]) for event in server.events("ClientUp")} == {f"default@{first}"}
+    with wire.hole():
+        server.wait_message(f"port {first} of service default is given back")
+        with wire.server.inside():
+            other = peers.relay_process(
+                "client", "127.0.0.1:10080", "22@0", "--token", TOKEN, "--try-service", "false", "--name", "other"
+            )
+        other.wait_event("Published", address=f"127.0.0.1:{first}")
+    client.wait_event("Published", 30, address=f"{SERVER}:{last}")
 
 
 # What is taken back

@@ -74,6 +74,8 @@ class Access:
     def refuses(self, service: str, address: Any) -> str:
         """Why a socket address, IPv4's or IPv6's, may not connect to this service, or to the relay port under ""; ""
         where it may.  Any thread.  Raises `OSError` and `ValueError` where the host in it is no such address."""
+        if not self.lists:
+            return ""
         lists = self.lists.get(service) if service in self.names else self.lists.get(OTHERS)
         if lists is None:
             return ""

@@ -19,7 +19,7 @@ from typing import NoReturn
 import pytest
 
 from ..watch import WATCH
-from . import hostile, limits, load, mayhem, network, pairing, paths, rate, storm, streams  # noqa: F401 - they register their cases
+from . import hostile, limits, load, mayhem, network, pairing, paths, rate, rights, storm, streams  # noqa: F401 - they register
 from .suite import CASES, Case, Figure, read_figures, running, write_figures
 
 GRACE = 30.0

@@ -1197,15 +1197,23 @@ def reflect(relay: Address, context: Context, peer: Peer) -> None:
     peer.say(AUTH, proof=json.loads(answer).get("proof", second))
 
 
-def token_attempts(relay: Address, members: set[str], context: Context = None) -> dict[str, Attempt]:
-    """By those who do not know the token; a member's handshake is recorded for them."""
+def hear_record(
+    relay: Address, members: set[str], token: str, context: Context = None, **more: object
+) -> tuple[list[bytes], list[str]]:
+    """What a member says to get in, and the nonces that it is given."""
     with connect(relay, context=context) as member:
         members.add(member.name)
-        member.greet(TOKEN)
+        member.greet(token, **more)  # type: ignore[arg-type]
         nonces: list[str] = member.read(WELCOME)["nonces"]
         record = list(member.said)
         member.say(BYE)
         member.hear_out()
+    return record, nonces
+
+
+def token_attempts(relay: Address, members: set[str], context: Context = None) -> dict[str, Attempt]:
+    """By those who do not know the token; a member's handshake is recorded for them."""
+    record, nonces = hear_record(relay, members, TOKEN, context)
     with connect(relay, context=context) as member:
         members.add(member.name)
         own = new_nonce()
