@@ -46,6 +46,8 @@ class Identity:
     name: str
     token: bytes = field(default=b"", repr=False)
     """Empty where its certificate is enough."""
+    token_file: str = ""
+    """Where it came from, if that is a file of its own."""
     services: tuple[str, ...] = ()
     """Of the server's, which it may publish."""
     ports: tuple[PortRange, ...] = ()
@@ -139,7 +141,7 @@ def parse_rights(
         if not named and not ports:
             raise wrong("", f"{name} may publish nothing: give it services or ports")
         identities[name] = Identity(
-            name, token, tuple(services) if ALL in named else named, client_ports if ports == ALL else ports,
+            name, token, values.get("token-file", ""), tuple(services) if ALL in named else named, client_ports if ports == ALL else ports,
             values.get("from", ()), values.get("max-links", 0), values.get("max-connections", 0),
             values.get("limit-rate", 0),
         )  # fmt: skip

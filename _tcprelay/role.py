@@ -150,6 +150,8 @@ def warn_about_secrets(runtime: Runtime[Any]) -> None:
     for name, identity in (runtime.credentials.rights or {}).items():
         if 0 < len(identity.token) < SHORTEST_TOKEN:
             log.warning("the token of %s has %d characters: it can be guessed", name, len(identity.token))
+        if identity.token_file and (may := say_open(identity.token_file)):
+            log.warning("token-file %s: %s", identity.token_file, may)
     for name in PRIVATE_FILES:
         path = getattr(options, name, "")
         has_key_elsewhere = name.endswith("cert") and bool(getattr(options, name.replace("cert", "key"), ""))

@@ -42,7 +42,7 @@ def test_a_section_says_all() -> None:
     found = one("\n".join(line.removeprefix("        ") for line in text.splitlines()))
     networks = tuple(map(parse_network, ("192.0.2.0/24", "2001:db8::/32", "198.51.100.7/32")))
     ports = (PortRange(20000, 20009), PortRange(22022, 22022))
-    assert found == Identity("nas", b"a=b:c;d#e", ("web", "ssh"), ports, networks, 32, 100, 512 << 10)
+    assert found == Identity("nas", b"a=b:c;d#e", "", ("web", "ssh"), ports, networks, 32, 100, 512 << 10)
 
 
 def test_a_star_is_all() -> None:
@@ -119,6 +119,21 @@ def test_what_an_identity_may_do(host: str, service: str, port: int | None, said
 
 
 # The file
+
+
+def test_open_files_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The clients file like others with secrets, and a token's file that it names; and a token that is short."""
+    token, path = tmp_path / "token", tmp_path / "clients.conf"
+    token.write_text("short\n")
+    path.write_text(f"[nas]\ntoken-file = {token}\nservices = default\n")
+    for file in (token, path):
+        file.chmod(0o644)
+    with RelayServer(0, 0, hostname="127.0.0.1", clients=str(path)):
+        assert caplog.messages == [
+            "the token of nas has 5 characters: it can be guessed",
+            f"token-file {token}: others can read it (its mode is 0644)",
+            f"--clients {path}: others can read it (its mode is 0644)",
+        ]
 
 
 def test_a_file_that_is_wrong_ends_the_start(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from ..text import say_error, trim
 from ..values import ServiceNetwork, parse_network
 
 OTHERS = "@"
-"""Stands for all services on ports that relay clients have asked for; no service has such a name."""
+"""Stands for all services that only relay clients know; in a key it is before the port."""
 BITS = {4: 32, 6: 128}
 """Of an address, by its version."""
 
@@ -67,7 +67,7 @@ class Access:
     """Who may connect: replaced as a whole when the lists are read again."""
 
     lists: Mapping[str, Lists] = field(default_factory=dict)
-    """Of each service for which there are any, of the relay port under "", and of all other services."""
+    """Of each service for which there are any, on whatever port, of the relay port under "", and of all others."""
     names: frozenset[str] = frozenset()
     """The services that have their own, and the relay port."""
 
@@ -76,7 +76,8 @@ class Access:
         where it may.  Any thread.  Raises `OSError` and `ValueError` where the host in it is no such address."""
         if not self.lists:
             return ""
-        lists = self.lists.get(service) if service in self.names else self.lists.get(OTHERS)
+        name = service.partition(OTHERS)[0]
+        lists = self.lists.get(name if name in self.names else OTHERS)
         if lists is None:
             return ""
         version, number = number_of(address[0])

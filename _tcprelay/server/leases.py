@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..addresses import host_of, is_ipv6
+from ..addresses import host_of, is_ipv6, show_address
+from ..events import Listening
 from ..protocol import Frame, LinkFault
 from ..role import Runtime
 from ..server_options import ServerOptions
@@ -95,6 +96,8 @@ class Lease:
     """When there was a link of it last, or it was asked for."""
     revoked: bool = False
     """It goes as soon as there is no link."""
+    is_fresh: bool = True
+    """Nobody has been told of it yet."""
 
 
 class Leases:
@@ -116,7 +119,7 @@ class Leases:
         self._has_client = has_client
         self._begin = begin
         self._over = over
-        self._lock = threading.RLock()  # over the next; who hears of a new listener may ask in turn
+        self._lock = threading.Lock()  # over the next; the pool's, and what tells the workers, are taken under it
         self._leases: dict[int, Lease] = {}  # by port
 
     @property
@@ -128,12 +131,15 @@ class Leases:
         """Give a port; returns the key of its service.  Raises `Refusal`."""
         with self._lock:
             lease = self._certain(ask) if ask.port else self._any(ask)
-            lease.seen = time.monotonic()
-            return lease.key
+            fresh, lease.is_fresh, lease.seen = lease.is_fresh, False, time.monotonic()
+        if fresh:
+            address = show_address(self._listeners.addresses[lease.key])
+            self._runtime.emit(Listening(service=lease.key, address=address))
+        return lease.key
 
     def look(self) -> float:
         """Give back what is over; in the thread that accepts.  Returns the seconds until the next look."""
-        options, now = self._runtime.options, time.monotonic()
+        options, now, over = self._runtime.options, time.monotonic(), list[Lease]()
         with self._lock:
             for lease in list(self._leases.values()):
                 if self._has_client(lease.key):
@@ -142,7 +148,9 @@ class Leases:
                     del self._leases[lease.port]
                     self._listeners.remove(lease.key)
                     self._over(lease.key)
-                    self._runtime.log.info("port %d of service %s is given back", lease.port, lease.ask.name)
+                    over.append(lease)
+        for lease in over:
+            self._runtime.log.info("port %d of service %s is given back", lease.port, lease.ask.name)
         return min(self.LOOK, options.port_lease / 4)
 
     def revoke(self) -> None:

@@ -117,7 +117,6 @@ class Listeners:
             return
         if self.bell is not None:
             self.bell.ring()
-        self._runtime.emit(Listening(service=service, address=show_address(address)))
 
     def remove(self, service: str) -> None:
         """Listen no more for such a service; in the thread that accepts."""
