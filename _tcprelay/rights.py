@@ -141,9 +141,9 @@ def parse_rights(
         if not named and not ports:
             raise wrong("", f"{name} may publish nothing: give it services or ports")
         identities[name] = Identity(
-            name, token, values.get("token-file", ""), tuple(services) if ALL in named else named, client_ports if ports == ALL else ports,
-            values.get("from", ()), values.get("max-links", 0), values.get("max-connections", 0),
-            values.get("limit-rate", 0),
+            name, token, values.get("token-file", ""), tuple(services) if ALL in named else named,
+            client_ports if ports == ALL else ports, values.get("from", ()), values.get("max-links", 0),
+            values.get("max-connections", 0), values.get("limit-rate", 0),
         )  # fmt: skip
     return identities
 
