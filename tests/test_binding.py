@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import ssl
 import threading
@@ -82,12 +83,9 @@ class Middle:
                 self.seen.append(name)
                 self._tamper(name, fields)
                 sink.sendall(encode_frame(head[0], fields))
-        except (OSError, AssertionError):
-            for sock in (source, sink):
-                try:
-                    sock.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass
+        except (OSError, AssertionError):  # the other way may have a word left to say
+            with contextlib.suppress(OSError):
+                sink.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)

@@ -29,7 +29,7 @@ from ..values import parse_name
 from ..waiting import Deadline, Stopping, wait_for
 from .clients import UNTRUSTED, Refusal
 from .intake import Intake
-from .leases import Ask, name_in
+from .leases import Ask, asked_port, name_in
 from .limits import TOO_MANY_HANDSHAKES, Handshakes
 from .nonces import Nonces
 from .pooled import PooledLink
@@ -61,11 +61,6 @@ def wrong_token(called: str, identity: Identity | None, rights: Rights | None) -
         f"the server knows no {shown(called, 64)} with this token: --name and the token have to be those of a section "
         "of its clients file",
     )
-
-
-def asked_port(hello: Frame) -> int | None:
-    """The port that a relay client asks for; ``None`` where it asks for none.  Raises `LinkFault`."""
-    return int(hello.number("service_port", 0, 1e6)) if "service_port" in hello.fields else None
 
 
 def lost_right(pooled: PooledLink, runtime: Runtime[ServerOptions]) -> str:
@@ -185,38 +180,10 @@ class Greeting:
             raise LinkFault("the first frame is not HELLO")
         if hello.fields.get("version") != PROTOCOL_VERSION:
             raise Refusal("the versions differ: this relay server speaks link protocol 1", "version")
-        service, client, nonce = hello.text("service"), hello.text("client")[:64], hello.text("nonce")
-        proof, token, host = "", credentials.token, show_address(link.stream.peer).rpartition(":")[0]
-        called, identity = hello.text("name"), None
-        if credentials.rights is not None:
-            identity = credentials.rights.get(called)
-            if identity is None and runtime.options.auth:  # its certificate may have been enough
-                raise wrong_token(called, None, credentials.rights)
-            token = identity.token if identity else DECOY
-        if token:
-            certificate = credentials.certificate if link.stream.secure else ""
-            own_nonce, auth = hello.text("server_nonce"), hello
-            if not self._nonces.take(own_nonce, client, host):
-                own_nonce = new_nonce()
-                link.send(CHALLENGE, {"nonce": own_nonce, **({"certificate": certificate} if certificate else {})})
-                auth = link.receive(deadline.within(HANDSHAKE_STEP), runtime.stop)
-            if auth.kind == REFUSED:
-                raise Refusal(f"the relay client gave up: {shown(auth.text('reason'))}", "lost")
-            found = auth.text("certificate") if certificate else ""
-            expected = prove(token, CLIENT, nonce, own_nonce, service, client, found)
-            if not is_proof(auth.text("proof"), expected):
-                raise wrong_token(called, identity, credentials.rights)
-            if found not in ("", certificate):
-                raise Refusal(
-                    "another certificate than this server's has arrived there: somebody on the way has opened the TLS "
-                    "connection; if that is a proxy of yours, let it pass TLS on", "certificate",
-                )  # fmt: skip
-            proof = prove(token, SERVER, nonce, own_nonce, service, client, found)
-        elif hello.fields.get("token") is True:
-            raise Refusal(
-                "it wants a token to be proven, and none is set here; set --token-file", "token",
-                "the relay server has no token to prove: set the same --token-file there",
-            )  # fmt: skip
+        service, client = hello.text("service"), hello.text("client")[:64]
+        host, called = show_address(link.stream.peer).rpartition(":")[0], hello.text("name")
+        identity = credentials.rights.get(called) if credentials.rights is not None else None
+        proof = self._check_proof(link, hello, host, identity, credentials, deadline)
         name, proven = shown(called, 64), certificate_name(link.stream)
         if identity:
             if runtime.options.auth and proven != shown(identity.name, 64):
@@ -250,6 +217,43 @@ class Greeting:
             self._forget(pooled, say_error(error))
             raise
         return pooled
+
+    def _check_proof(
+        self, link: Link, hello: Frame, host: str, identity: Identity | None, credentials: Credentials,
+        deadline: Deadline,
+    ) -> str:  # fmt: skip
+        """Have a relay client prove that it knows its token, if it has to; returns the server's own proof, "" for none.
+        Raises `Refusal`."""
+        runtime, rights, token, called = self._runtime, credentials.rights, credentials.token, hello.text("name")
+        if rights is not None:
+            token = identity.token if identity else DECOY
+            if identity is None and runtime.options.auth:  # its certificate may have been enough
+                raise wrong_token(called, None, rights)
+        if not token:
+            if hello.fields.get("token") is True:
+                raise Refusal(
+                    "it wants a token to be proven, and none is set here; set --token-file", "token",
+                    "the relay server has no token to prove: set the same --token-file there",
+                )  # fmt: skip
+            return ""
+        service, client, nonce = hello.text("service"), hello.text("client")[:64], hello.text("nonce")
+        certificate = credentials.certificate if link.stream.secure else ""
+        own_nonce, auth = hello.text("server_nonce"), hello
+        if not self._nonces.take(own_nonce, client, host):
+            own_nonce = new_nonce()
+            link.send(CHALLENGE, {"nonce": own_nonce, **({"certificate": certificate} if certificate else {})})
+            auth = link.receive(deadline.within(HANDSHAKE_STEP), runtime.stop)
+        if auth.kind == REFUSED:
+            raise Refusal(f"the relay client gave up: {shown(auth.text('reason'))}", "lost")
+        found = auth.text("certificate") if certificate else ""
+        if not is_proof(auth.text("proof"), prove(token, CLIENT, nonce, own_nonce, service, client, found)):
+            raise wrong_token(called, identity, rights)
+        if found not in ("", certificate):
+            raise Refusal(
+                "another certificate than this server's has arrived there: somebody on the way has opened the TLS "
+                "connection; if that is a proxy of yours, let it pass TLS on", "certificate",
+            )  # fmt: skip
+        return prove(token, SERVER, nonce, own_nonce, service, client, found)
 
     def _find_service(
         self, hello: Frame, service: str, client: str, identity: Identity | None

@@ -44,6 +44,11 @@ def name_in(key: str) -> str:
     return key.partition(MARK)[0]
 
 
+def asked_port(hello: Frame) -> int | None:
+    """The port that a HELLO asks for, 0 being any; ``None`` for none.  Raises `LinkFault`."""
+    return int(hello.number("service_port", 0, 1e6)) if "service_port" in hello.fields else None
+
+
 @dataclass(frozen=True)
 class Ask:
     """What a relay client asks for."""
@@ -66,9 +71,9 @@ class Ask:
     @classmethod
     def read(cls, hello: Frame, name: str, client: str, owner: str, ports: tuple[PortRange, ...]) -> Ask | None:
         """What stands in HELLO; ``None`` where no port is asked for.  Raises `LinkFault`."""
-        if "service_port" not in hello.fields:
+        port, had = asked_port(hello), int(hello.number("had_port", 0, 1e6))
+        if port is None:
             return None
-        port, had = (int(hello.number(field, 0, 1e6)) for field in ("service_port", "had_port"))
         if max(port, had) > 65535:
             raise LinkFault("HELLO: there is no such port")
         ranges = tuple((one.first, one.last) for one in ports)
