@@ -114,9 +114,11 @@ class RelayClient(Relay[ClientOptions]):
     def _apply(self, options: ClientOptions, credentials: Credentials) -> None:
         names = {service.name for service in options.services}
         gone = [service.name for service in self.options.services if service.name not in names]
-        if self._started and not self._closed:
-            self._stock.replace(options.services, self._make_service)
+        serves = self._started and not self._closed
+        fresh = [self._make_service(one) for one in self._stock.missing(options.services)] if serves else []
         super()._apply(options, credentials)
+        if serves:
+            self._stock.replace(options.services, fresh)
         self.runtime.places.most = self._share(options.max_conn) if options.max_conn else from_descriptor_limit()
         if not self.runtime.is_worker:
             for name in gone:

@@ -164,6 +164,7 @@ class RelayServer(Relay[ServerOptions]):
         self._links = Links(runtime, pool, intake, of_links, self._nonces, *self._quotas)
         pairing = Pairing(runtime, pool, intake, of_clients, self._links)
         intake.serve_link, intake.serve_client = self._links.serve, pairing.serve
+        intake.drop_links = self._links.drop_all
         self._is_made = True
         if account is None:
             self.prepare()
@@ -187,7 +188,7 @@ class RelayServer(Relay[ServerOptions]):
         self._listeners.set_shares()
         self.runtime.places.most = options.max_connections or from_descriptor_limit()
         if self._is_made:
-            self._pool.max_pending = options.max_pending
+            self._pool.max_pending, self._pool.most = options.max_pending, 2 * self.runtime.places.most
             self._links.revoke()
         if self._leases is not None:
             self._leases.revoke()

@@ -148,11 +148,12 @@ def shown_certificate(context: ssl.SSLContext) -> str:
 
 
 def certificate_name(stream: Stream) -> str:
-    """The common name, or the first other name, in the verified certificate of a TLS peer; "" without one."""
+    """The common name, or the first other name, in the verified certificate of a TLS peer, as it stands there; "" where
+    there is none."""
     certificate = stream.tls.getpeercert() if isinstance(stream, TLSStream) else None
     if not certificate:
         return ""
     subject: Any = certificate.get("subject", ())
     names = [value for part in subject for key, value in part if key == "commonName"]
     others: Any = certificate.get("subjectAltName", ())
-    return shown((names + [value for _, value in others] or ["unnamed"])[0], 64)
+    return str((names + [value for _, value in others] or [""])[0])

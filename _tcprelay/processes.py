@@ -11,6 +11,7 @@ import signal
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
@@ -86,8 +87,8 @@ class WorkerProcess:
         """Where connections are sent to it."""
         self.up = False
         self.born = 0.0
-        self.orders = b""
-        """Signals that are still to be passed on."""
+        self.orders: deque[bytes] = deque()
+        """Signals that are still to be passed on, each a byte, and messages."""
         self.reloads = 0
         """Reloads that it has not done yet."""
 
@@ -98,6 +99,17 @@ class WorkerProcess:
             return True
         except OSError:
             return False
+
+    def send(self, message: bytes) -> None:
+        """Send it a message that must not be lost, behind those that are to be sent."""
+        self.orders.append(message)
+        self.flush()
+
+    def flush(self) -> bool:
+        """Send what is to be sent; False where its channel is full."""
+        while self.orders and self.order(self.orders[0]):
+            self.orders.popleft()
+        return not self.orders
 
     def hand(self, message: bytes, descriptor: int) -> bool:
         """Send it a connection, unless it has died or does not take them fast enough: False."""
@@ -133,6 +145,8 @@ class Workers:
         """When `run` ends: for workers that have not ended by themselves."""
         self._reloaded = ""
         """What is to be said when all workers have reloaded."""
+        self._unreloaded = 0
+        """How many of them could not."""
         self._signals: Signals
 
     def run(self, signals: Signals) -> int:
@@ -240,9 +254,11 @@ class Workers:
         """Say that all is reloaded, when all workers have done it: what has lost its right there is gone by then."""
         if any(worker.reloads for worker in self.workers):
             return
-        if self._reloaded:
+        if self._unreloaded:
+            self.log.error("%d workers could not reload, and go on as before: send SIGHUP again", self._unreloaded)
+        elif self._reloaded:
             self.log.info("%s", self._reloaded)
-        self._reloaded = ""
+        self._reloaded, self._unreloaded = "", 0
         if self._begun:
             notify_systemd("READY=1")
 
@@ -256,15 +272,13 @@ class Workers:
     def _order(self, number: int) -> None:
         for worker in self.workers:
             if worker.pid:
-                worker.orders += bytes([number])
+                worker.orders.append(bytes([number]))
         self._send_orders()
 
     def _send_orders(self) -> bool:
-        """Pass signals on; False where one has to wait, because a worker's channel is full."""
-        for worker in self.workers:
-            while worker.orders and worker.order(worker.orders[:1]):
-                worker.orders = worker.orders[1:]
-        return not any(worker.orders for worker in self.workers)
+        """Pass on what is to be passed on; False where one has to wait, because a worker's channel is full."""
+        left = [worker for worker in self.workers if not worker.flush()]
+        return not left
 
     def _fork(self, worker: WorkerProcess) -> None:
         worker.born, worker.up = time.monotonic(), False
@@ -351,6 +365,7 @@ class Workers:
                 notify_systemd("READY=1")
         elif "reloaded" in fields:
             worker.reloads -= 1
+            self._unreloaded += not fields["reloaded"]
             self._note_reloads()
         elif "event" in fields:
             self.tell(fields["event"], fields["fields"], worker)
@@ -365,7 +380,8 @@ class Workers:
             _, status = os.waitpid(worker.pid, 0)
         except ChildProcessError:  # it was collected elsewhere; its number may be another process's by now
             status = 0
-        pid, worker.pid, was_up, worker.up, worker.orders = worker.pid, 0, worker.up, False, b""
+        pid, worker.pid, was_up, worker.up = worker.pid, 0, worker.up, False
+        worker.orders.clear()
         if worker.reloads:
             worker.reloads = 0
             self._note_reloads()

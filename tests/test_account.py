@@ -216,3 +216,21 @@ def test_who_has_shaken_hands_waits_where_it_is() -> None:
     intake.pass_on(client)
     assert runtime.mock_calls == [call.tell_parent({"look": "web"})]
     pool.selector.close()
+
+
+def test_a_service_may_be_gone_before_its_clients() -> None:
+    """Then nothing of them is counted, and nothing raises; the row is given out again last."""
+    account = Account(1, ["a"], 2)
+    one = WorkerAccount(account, 0)
+    first = account.open("x@1")
+    one.show_members("x@1", 2)
+    assert account.has_members("x@1")
+    one.show_members("x@1", 0)
+    account.close("x@1")
+    for act in (one.settle, one.leave, one.count_waiting_elsewhere):
+        act("x@1")
+    one.show("x@1", 1, 1)
+    one.show_members("x@1", 1)
+    assert account.open("y@2") != first
+    assert account.open("z@3") == first
+    assert not account.has_members("z@3")

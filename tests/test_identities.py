@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from _tcprelay.protocol import HELLO, REFUSED, WELCOME, new_nonce
+from _tcprelay.protocol import HELLO, PING, REFUSED, WELCOME, new_nonce
 from tcprelay import (
     ClientUp, ConnectionClosed, ConnectionFailed, LinkDown, LinkRefused, Published, RelayClient, RelayServer,
     Unpublished,
 )  # fmt: skip
 
 from .certificates import Certificates
-from .conftest import PATIENCE, Bench, read_exactly, wait_until
+from .conftest import PATIENCE, Bench, read_exactly, replace, wait_until
 from .peers import HOST, Peers
 from .peers_v1 import FakeClient
 
@@ -281,6 +281,45 @@ def test_a_right_that_stays_is_not_touched(bench: Bench, clients: ClientsFile) -
     sock.sendall(b"y")
     assert read_exactly(sock, 1) == b"y"
     assert not bench.server_events.of(LinkDown)
+
+
+def test_limits_reach_the_links_that_are_there(bench: Bench, clients: ClientsFile) -> None:
+    """They live for days, and the next connection over them is one by the limits of today."""
+    server = serve(bench, clients)
+    bench.client(server, bench.service().port, name="nas", token=NAS, num_conn=4)
+    held = bench.connect(server)
+    held.sendall(b"x")
+    assert read_exactly(held, 1) == b"x"
+    reload(server, clients, nas=f"{SECTIONS['nas']}max-connections = 1\n")
+    with pytest.raises(ConnectionResetError):
+        bench.connect(server).recv(1)
+    assert bench.server_events.wait(ConnectionFailed)[0].reason.endswith("(max-connections)")
+    assert not bench.server_events.of(LinkDown)
+
+
+def test_a_ping_brings_nonces_to_who_is_known_by_name(bench: Bench, clients: ClientsFile) -> None:
+    server = serve(bench, clients, heartbeat=0.2)
+    link: FakeClient = bench.enter(FakeClient(server))
+    link.hello(token=NAS.encode(), name="nas")
+    ping = link.next()
+    assert (ping.kind, len(ping.fields["nonces"])) == (PING, 2)
+
+
+def test_names_are_compared_whole(
+    bench: Bench, clients: ClientsFile, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of certificates as they stand there: escaped and cut for the log two long ones may look alike."""
+    names = [f"склад-москва-{number}" for number in (1, 2)]
+    clients.write(nas=None, pi=None, **dict.fromkeys(names, "services = default\n"))
+    ca = certificates.path("ca.pem")
+    files = {"cert": certificates.path("server.pem"), "key": certificates.path("server.key")}
+    server = serve(bench, clients, auth=True, ca_file=ca, tls="relay", **files)
+    replace(monkeypatch, "certificate_name", lambda stream: names[1])
+    own = {"cert": certificates.path("client.pem"), "key": certificates.path("client.key"), "ca_file": ca}
+    come(bench, server, names[0], None, tls="relay", **own)  # type: ignore[arg-type]
+    assert bench.server_events.wait(LinkRefused)[0].reason.startswith("its certificate is that of ")
+    assert not bench.client_events.of(Published)
+    bench.client(server, 1, name=names[1], tls="relay", **own)
 
 
 def test_a_file_that_is_wrong_leaves_all_as_it_was(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import signal
 import socket
@@ -14,6 +15,8 @@ import pytest
 
 from _tcprelay.protocol import HELLO, REFUSED, new_nonce
 from _tcprelay.server import leases
+from _tcprelay.server.clients import Refusal
+from _tcprelay.server.leases import Ask
 from _tcprelay.values import parse_publication
 from tcprelay import (
     ClientDown, ConnectionFailed, LinkDown, LinkRefused, Listening, Published, RelayClient, RelayServer, Unpublished,
@@ -72,6 +75,8 @@ def is_closed(port: int) -> bool:
         connect(("", port)).close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:  # it was about to be
+        return False
     return False
 
 
@@ -86,6 +91,10 @@ def test_a_certain_port_and_any(bench: Bench) -> None:
     assert published(bench) == [last]
     come(bench, server, 0, "ssh")
     assert published(bench, 2) == [last, first]
+    come(bench, server, first, "ssh")
+    assert bench.client_events.wait(Unpublished)[0].reason == (
+        f"refused by the relay: port {first} is taken by another relay client, which had asked for any"
+    )
     assert answers(first) and answers(last)
     assert set(server.service_addresses) == {f"web@{last}", f"ssh@{first}"}
     assert [event.service for event in bench.server_events.of(Listening)[1:]] == [f"web@{last}", f"ssh@{first}"]
@@ -256,6 +265,7 @@ def test_a_port_is_kept_for_a_while(bench: Bench, monkeypatch: pytest.MonkeyPatc
     for number in (1, 2):
         client = come(bench, server, 0, "web", client_name="nas")
         assert published(bench, number)[-1] == first
+        wait_until(lambda: server._intake.leases._leases[first].was_used)  # type: ignore[attr-defined]
         client.end(0)
         bench.server_events.wait(ClientDown, number)
     assert not is_closed(first)
@@ -340,6 +350,58 @@ def test_over_a_network_that_is_gone(lay_wire: Callable[..., Wire], peers: Peers
             )
         other.wait_event("Published", address=f"127.0.0.1:{first}")
     client.wait_event("Published", 30, address=f"{SERVER}:{last}")
+
+
+def ask(server: RelayServer, client: str, *, port: int = 0, had: int = 0, called: str = "nas", host: str = HOST) -> int:
+    """Ask for a port without opening a link; returns which it is."""
+    key = server._intake.ask(Ask("web", port, had, client, called, "", host))
+    return int(key.rpartition("@")[2])
+
+
+def test_what_nobody_has_used_is_not_taken_over(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own links may be on their way; and it is over soon, although the lease is long."""
+    first, last = free_range(4)
+    server = serve(bench, first, last)
+    assert ask(server, "one") == first
+    assert ask(server, "another") == first + 1
+    assert ask(server, "one") == first
+    monkeypatch.setattr(leases.Leases, "UNUSED", 0.5)
+    wait_until(lambda: is_closed(first) and is_closed(first + 1))
+
+
+def test_what_was_used_is_taken_over_from_the_same_host_alone(bench: Bench) -> None:
+    """By a relay client of the same name that has had no port itself."""
+    first, last = free_range(4)
+    server = serve(bench, first, last)
+    assert ask(server, "one") == first
+    server._intake.leases._leases[first].was_used = True  # type: ignore[attr-defined]
+    assert ask(server, "two", host="192.0.2.1") == first + 1
+    assert ask(server, "three", called="pi") == first + 2
+    assert ask(server, "four", had=last) == last
+    assert ask(server, "five") == first
+
+
+def test_a_link_that_is_refused_does_not_keep_its_port(bench: Bench, tmp_path: Path) -> None:
+    """Its rights are judged by what is in force when it asks, not by those that it came with."""
+    first, last = free_range(2)
+    server = serve(bench, first, last, token=None)
+    runtime = server.runtime
+    runtime.options = dataclasses.replace(runtime.options, client_ports=(), service_port=0)
+    with pytest.raises(Refusal, match="this relay server gives no ports"):
+        ask(server, "one")
+    assert server.service_addresses == {}
+
+
+def test_idle_links_of_a_service_that_is_no_more_are_closed(bench: Bench) -> None:
+    """Should there be any: the keeper lives on."""
+    first, last = free_range(1)
+    server = serve(bench, first, last)
+    come(bench, server, first, "web")
+    wait_until(lambda: server.counters["links_idle"] == 2)
+    server._intake._end_service(f"web@{first}")  # type: ignore[attr-defined]
+    reason = "its port was given back: the relay client that had asked for it is gone"
+    assert {event.reason for event in bench.server_events.wait(LinkDown, 2)[:2]} == {reason}
+    assert server.counters["links_idle"] == 0
 
 
 # What is taken back

@@ -874,3 +874,12 @@ def test_the_lists_are_for_the_real_address(bench: Bench) -> None:
         sock.sendall(b"PROXY TCP4 203.0.113.8 192.0.2.1 4000 80\r\n")
         event = bench.server_events.wait(LinkRefused)[0]
         assert (event.code, event.peer) == ("address", "203.0.113.8:4000")
+
+
+def test_a_header_without_an_address_is_no_way_around_the_lists(bench: Bench) -> None:
+    """The address of the proxy is judged then, without a word: it may only look whether somebody listens."""
+    server = bench.server(token="a token of the tests", accept_proxy_protocol=HOST, allow="192.0.2.0/24")
+    with bench.connect(server) as sock, pytest.raises(ConnectionResetError):
+        sock.sendall(b"PROXY UNKNOWN\r\nGET / HTTP/1.0\r\n\r\n")
+        sock.recv(1)
+    assert not bench.server_events.of(ConnectionFailed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from tcprelay import ConnectionClosed, ConnectionFailed, LinkDown, Published, RelayClient, RelayServer, Unpublished
 
-from .conftest import Bench, connect, echo, read_exactly, wait_until
+from .conftest import Bench, connect, echo, read_exactly, unused_port, wait_until
 from .peers import HOST, Peers, RelayProcess
 
 TOKEN = "the token of all the tests"
@@ -126,6 +127,25 @@ def test_a_mistake_leaves_all_as_it_was(bench: Bench, two: tuple[RelayServer, Re
         assert not client.reload(**mistake)
     assert client.options == before
     assert server.counters["links_idle"] == 4
+
+
+def test_services_that_never_had_a_link_leave_nothing(bench: Bench) -> None:
+    """While the relay server cannot be reached (see the fixture that looks at descriptors)."""
+    client = bench.enter(RelayClient(HOST, 1, HOST, unused_port(), 1, token=TOKEN, drain_timeout=0, try_service=False))
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(20):
+        assert client.reload(publish=[f"web={HOST}:{number + 1}"])
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before + 6)
+
+
+def test_a_new_service_comes_with_the_new_token(bench: Bench) -> None:
+    """And not a moment before it: it would be refused, and that is told."""
+    server = bench.server(token=TOKEN, service="web=0")
+    client = bench.client(server, bench.service().port, token=TOKEN)
+    assert server.reload(token="another one for the tests")
+    assert client.reload(token="another one for the tests", publish=f"web={HOST}:{bench.service().port}")
+    wait_until(lambda: any(event.service == "web" for event in bench.client_events.of(Published)))
+    assert not bench.client_events.of(Unpublished)
 
 
 # What a server takes

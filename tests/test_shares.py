@@ -18,6 +18,7 @@ from _tcprelay.link import Link
 from _tcprelay.server.limits import Handshakes, Shares, bounds_of_handshakes
 from _tcprelay.streams import Stream
 from _tcprelay.tcp import Probing
+from _tcprelay.values import parse_network
 from tcprelay import ConnectionFailed, LinkRefused, LinkUp, RelayClient, RelayServer, Unpublished
 
 from .certificates import Certificates, tls_context
@@ -279,3 +280,26 @@ def test_silent_service_clients_do_not_take_all_connections(bench: Bench, certif
     with context.wrap_socket(bench.connect(server)) as end:
         end.sendall(b"x")
         assert end.recv(1) == b"x"
+
+
+def test_a_limit_that_changes() -> None:
+    """From the first one on it is counted, so that a limit that comes back finds what there is."""
+    share = Shares(0)
+    assert share.enter(ADDRESS)
+    share.set(2, ())
+    assert [share.enter(ADDRESS) for _ in range(3)] == [True, True, False]
+    share.set(0, ())
+    assert share.enter(ADDRESS)
+    share.leave(ADDRESS)
+    share.leave(ADDRESS)
+    share.set(2, ())
+    assert [share.enter(ADDRESS) for _ in range(2)] == [True, False]
+    share.set(2, (parse_network("192.0.2.7"),))
+    assert share.enter(ADDRESS)
+    for _ in range(4):  # more than were counted
+        share.leave(ADDRESS)
+    share.set(2, ())
+    assert [share.enter(ADDRESS) for _ in range(3)] == [True, True, False]
+
+
+ADDRESS = ("192.0.2.7", 1)

@@ -1034,7 +1034,7 @@ def server_that_raises_once(peers: Peers, place: str, *options: str) -> RelayPro
     """A relay server with two workers where a function fails once, in each process that calls it."""
     command = "--relay-port", "0", "--service-port", "0", "--hostname", HOST, *TWO
     server = peers.relay_process("server", *command, *options, wrapper=[sys.executable, "-c", RAISE_ONCE, place])
-    server.expected_error = ("unexpected error", "worker ")
+    server.expected_error = ("unexpected error", "worker ", "2 workers could not")
     return server
 
 
@@ -1095,11 +1095,14 @@ def test_an_unexpected_error_ends_no_role_and_skews_no_count(peers: Peers, place
 
 
 def test_an_unexpected_error_in_a_reload(peers: Peers) -> None:
-    """The old credentials stay in force, and the next reload is one."""
+    """All stays as it was; where only the workers failed it is not called done, and the next reload is one."""
     server = server_that_raises_once(peers, "_tcprelay.role.Relay._apply")
     wait_up(server)
     server.signal(signal.SIGHUP)
     server.wait_message("unexpected error")
+    server.signal(signal.SIGHUP)
+    server.wait_message("2 workers could not reload, and go on as before: send SIGHUP again")
+    assert not [line for line in server.lines if "is reloaded" in line]
     server.signal(signal.SIGHUP)
     server.wait_message("the configuration is reloaded")
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 
 from ..link import AnyLink
 from ..sockets import Dialer
@@ -168,25 +167,27 @@ class Stock:
         """Make what the service's links wait on.  Raises `OSError`."""
         service.stop = Stop()
 
-    def replace(self, publications: list[Publication], make: Callable[[Publication], Service]) -> list[str]:
-        """Publish these from now on; returns the names of those that are published no more.
+    def missing(self, publications: list[Publication]) -> list[Publication]:
+        """Those of them that are not published yet."""
+        there = {service.publication for service in self.services}
+        return [publication for publication in publications if publication not in there]
+
+    def replace(self, publications: list[Publication], fresh: list[Service]) -> None:
+        """Publish these from now on, of which some services are `fresh`.
 
         A service that is published elsewhere, or on another port, is another one.  Idle links of those that go are
-        given up in peace; connections that live go on.  Raises `OSError`, and then nothing is changed.
+        given up in peace; connections that live go on.
         """
         with self._condition:
-            before = {service.publication: service for service in self.services}
-            fresh = [make(publication) for publication in publications if publication not in before]
-            made = {service.publication: service for service in fresh}
-            gone = [service for publication, service in before.items() if publication not in publications]
-            self.services = [before.get(publication) or made[publication] for publication in publications]
+            services = {service.publication: service for service in (*self.services, *fresh)}
+            gone = [service for service in self.services if service.publication not in publications]
+            self.services = [services[publication] for publication in publications]
             self._leaving += gone
             for service in gone:
                 if service.stop is not None:
                     service.stop.request()
+                self._forget(service)
             self._condition.notify_all()
-            names = {publication.name for publication in publications}
-            return [service.name for service in gone if service.name not in names]
 
     # For the keeper
 
@@ -260,7 +261,8 @@ class Stock:
     def tell_up(self, service: Service, address: str) -> bool:
         """Whether it is to be told that the service can be reached at this address."""
         with self._condition:
-            tell, service.told = service.told != "" or service.address != address, ""
+            tell = service in self.services and (service.told != "" or service.address != address)
+            service.told = ""
             service.address = address
             service.is_known = True
             service.reasons.clear()

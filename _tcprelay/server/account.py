@@ -9,6 +9,7 @@ grows, but for those of how many are idle or wait now:
     SETTLED         worker      of that: what has found a link, or none, and needs no other any more
     LEFT            worker      of that: what is gone, and was not sent back
     IDLE, WAITING   worker      how many links are idle, and how many service clients wait for one, now
+    MEMBERS         worker      how many links there are, idle or not, now
 
 The first four are of service clients, for each service, and of links, under "" (a link is settled when its handshake is
 over).  So HANDED - SETTLED are on their way to a link, and HANDED - RETURNED - LEFT are there.  It is true at each
@@ -28,7 +29,7 @@ from typing import Any
 
 from .limits import Shares
 
-HANDED, RETURNED, SETTLED, LEFT, IDLE, WAITING = range(6)
+HANDED, RETURNED, SETTLED, LEFT, IDLE, WAITING, MEMBERS = FIGURES = range(7)
 LINKS = ""
 """What stands for links among the names of services."""
 
@@ -43,7 +44,7 @@ class Account:
         self._free = deque(range(len(self._kinds), len(self._kinds) + more))
         """The numbers of those to come; one that is given back is used last."""
         kinds = len(self._kinds) + more
-        self._row = 6 * kinds
+        self._row = len(FIGURES) * kinds
         size = workers * self._row + kinds
         self._numbers = memoryview(mmap.mmap(-1, 8 * size)).cast("q")
         self._held: list[Counter[tuple[Shares, Any]]] = [Counter() for _ in range(workers)]
@@ -62,9 +63,17 @@ class Account:
         if (number := self._kinds.pop(kind, None)) is not None:
             self._free.append(number)
 
+    def knows(self, kind: str) -> bool:
+        """Whether there is a row for it: a service client may be there longer than its service."""
+        return kind in self._kinds
+
+    def has_members(self, kind: str) -> bool:
+        """Whether any worker has links of a service."""
+        return any(self.read(worker, kind, MEMBERS) > 0 for worker in range(self.workers))
+
     def place(self, worker: int, kind: str, figure: int) -> int:
         """Where a figure stands; those of how many wait in the parent stand behind all workers'."""
-        return worker * self._row + 6 * self._kinds[kind] + figure
+        return worker * self._row + len(FIGURES) * self._kinds[kind] + figure
 
     def read(self, worker: int, kind: str, figure: int) -> int:
         return self._numbers[self.place(worker, kind, figure)]
@@ -106,10 +115,10 @@ class Account:
 
     def hold(self, worker: int, share: Shares, address: Any, more: int) -> None:
         """So much more of an address's share is in a worker."""
-        if share.most:
+        if share.counts:
             held = self._held[worker]
             held[share, address] += more
-            if not held[share, address]:
+            if held[share, address] <= 0:
                 del held[share, address]
 
     def strike(self, worker: int) -> None:
@@ -134,17 +143,25 @@ class WorkerAccount:
     def settle(self, kind: str) -> None:
         """A service client, or a link, needs no link any more."""
         with self._lock:
-            self._account.add(self.number, kind, SETTLED)
+            if self._account.knows(kind):
+                self._account.add(self.number, kind, SETTLED)
 
     def leave(self, kind: str) -> None:
         """It is gone."""
         with self._lock:
-            self._account.add(self.number, kind, LEFT)
+            if self._account.knows(kind):
+                self._account.add(self.number, kind, LEFT)
 
     def show(self, service: str, idle: int, waiting: int) -> None:
         """So many links are idle, and service clients wait, here and now; under the pool's lock."""
-        self._account.write(self.number, service, IDLE, idle)
-        self._account.write(self.number, service, WAITING, waiting)
+        if self._account.knows(service):
+            self._account.write(self.number, service, IDLE, idle)
+            self._account.write(self.number, service, WAITING, waiting)
+
+    def show_members(self, service: str, count: int) -> None:
+        """So many links there are here and now; likewise."""
+        if self._account.knows(service):
+            self._account.write(self.number, service, MEMBERS, count)
 
     def count_waiting_elsewhere(self, service: str) -> int:
-        return self._account.count_waiting(service, without=self.number)
+        return self._account.count_waiting(service, without=self.number) if self._account.knows(service) else 0

@@ -80,6 +80,12 @@ def lost_right(pooled: PooledLink, runtime: Runtime[ServerOptions]) -> str:
     return reason and f"revoked: {reason}"
 
 
+def renew_rights(pooled: PooledLink, runtime: Runtime[ServerOptions]) -> None:
+    """Have the limits of what is in force now count for a link that may stay."""
+    if pooled.identity and runtime.credentials.rights is not None:
+        pooled.identity = runtime.credentials.rights.get(pooled.identity.name, pooled.identity)
+
+
 class Greeting:
     """Shakes hands with relay clients.
 
@@ -184,14 +190,16 @@ class Greeting:
         host, called = show_address(link.stream.peer).rpartition(":")[0], hello.text("name")
         identity = credentials.rights.get(called) if credentials.rights is not None else None
         proof = self._check_proof(link, hello, host, identity, credentials, deadline)
-        name, proven = shown(called, 64), certificate_name(link.stream)
+        name, proven = shown(called, 64), certificate_name(link.stream)  # the latter as it is: to be compared
         if identity:
-            if runtime.options.auth and proven != shown(identity.name, 64):
-                raise Refusal(f"its certificate is that of {proven}: then its --name must be that, too", "rights")
+            if runtime.options.auth and proven != identity.name:
+                raise Refusal(
+                    f"its certificate is that of {shown(proven, 64)}: then its --name must be that, too", "rights"
+                )
             if reason := identity.why_not(host, service, asked_port(hello)):
                 raise Refusal(reason, "rights")
-        key, port = self._find_service(hello, service, client, identity)
-        name = f"{name} (certificate {proven})" if proven and not identity else name
+        key, port = self._find_service(hello, service, client, host, identity)
+        name = f"{name} (certificate {shown(proven, 64)})" if proven and not identity else name
         pooled = PooledLink(link, key, client, name, link.stream.peer, identity)
         pooled.port = port
         pooled.worker = int(hello.number("worker", 0, 1e6))
@@ -204,9 +212,11 @@ class Greeting:
         if port is not None:
             welcome["service_port"] = port
         self._join(pooled)
-        if runtime.credentials is not credentials and (reason := lost_right(pooled, runtime)):
-            self._forget(pooled, reason)  # whoever looks for such links may have looked before it joined
-            raise Refusal(reason, "rights")
+        if runtime.credentials is not credentials:
+            if reason := lost_right(pooled, runtime):
+                self._forget(pooled, reason)  # whoever looks for such links may have looked before it joined
+                raise Refusal(reason, "rights")
+            renew_rights(pooled, runtime)
         pooled.pongs_due += 1  # until it has answered once, others are given out first: its client may have given up
         try:
             if proof:
@@ -256,15 +266,13 @@ class Greeting:
         return prove(token, SERVER, nonce, own_nonce, service, client, found)
 
     def _find_service(
-        self, hello: Frame, service: str, client: str, identity: Identity | None
+        self, hello: Frame, service: str, client: str, host: str, identity: Identity | None
     ) -> tuple[str, int | None]:
         """The key of the service that a link is to be for, and the port, where it has asked for one and was given it.
         Raises `Refusal`."""
-        options = self._runtime.options
-        ports = identity.ports if identity else options.client_ports
-        ask = Ask.read(hello, service, client, identity.name if identity else "", ports)
+        ask = Ask.read(hello, service, client, identity.name if identity else "", host)
         if ask is None:
-            if service in (known := [one.name for one in options.services]):
+            if service in (known := [one.name for one in self._runtime.options.services]):
                 return service, None
             there = f"there is {shown(', '.join(known), 200)} (--service adds one)" if known else "none at all"
             raise Refusal(f"there is no service {shown(service, 64)} here; {there}", "service")
@@ -272,11 +280,6 @@ class Greeting:
             parse_name(service)
         except ValueError:
             raise Refusal(f"{shown(service, 64)} cannot be the name of a service", "service") from None
-        if not ports:
-            raise Refusal("this relay server gives no ports to relay clients (--client-ports)", "rights")
-        if ask.port and not ask.may_have(ask.port):
-            may = ", ".join(map(str, ports))
-            raise Refusal(f"port {ask.port} is not among those that relay clients may ask for: {may}", "rights")
         key = self._intake.ask(ask)
         return key, self._intake.addresses[key][1]
 
@@ -303,7 +306,7 @@ class Greeting:
         if not is_same(bytes(given), key):
             raise Refusal("the secret is wrong or missing", "token")
         host = show_address(stream.peer).rpartition(":")[0]
-        name = certificate_name(stream) or "raw"
+        name = shown(certificate_name(stream), 64) or "raw"
         pooled = PooledLink(RawLink(stream), options.services[0].name, host, name, stream.peer)
         self._join(pooled)
         return pooled

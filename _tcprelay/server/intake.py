@@ -29,6 +29,7 @@ import selectors
 import socket
 import threading
 import time
+from dataclasses import asdict
 from collections.abc import Callable
 from typing import Any
 
@@ -41,12 +42,13 @@ from ..system import ignore_oserror
 from ..tcp import set_timeout
 from ..text import connection_id, say_error
 from ..threads import JOIN_TIMEOUT, Threads, join
-from ..waiting import Bell
+from ..waiting import Bell, Deadline
 from .account import LINKS, WorkerAccount
 from .leases import Ask, Leases
 from .clients import NoLinkHere, Refusal, ServiceClient
 from .listeners import Listeners
 from .pool import Pool
+from .pooled import PooledLink
 
 ANSWER_TIMEOUT = 5.0
 """Seconds that a worker waits for its parent's word on a port: less than what a relay client has for an answer."""
@@ -60,6 +62,8 @@ class Intake:
     serve_client: Callable[[ServiceClient], None]
     serve_link: Callable[[socket.socket, Any], None]
     """What serves a connection, up to its end, in a thread of its own."""
+    drop_links: Callable[[list[PooledLink]], None]
+    """What closes links whose service is no more."""
 
     def __init__(self, runtime: Runtime[ServerOptions], pool: Pool, listeners: Listeners) -> None:
         self._runtime = runtime
@@ -132,7 +136,7 @@ class PortIntake(Intake):
     def __init__(self, runtime: Runtime[ServerOptions], pool: Pool, listeners: Listeners) -> None:
         super().__init__(runtime, pool, listeners)
         listeners.is_full, listeners.hand_on = pool.is_full, self._hand_on
-        self.leases = Leases(runtime, listeners, pool.has_client, self._begin_service, pool.remove)
+        self.leases = Leases(runtime, listeners, pool.has_client, self._begin_service, self._end_service)
         self._acceptor = runtime.own_thread(self._accept, "acceptor", runtime.stop)
         self.threads.append(self._acceptor)
 
@@ -184,6 +188,9 @@ class PortIntake(Intake):
     def _begin_service(self, key: str, address: tuple[str, int]) -> None:
         self._pool.add(key)
 
+    def _end_service(self, key: str) -> None:
+        self.drop_links(self._pool.remove(key))
+
     def _hand_on(self, service: str, sock: socket.socket, address: Any) -> None:
         """Serve a connection in a thread of its own.  Raises `RuntimeError` where there is none."""
         threads = self._runtime.threads
@@ -219,6 +226,7 @@ class ParentIntake(Intake):
         """Where the answers go to what the parent was asked."""
         self._questions = itertools.count(1)
         pool.show, pool.count_waiting_elsewhere = account.show, account.count_waiting_elsewhere
+        pool.show_members = account.show_members
 
     def start(self) -> None:
         self._takers = 1
@@ -236,7 +244,7 @@ class ParentIntake(Intake):
 
     def leave(self, service: str, address: Any) -> None:
         self._account.leave(service)
-        if self._listeners.share(service).most:
+        if self._listeners.share(service).counts:
             self._runtime.tell_parent({"left": service, "address": address})
 
     def own_share(self, idle: int) -> int:
@@ -267,21 +275,24 @@ class ParentIntake(Intake):
         number, answers = next(self._questions), queue.SimpleQueue[dict[str, Any]]()
         self._asked[number] = answers
         try:
-            self._runtime.tell_parent({"ask": number, "for": ask.as_message()})
-            answer = answers.get(timeout=ANSWER_TIMEOUT)
-        except queue.Empty:
-            raise Refusal("the relay server is too busy to give it a port", "limit") from None
+            self._runtime.tell_parent({"ask": number, "for": asdict(ask)})
+            deadline, answer = Deadline(ANSWER_TIMEOUT), dict[str, Any]()
+            while not answer and deadline.remaining() and not self._runtime.stop.requested:
+                with contextlib.suppress(queue.Empty):
+                    answer = answers.get(timeout=0.25)
         finally:
             del self._asked[number]
+        if not answer:
+            raise Refusal("the relay server is too busy to give it a port", "limit")
         if reason := answer.get("refused"):
-            raise Refusal(reason, "port")
+            raise Refusal(reason, answer["code"])
         return str(answer["key"])
 
     def note_answer(self, answer: dict[str, Any]) -> None:
         """The parent has answered what it was asked."""
         if key := answer.get("key"):
+            self._account.open(key, answer["row"])
             if key not in self.addresses:
-                self._account.open(key, answer["row"])
                 self._pool.add(key)
             host, port = answer["address"]
             self.addresses[key] = host, port
@@ -291,7 +302,7 @@ class ParentIntake(Intake):
     def give_back(self, key: str) -> None:
         """The parent has given back the port of a service: nobody has links of it."""
         if self.addresses.pop(key, None) is not None:
-            self._pool.remove(key)
+            self.drop_links(self._pool.remove(key))
             self._account.close(key)
 
     def _take(self) -> None:

@@ -6,8 +6,8 @@ port is listened on while there are links of the service, and for `--port-lease`
 the same one again after a break.
 
 Who asks for a certain port shares it with others of the same identity and service name.  Who asks for any has one of
-its own: all its links, in whichever of its processes, and later a relay client of the same name that comes in its
-place.
+its own: all its links, in whichever of its processes, and later a relay client of the same name, from the same host,
+that comes in its place.
 
 Used by the process that listens: the threads of handshakes ask, and the one that accepts gives ports back.
 """
@@ -19,8 +19,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from ..addresses import host_of, is_ipv6, show_address
 from ..events import Listening
@@ -49,6 +48,14 @@ def asked_port(hello: Frame) -> int | None:
     return int(hello.number("service_port", 0, 1e6)) if "service_port" in hello.fields else None
 
 
+def is_among(port: int, ports: tuple[PortRange, ...]) -> bool:
+    return any(port in one for one in ports)
+
+
+def say_ports(ports: tuple[PortRange, ...]) -> str:
+    return ", ".join(map(str, ports))
+
+
 @dataclass(frozen=True)
 class Ask:
     """What a relay client asks for."""
@@ -65,29 +72,18 @@ class Ask:
     """The name that it gives."""
     owner: str
     """The identity that it has proven; "" where all who may come are one."""
-    ranges: tuple[tuple[int, int], ...]
-    """The ports that it may have, from and to."""
+    host: str
+    """Where it has come from."""
 
     @classmethod
-    def read(cls, hello: Frame, name: str, client: str, owner: str, ports: tuple[PortRange, ...]) -> Ask | None:
+    def read(cls, hello: Frame, name: str, client: str, owner: str, host: str) -> Ask | None:
         """What stands in HELLO; ``None`` where no port is asked for.  Raises `LinkFault`."""
         port, had = asked_port(hello), int(hello.number("had_port", 0, 1e6))
         if port is None:
             return None
         if max(port, had) > 65535:
             raise LinkFault("HELLO: there is no such port")
-        ranges = tuple((one.first, one.last) for one in ports)
-        return cls(name, port, had, client, hello.text("name")[:64], owner, ranges)
-
-    @classmethod
-    def from_message(cls, fields: dict[str, Any]) -> Ask:
-        return cls(**{**fields, "ranges": tuple(map(tuple, fields["ranges"]))})
-
-    def as_message(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def may_have(self, port: int) -> bool:
-        return any(first <= port <= last for first, last in self.ranges)
+        return cls(name, port, had, client, hello.text("name")[:64], owner, host)
 
 
 @dataclass
@@ -103,6 +99,8 @@ class Lease:
     """It goes as soon as there is no link."""
     is_fresh: bool = True
     """Nobody has been told of it yet."""
+    was_used: bool = False
+    """There have been links of it."""
 
 
 class Leases:
@@ -114,6 +112,8 @@ class Leases:
 
     LOOK = 1.0
     """Seconds from one look to the next whether one is over."""
+    UNUSED = 10.0
+    """Seconds after which one is over of which there never was a link: who had asked for it was refused in the end."""
 
     def __init__(
         self, runtime: Runtime[ServerOptions], listeners: Listeners, has_client: Callable[[str], bool],
@@ -126,6 +126,7 @@ class Leases:
         self._over = over
         self._lock = threading.Lock()  # over the next; the pool's, and what tells the workers, are taken under it
         self._leases: dict[int, Lease] = {}  # by port
+        self._next_look = 0.0
 
     @property
     def may_be_given(self) -> bool:
@@ -134,8 +135,14 @@ class Leases:
 
     def ask(self, ask: Ask) -> str:
         """Give a port; returns the key of its service.  Raises `Refusal`."""
+        ports = self._ports_of(ask.owner)
+        if not ports:
+            raise Refusal("this relay server gives no ports to relay clients (--client-ports)", "rights")
+        if ask.port and not is_among(ask.port, ports):
+            said = say_ports(ports)
+            raise Refusal(f"port {ask.port} is not among those that relay clients may ask for: {said}", "rights")
         with self._lock:
-            lease = self._certain(ask) if ask.port else self._any(ask)
+            lease = self._certain(ask) if ask.port else self._any(ask, ports)
             fresh, lease.is_fresh, lease.seen = lease.is_fresh, False, time.monotonic()
         if fresh:
             address = show_address(self._listeners.addresses[lease.key])
@@ -144,28 +151,38 @@ class Leases:
 
     def look(self) -> float:
         """Give back what is over; in the thread that accepts.  Returns the seconds until the next look."""
-        options, now, over = self._runtime.options, time.monotonic(), list[Lease]()
+        patience, now, over = self._runtime.options.port_lease, time.monotonic(), list[Lease]()
+        pause = min(self.LOOK, patience / 4)
+        if now < self._next_look:
+            return self._next_look - now
+        self._next_look = now + pause
         with self._lock:
             for lease in list(self._leases.values()):
                 if self._has_client(lease.key):
-                    lease.seen = now
-                elif lease.revoked or now - lease.seen >= options.port_lease:
+                    lease.seen, lease.was_used = now, True
+                elif lease.revoked or now - lease.seen >= (patience if lease.was_used else min(patience, self.UNUSED)):
                     del self._leases[lease.port]
                     self._listeners.remove(lease.key)
                     self._over(lease.key)
                     over.append(lease)
         for lease in over:
             self._runtime.log.info("port %d of service %s is given back", lease.port, lease.ask.name)
-        return min(self.LOOK, options.port_lease / 4)
+        return pause
+
+    def _ports_of(self, owner: str) -> tuple[PortRange, ...]:
+        """Those that may be asked for by this identity, by what is in force now."""
+        rights = self._runtime.credentials.rights
+        if rights is None:
+            return self._runtime.options.client_ports
+        identity = rights.get(owner)
+        return identity.ports if identity else ()
 
     def revoke(self) -> None:
         """Have those go soon that may not be asked for any more by what is in force now."""
-        credentials, options = self._runtime.credentials, self._runtime.options
         with self._lock:
             for lease in self._leases.values():
-                identity = (credentials.rights or {}).get(lease.ask.owner)
-                ports = identity.ports if identity else () if credentials.rights is not None else options.client_ports
-                lease.revoked = lease.revoked or not any(lease.port in one for one in ports)
+                lease.revoked = lease.revoked or not is_among(lease.port, self._ports_of(lease.ask.owner))
+            self._next_look = 0.0
         if self._listeners.bell is not None:
             self._listeners.bell.ring()
 
@@ -176,9 +193,11 @@ class Leases:
         if (lease.ask.owner, lease.ask.name) != (ask.owner, ask.name):
             whose = "another relay client" if lease.ask.owner != ask.owner else f"service {lease.ask.name}"
             raise Refusal(f"port {ask.port} is taken by {whose}", "port")
+        if not lease.ask.port and lease.ask.client != ask.client:
+            raise Refusal(f"port {ask.port} is taken by another relay client, which had asked for any", "port")
         return lease
 
-    def _any(self, ask: Ask) -> Lease:
+    def _any(self, ask: Ask, ports: tuple[PortRange, ...]) -> Lease:
         mine = [
             lease
             for lease in self._leases.values()
@@ -187,27 +206,27 @@ class Leases:
         for lease in mine:
             if lease.ask.client == ask.client:
                 return lease
-        for lease in mine:  # it was started anew
-            if lease.ask.called == ask.called and not self._has_client(lease.key):
+        for lease in mine:
+            anew = not ask.had and (lease.ask.called, lease.ask.host) == (ask.called, ask.host)
+            if anew and lease.was_used and not self._has_client(lease.key):
                 lease.ask = ask
                 return lease
         if len(self._leases) >= MOST_LEASES:
             raise Refusal("too many ports are given out", "port")
         problem: Refusal | None = None
-        for port in self._candidates(ask):
+        for port in self._candidates(ask, ports):
             try:
                 return self._open(ask, port)
             except Refusal as refusal:
                 problem = refusal.apart()
-        said = ", ".join(str(PortRange(*ports)) for ports in ask.ranges)
-        raise Refusal(f"all ports that it may have are taken ({said})", "port") from problem
+        raise Refusal(f"all ports that it may have are taken ({say_ports(ports)})", "port") from problem
 
-    def _candidates(self, ask: Ask) -> Iterator[int]:
+    def _candidates(self, ask: Ask, ports: tuple[PortRange, ...]) -> Iterator[int]:
         """The one that it had, and all that it may have."""
-        if ask.had and ask.may_have(ask.had) and ask.had not in self._leases:
+        if ask.had and is_among(ask.had, ports) and ask.had not in self._leases:
             yield ask.had
-        for first, last in ask.ranges:
-            yield from (port for port in range(first, last + 1) if port not in self._leases)
+        for one in ports:
+            yield from (port for port in range(one.first, one.last + 1) if port not in self._leases)
 
     def _open(self, ask: Ask, port: int) -> Lease:
         """Listen on a port.  Raises `Refusal` where it cannot be had."""
@@ -240,7 +259,9 @@ class Leases:
         host = self._runtime.options.hostname
         if not host or is_ipv6(host) or host.replace(".", "").isdigit():
             return [host]
-        return [host_of(listener.getsockname()) for listener, name in self._listeners.services.items() if not name]
+        return [
+            host_of(listener.getsockname()) for listener, name in list(self._listeners.services.items()) if not name
+        ]
 
 
 HINTS = {errno.EADDRINUSE: "another program has it", errno.EACCES: "a port below 1024 needs CAP_NET_BIND_SERVICE"}

@@ -32,29 +32,36 @@ def bounds_of_handshakes(connections: int, processes: int) -> tuple[int, int]:
 
 class Shares:
     """How many connections each address has (see `addresses.address_group`), up to `most`; 0 is no limit, and nothing
-    is counted.  Nor are proxies', in these networks: they have the connections of many.  Where a limit is set while
-    there are connections, those that came before it count for nothing."""
+    is counted.  Nor are proxies', in these networks: they have the connections of many.  Where the first limit is
+    set while there are connections, those count for nothing, and each that leaves makes room for another one."""
 
     def __init__(self, most: int, proxies: Sequence[Network] = ()) -> None:
         self.most = most
         self.proxies = proxies
+        self.counts = bool(most)
+        """They are counted: from the first limit on, also where there is none any more."""
         self._lock = threading.Lock()  # over what follows
         self._counts: dict[str, int] = {}
 
+    def set(self, most: int, proxies: Sequence[Network]) -> None:
+        """Have these count from now on."""
+        self.most, self.proxies = most, proxies
+        self.counts = self.counts or bool(most)
+
     def enter(self, address: Any) -> bool:
         """Count one in; False where the address has as many as it may have.  Each one counted in calls `leave`."""
-        if not self.most or is_among(address, self.proxies):
+        if not self.counts or is_among(address, self.proxies):
             return True
         group = address_group(address)
         with self._lock:
             count = self._counts.get(group, 0)
-            if self.most <= count:
+            if 0 < self.most <= count:
                 return False
             self._counts[group] = count + 1
             return True
 
     def leave(self, address: Any) -> None:
-        if not (self.most or self._counts) or is_among(address, self.proxies):
+        if not self.counts:
             return
         group = address_group(address)
         with self._lock:

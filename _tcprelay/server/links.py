@@ -26,11 +26,11 @@ from ..text import say_error, shown
 from ..waiting import Deadline
 from ..watch import in_batches
 from .clients import NOBODY, NoLinkHere, Refusal, make_stream
-from .greeting import Greeting, lost_right
+from .greeting import Greeting, lost_right, renew_rights
 from .intake import Intake
 from .limits import TOO_MANY_HANDSHAKES, Handshakes, Quotas
 from .nonces import Nonces
-from .pool import Pool
+from .pool import GONE, Pool
 from .pooled import PooledLink
 from .proxies import Proxies, Unsaid
 
@@ -76,8 +76,8 @@ class Links:
         stream, pooled, credentials, origin = None, None, self._runtime.credentials, address
         try:
             origin, count = self._proxies.origin("", sock, address)
-            if origin != address and (reason := self._intake.refuses("", origin)):
-                raise Refusal(reason, "address")
+            if count and (reason := self._intake.refuses("", origin)):
+                self._proxies.judge(reason, address, origin)
             stream = make_stream(sock, f"link with {show_address(origin)}", origin, credentials.links)
             stream.received = count
             self._handshakes.enter(stream)
@@ -184,7 +184,9 @@ class Links:
         """PING on an idle link, and put it back."""
         pooled.last_pinged = time.monotonic()
         pooled.pongs_due += 1
-        count = self.PING_NONCES if self._runtime.credentials.token else 0
+        identity = pooled.identity
+        has_token = bool(identity.token if identity else self._runtime.credentials.token)
+        count = self.PING_NONCES if has_token else 0
         try:
             pooled.send(pooled.link.pack_ping(self._nonces.hand_out(pooled.client, pooled.host, count)))
         except OSError as error:
@@ -219,6 +221,12 @@ class Links:
         for pooled in self._pool.close():
             self._retire(pooled, "this relay server is ending")
 
+    def drop_all(self, links: list[PooledLink]) -> None:
+        """Close idle links whose port was given back."""
+        for pooled in links:
+            pooled.link.refuse("port", GONE)
+            self.drop(pooled, GONE)
+
     def give_up_one(self, service: str) -> None:
         """Close an idle link in peace, because service clients that cannot be passed on wait in another worker."""
         try:
@@ -232,7 +240,9 @@ class Links:
         until all of it is gone."""
         lost = list[PooledLink]()
         for pooled in self._pool.members():
-            if reason := lost_right(pooled, self._runtime):
+            if not (reason := lost_right(pooled, self._runtime)):
+                renew_rights(pooled, self._runtime)
+            else:
                 lost.append(pooled)
                 pooled.revoked = reason  # before the look at where it is: see `Pool.put` and `carry`
                 if self._pool.hold(pooled):

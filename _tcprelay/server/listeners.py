@@ -85,8 +85,8 @@ class Listeners:
     def set_shares(self) -> None:
         """Have what the options say count from now on."""
         options = self._runtime.options
-        self.of_clients.most, self.of_links.most = options.max_per_address, options.max_links_per_address
-        self.of_clients.proxies = self.of_links.proxies = options.accept_proxy_protocol
+        self.of_clients.set(options.max_per_address, options.accept_proxy_protocol)
+        self.of_links.set(options.max_links_per_address, options.accept_proxy_protocol)
 
     def bind(self, signals: Wakes | None) -> None:
         """Listen on all ports.  Raises `OSError` that names the address, and `Stopping` at a signal."""

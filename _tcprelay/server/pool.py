@@ -30,9 +30,11 @@ class Pool:
         self.selector = selectors.DefaultSelector()
         """Watches the idle links, for the keeper; links are entered and removed under the lock."""
         self.max_pending = max_pending
-        self._most = most
+        self.most = most
         self.show: Callable[[str, int, int], object] = lambda service, idle, waiting: None
         """Called, under the lock, with how many links are idle and service clients wait, whenever that changes."""
+        self.show_members: Callable[[str, int], object] = lambda service, count: None
+        """Likewise, with how many links there are, idle or not."""
         self.count_waiting_elsewhere: Callable[[str], int] = lambda service: 0
         """How many service clients wait in other processes."""
         self._lock = threading.Lock()  # over all that follows
@@ -46,6 +48,8 @@ class Pool:
         self._aside: set[PooledLink] = set()
         """Idle links that are not to be given out now."""
         self._members: dict[tuple[str, str], set[PooledLink]] = {}  # of (service, client), idle or not
+        self._member_counts: dict[str, int] = {}
+        """How many of them each service has."""
         self._left = threading.Condition(self._lock)
         """Told of each link that leaves, where somebody waits for that."""
         self._is_watched = False
@@ -60,17 +64,23 @@ class Pool:
             self._idle_counts[service] = self._expected[service] = 0
             self._given_at[service] = 0.0
 
-    def remove(self, service: str) -> None:
-        """A service that is no more, and has no links; who waits for it is refused."""
+    def remove(self, service: str) -> list[PooledLink]:
+        """A service that is no more: who waits for it is refused.  It should have no links; those that are idle all the
+        same are returned, to be closed."""
         with self._lock:
-            waiters = self._waiting.pop(service, ())
-            for waiter in waiters:
+            if service not in self._idle:
+                return []
+            left = [pooled for links in self._idle[service].values() for pooled in links]
+            for pooled in left:
+                self._remove(pooled)
+            for waiter in self._waiting.pop(service):
+                waiter.is_gone = True
                 waiter.condition.notify()
-            if service in self._idle:
-                self.show(service, 0, 0)
+            self.show(service, 0, 0)
             for table in (self._idle, self._idle_counts, self._expected, self._given_at):
-                table.pop(service, None)
+                del table[service]
             self._told.discard(service)
+            return left
 
     def join(self, pooled: PooledLink) -> bool:
         """Count a link in; True for the first one of its relay client.  Raises `Refusal` at the limit, and where its
@@ -78,10 +88,11 @@ class Pool:
         with self._lock:
             if pooled.service not in self._idle:
                 raise Refusal("the port was given back meanwhile", "port")
-            if sum(map(len, self._members.values())) >= self._most:
+            if sum(map(len, self._members.values())) >= self.most:
                 raise Refusal("there are too many links", "limit")
             members = self._members.setdefault((pooled.service, pooled.client), set())
             members.add(pooled)
+            self._count_members(pooled.service, 1)
             self._told.discard(pooled.service)
             return len(members) == 1
 
@@ -90,6 +101,7 @@ class Pool:
         with self._lock:
             key = pooled.service, pooled.client
             self._members[key].discard(pooled)
+            self._count_members(pooled.service, -1)
             if self._is_watched:
                 self._left.notify_all()
             if self._members[key]:
@@ -175,20 +187,17 @@ class Pool:
             self._waiting[service].insert(0 if first else len(self._waiting[service]), waiter)
             self._count(service, 0)
             try:
-                waiter.condition.wait_for(
-                    lambda: waiter.pooled or self._closed or service not in self._idle, deadline.remaining()
-                )
+                waiter.condition.wait_for(lambda: waiter.pooled or self._closed or waiter.is_gone, deadline.remaining())
                 if waiter.pooled is not None:
                     return waiter.pooled, True
-                if service in self._idle:
-                    self._waiting[service].remove(waiter)
+                if waiter.is_gone:
+                    raise Refusal(GONE)
+                self._waiting[service].remove(waiter)
             finally:
-                if service in self._idle:
+                if not waiter.is_gone:
                     self._count(service, 0)
             if self._closed:
                 raise Refusal("the relay server is ending")
-            if service not in self._idle:
-                raise Refusal(GONE)
             raise Refusal(say_no_link(self._has_client(service)))
 
     def is_unserved(self, service: str) -> bool:
@@ -205,7 +214,14 @@ class Pool:
             return self._has_client(service)
 
     def _has_client(self, service: str) -> bool:
-        return any(name == service for name, _ in self._members)
+        return self._member_counts.get(service, 0) > 0
+
+    def _count_members(self, service: str, more: int) -> None:
+        """So many more links of this service are there; under the lock."""
+        count = self._member_counts.pop(service, 0) + more
+        if count:
+            self._member_counts[service] = count
+        self.show_members(service, count)
 
     def expect(self, service: str, more: int) -> None:
         """So many more service clients have no link yet, which has been found out before they ask for one."""
@@ -216,7 +232,10 @@ class Pool:
     def count_unserved(self, service: str) -> int:
         """How many service clients have come for whom there is no idle link: those that will wait for one when their
         threads ask, and those that do, some of them once more."""
-        return max(self._expected[service] - self._idle_counts[service], len(self._waiting[service]))
+        with self._lock:
+            if service not in self._idle:
+                return 0
+            return max(self._expected[service] - self._idle_counts[service], len(self._waiting[service]))
 
     def is_full(self, service: str) -> bool:
         """Whether as many service clients have no link as may wait for one, while others still get theirs: then the
@@ -240,7 +259,8 @@ class Pool:
                 self._aside.discard(pooled)
                 self.selector.unregister(pooled.link.fd)
                 return True
-            if pooled not in self._idle[pooled.service].get(pooled.origin, ()):
+            origins = self._idle.get(pooled.service)  # the service may be no more
+            if origins is None or pooled not in origins.get(pooled.origin, ()):
                 return False
             self._remove(pooled)
             return True
@@ -267,7 +287,8 @@ class Pool:
     def has_surplus(self, pooled: PooledLink) -> bool:
         """Whether the relay client of this link has more idle ones than it wants."""
         with self._lock:
-            return len(self._idle[pooled.service].get(pooled.origin, ())) > pooled.wanted
+            origins = self._idle.get(pooled.service)
+            return origins is not None and len(origins.get(pooled.origin, ())) > pooled.wanted
 
     def count_idle(self) -> int:
         with self._lock:
@@ -275,7 +296,7 @@ class Pool:
 
     def has_waiting(self, service: str) -> bool:
         """Whether a service client waits for a link of this service."""
-        return bool(self._waiting[service])
+        return bool(self._waiting.get(service))
 
     def count_waiting(self, service: str | None = None) -> int:
         """How many service clients wait, for one service or for all."""
@@ -351,10 +372,12 @@ def say_no_link(has_client: bool) -> str:
 class _Waiter:
     """A service client that waits in the pool's queue."""
 
-    __slots__ = ("condition", "failed", "pooled", "since")
+    __slots__ = ("condition", "failed", "is_gone", "pooled", "since")
 
     def __init__(self, condition: threading.Condition, failed: frozenset[str]) -> None:
         self.since = time.monotonic()
         self.condition = condition
         self.failed = failed
         self.pooled: PooledLink | None = None
+        self.is_gone = False
+        """Its service is no more."""

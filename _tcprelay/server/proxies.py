@@ -87,10 +87,15 @@ class Proxies:
             return
         if is_among(client.address, self._networks):
             client.introduce(*self.origin(client.service, client.stream.sock, client.address))
-            if client.origin != client.address and (reason := self._refuses(client.service, client.origin)):
-                raise Refusal(reason, "address")
+            if reason := self._refuses(client.service, client.origin):
+                self.judge(reason, client.address, client.origin)
         else:
             client.is_wary = True
+
+    def judge(self, reason: str, address: Any, origin: Any) -> None:
+        """Raises `Refusal` with the reason; a proxy that has come for nobody it names, as to see whether somebody
+        listens, is not worth a word."""
+        raise Unsaid(reason, "address") if origin == address else Refusal(reason, "address")
 
     def glance_at(self, client: ServiceClient) -> None:
         """For the record of a service client that is refused before that."""

@@ -81,7 +81,7 @@ class ServerWorkers(Workers):
         services = [service.name for service in server.options.services]
         self._account = Account(count, services, MOST_LEASES)
         runtime = server.runtime
-        self.leases = Leases(runtime, listeners, self._has_client, self._begin_service, self._end_service)
+        self.leases = Leases(runtime, listeners, self._account.has_members, self._begin_service, self._end_service)
         self._queues: dict[str, deque[Visitor]] = {name: deque() for name in services}
         self._present: dict[tuple[str, str], tuple[ClientUp, set[int]]] = {}
         """The relay clients, and which workers have links of them."""
@@ -266,24 +266,25 @@ class ServerWorkers(Workers):
         self._told.discard(key)
         self._account.close(key)
         for worker in self._living():
-            worker.order(encode_message({"given_back": key}))
+            worker.send(encode_message({"given_back": key}))
 
     def _answer(self, worker: WorkerProcess, number: int, ask: dict[str, Any]) -> None:
         """A relay client has asked one of the workers for a port."""
         answer: dict[str, Any] = {"asked": number}
         try:
-            key = self.leases.ask(Ask.from_message(ask))
+            key = self.leases.ask(Ask(**ask))
             answer |= {"key": key, "row": self._account.open(key), "address": self._listeners.addresses[key]}
         except Refusal as refusal:
-            answer["refused"] = str(refusal)
-        worker.order(encode_message(answer))
+            answer |= {"refused": str(refusal), "code": refusal.code}
+        worker.send(encode_message(answer))
 
     # Workers
 
     def hear(self, worker: WorkerProcess, message: dict[str, Any], payload: bytes, descriptors: list[int]) -> None:
         if "look" in message:
-            self._serve_queue(message["look"])
-            self._balance(message["look"])
+            if message["look"] in self._queues:
+                self._serve_queue(message["look"])
+                self._balance(message["look"])
         elif "suspect" in message:
             for other in self._living():
                 if other is not worker:
@@ -295,8 +296,11 @@ class ServerWorkers(Workers):
             self._account.hold(worker.number, share, address, -1)
             share.leave(address)
         else:
-            self._account.add(worker.number, message["service"], RETURNED)
             self._account.hold(worker.number, self._listeners.of_clients, tuple(message["address"]), -1)
+            if message["service"] not in self._queues:
+                self._note_refused(message, tuple(message["address"]), GONE)
+                return
+            self._account.add(worker.number, message["service"], RETURNED)
             if descriptors:
                 self._take_back(worker, message, payload, descriptors)
             else:  # the kernel had no number for it here, and has reset it
@@ -356,12 +360,12 @@ class ServerWorkers(Workers):
         self.leases.look()
         wait, now = min(1.0, self._listeners.look()), time.monotonic()
         self.emit.tell_floods()
-        for service, queue in self._queues.items():
+        for service, queue in list(self._queues.items()):
             while queue and queue[0].deadline <= now:  # first of all: they leave whatever goes wrong with the queue
                 self._refuse(queue.popleft(), say_no_link(self._has_client(service)))
             self._serve_queue(service)
-            self._balance(service)
             if self._account.count_waiting(service):
+                self._balance(service)
                 wait = min(wait, self.LOOK_AGAIN)
             if queue:
                 wait = min(wait, queue[0].deadline - now)
