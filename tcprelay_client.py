@@ -144,7 +144,7 @@ class RelayClient(Relay[ClientOptions]):
         """For the command: end where the relay server refuses this client, and that is asked for."""
         refused = isinstance(event, Unpublished) and event.lasting and self.options.exit_on_refusal
         if refused and self.signals is not None and not self.signals.status:
-            self.runtime.log.error("ending, as the relay server refuses this client (--exit-on-refusal)")
+            self.runtime.log.error("ending, since no link can be had before something is changed (--exit-on-refusal)")
             self.signals.give_up(REFUSED_STATUS)
 
     def _load_credentials(self, options: ClientOptions) -> Credentials:

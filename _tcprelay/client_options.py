@@ -88,6 +88,8 @@ class ClientOptions(Options):
         yield from self._wrong_services([service.name for service in services])
         asked = any(service.port is not None for service in services)
         yield self.wire == "raw" and asked, "--wire raw cannot ask for a port: leave --service-port and @PORT out"
+        one_port = repeated([service.port for service in services if service.port])
+        yield one_port, f"two services ask for port {one_port}: each needs one of its own"
         has_default = self.port is not None or self.host.startswith("unix:")
         yield self.service_port is not None and not has_default, "--service-port is of no use without --port"
         unreachable = [service.target for service in services if not (service.target.port or service.target.path)]

@@ -92,7 +92,10 @@ def load_rights(
         raise OSError(error.errno, f"--clients {path}: {say_error(error)}") from error
     except UnicodeDecodeError:
         raise ValueError(f"--clients {path}: it is not UTF-8") from None
-    return parse_rights(text, path, services, client_ports, by_certificate)
+    rights = parse_rights(text, path, services, client_ports, by_certificate)
+    if not rights:  # most likely it was cut off as it was written
+        raise ValueError(f"--clients {path}: there is no section in it, so nobody could come")
+    return rights
 
 
 def parse_rights(
@@ -138,6 +141,8 @@ def parse_rights(
         if unknown := [one for one in named if one not in (*services, ALL)]:
             raise wrong("services", f"there is no service {unknown[0]} here; there is {', '.join(services) or 'none'}")
         ports = values.get("ports", ())
+        if ports == ALL and not client_ports:
+            raise wrong("ports", "* stands for the ports of --client-ports, and there are none")
         if not named and not ports:
             raise wrong("", f"{name} may publish nothing: give it services or ports")
         identities[name] = Identity(
@@ -161,7 +166,8 @@ def split(text: str, path: str) -> dict[str, dict[str, str]]:
     except configparser.DuplicateOptionError as error:
         raise ValueError(f"{path}, line {error.lineno}: {shown(error.option, 40)} stands there twice") from None
     except configparser.MissingSectionHeaderError as error:
-        raise ValueError(f"{path}, line {error.lineno}: a section has to begin first, as in [nas]") from None
+        why = "the ] is missing" if error.line.startswith("[") else "a section has to begin first, as in [nas]"
+        raise ValueError(f"{path}, line {error.lineno}: {why}") from None
     except configparser.ParsingError as error:
         number = error.errors[0][0] if error.errors else getattr(error, "lineno", 1)
         raise ValueError(f"{path}, line {number}: expected a line of the form key = value") from None
@@ -182,7 +188,10 @@ def line_of(text: str, section: str, key: str = "") -> int:
 
 def _names(text: str) -> tuple[str, ...]:
     names = tuple(trim(one) for one in text.replace("\n", ",").split(",") if trim(one))
-    return tuple(one if one == ALL else parse_name(one) for one in names)
+    try:
+        return tuple(one if one == ALL else parse_name(one) for one in names)
+    except ValueError:
+        raise ValueError("names of services with commas between them, or *") from None
 
 
 def _networks(text: str) -> tuple[Network, ...]:

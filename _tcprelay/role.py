@@ -12,7 +12,7 @@ import contextlib
 import logging
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -178,6 +178,17 @@ def say_options(names: list[str]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
+def say_changes(before: Credentials, now: Credentials) -> Iterator[str]:
+    """What is another one in the files, although the options that name them may be the same."""
+    if before.token != now.token:
+        yield "the token"
+    old, new = before.rights or {}, now.rights or {}
+    if names := sorted(name for name in {*old, *new} if old.get(name) != new.get(name)):
+        yield f"rights of {', '.join(names[:8])}" + (" and others" if len(names) > 8 else "")
+    if before.certificate != now.certificate:
+        yield "the certificate"
+
+
 class Relay(abc.ABC, Generic[OptionsT]):
     """What the two roles have in common: how they begin and end, as a context manager too."""
 
@@ -300,6 +311,7 @@ class Relay(abc.ABC, Generic[OptionsT]):
         runtime = self.runtime
         with self._reloading:
             try:
+                known = runtime.credentials
                 before, wanted = self.options, self.reread() if self.reread else self.options
                 if changes:
                     wanted = make_options(type(wanted), **{**wanted.as_arguments(), **changes})
@@ -317,7 +329,8 @@ class Relay(abc.ABC, Generic[OptionsT]):
                 return ""
         if kept and not runtime.is_worker:
             runtime.log.warning("only a restart can change %s", say_options(kept))
-        return "the configuration is reloaded" + (f"; changed: {say_options(changed)}" if changed else "")
+        what = ", ".join(filter(None, [say_options(changed), *say_changes(known, credentials)]))
+        return "the configuration is reloaded" + (f"; changed: {what}" if what else "")
 
     def _apply(self, options: OptionsT, credentials: Credentials) -> None:
         """Have these be in force from now on.  Raises nothing that the caller could have known of."""

@@ -163,9 +163,9 @@ class PortRange:
 
 def parse_ports(text: str) -> PortRange:
     """``PORT`` or ``FIRST-LAST``.  Raises `ValueError` that says what is accepted."""
-    first, _, last = text.partition("-")
+    first, dash, last = text.partition("-")
     try:
-        ports = PortRange(parse_port(trim(first)), parse_port(trim(last or first)))
+        ports = PortRange(parse_port(trim(first)), parse_port(trim(last if dash else first)))
     except ValueError:
         ports = PortRange(0, 0)
     if not 0 < ports.first <= ports.last:

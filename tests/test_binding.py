@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import ssl
 import threading
@@ -24,7 +25,7 @@ from _tcprelay.waiting import Deadline
 from tcprelay import LinkRefused, Published, RelayClient, RelayServer, Unpublished
 
 from .certificates import Certificates, tls_context
-from .conftest import PATIENCE, Bench, connect, read_exactly, wait_until
+from .conftest import PATIENCE, Bench, connect, read_exactly, replace, wait_until
 
 TOKEN = "a token that is long enough"
 Tamper = Callable[[str, dict[str, Any]], None]
@@ -61,39 +62,34 @@ class Middle:
 
     def _serve(self, sock: socket.socket) -> None:
         sock.settimeout(PATIENCE)
-        self._socks.append(sock)
-        try:
-            near = self._context.wrap_socket(sock, server_side=True)
-            far = tls_context().wrap_socket(connect(self._target))
-        except OSError:
-            sock.close()
-            return
-        self._socks += [near, far]
-        back = threading.Thread(target=self._pass, args=(far, near))
-        self._threads.append(back)
-        back.start()
-        self._pass(near, far)
+        with contextlib.ExitStack() as stack:
+            stack.callback(sock.close)
+            with contextlib.suppress(OSError, AssertionError):  # either side has ended
+                near = stack.enter_context(self._context.wrap_socket(sock, server_side=True))
+                far = stack.enter_context(tls_context().wrap_socket(connect(self._target)))
+                self._socks += [near, far]
+                while True:
+                    for source, sink in ((near, far), (far, near)):
+                        if source.pending() or select.select([source], [], [], 0.01)[0]:
+                            self._pass(source, sink)
 
     def _pass(self, source: socket.socket, sink: socket.socket) -> None:
-        try:
-            while True:
-                head = read_exactly(source, 4)
-                body = read_exactly(source, int.from_bytes(head[1:], "big")) if any(head[1:]) else b""
-                name, fields = FRAME_NAMES[head[0]], decode_fields(head[0], body)
-                self.seen.append(name)
-                self._tamper(name, fields)
-                sink.sendall(encode_frame(head[0], fields))
-        except (OSError, AssertionError):  # the other way may have a word left to say
-            with contextlib.suppress(OSError):
-                sink.shutdown(socket.SHUT_WR)
+        """Pass a frame on.  Raises `OSError`, and `AssertionError` at the end."""
+        head = read_exactly(source, 4)
+        body = read_exactly(source, int.from_bytes(head[1:], "big")) if any(head[1:]) else b""
+        name, fields = FRAME_NAMES[head[0]], decode_fields(head[0], body)
+        self.seen.append(name)
+        self._tamper(name, fields)
+        sink.sendall(encode_frame(head[0], fields))
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for sock in self._socks:
-            sock.close()
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
-            thread.join(PATIENCE)
+            thread.join(2 * PATIENCE)
 
 
 @pytest.fixture
@@ -372,3 +368,126 @@ def test_the_certificate_is_the_one_that_is_shown(certificates: Certificates, tm
         )
         expected = pin_of(ssl.PEM_cert_to_DER_cert(Path(certificates.path(f"{name}.pem")).read_text()))
         assert shown_certificate(tls_context(True, str(chain), certificates.path(f"{name}.key"))) == expected
+
+
+# What would otherwise go unseen
+
+
+def watch_nonces(server: RelayServer) -> list[bool]:
+    """Whether nonces that come with HELLO are taken, as they come."""
+    taken, take = list[bool](), server._nonces.take
+
+    def watch(nonce: str, client: str, host: str) -> bool:
+        taken.append(take(nonce, client, host))
+        return taken[-1]
+
+    server._nonces.take = watch  # type: ignore[method-assign]
+    return taken
+
+
+def test_ahead_nonce_is_used(bench: Bench, tmp_path: Path) -> None:
+    server = bench.server(tls="relay", state_dir=str(tmp_path / "state"), token=TOKEN)
+    taken = watch_nonces(server)
+    bench.client(server, bench.service().port, token=TOKEN, tls="relay", num_conn=3)
+    assert any(taken)
+
+
+@pytest.mark.parametrize("option", ["tls_server_name", "ca_file"])
+def test_what_is_named_is_verified_beside_the_token(bench: Bench, certificates: Certificates, option: str) -> None:
+    server = bench.server(tls="relay", token=TOKEN)
+    named = {"tls_server_name": "other.example", "ca_file": certificates.path("ca.pem")}
+    client(bench, server.relay_address[1], **{option: named[option]})
+    assert "give --ca-file or --pin" in refusal(bench)
+
+
+def test_a_certificate_that_no_proof_covers(bench: Bench) -> None:
+    server = bench.server(tls="relay", token=TOKEN)
+    with TLSLink(server.relay_address[1]) as own:
+        nonce = new_nonce()
+        own.link.send(HELLO, {"version": 1, "service": "default", "client": "c", "nonce": nonce, "token": True})
+        parts = nonce, own.next().text("nonce"), "default", "c"
+        own.link.send(AUTH, {"proof": prove(TOKEN.encode(), CLIENT, *parts), "certificate": own.certificate})
+        assert own.next().kind == REFUSED
+
+
+def test_an_unproven_server_gets_no_proof_ahead(
+    bench: Bench, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in ("FIRST_BACKOFF", "LAST_BACKOFF", "REFUSED_BACKOFF"):
+        replace(monkeypatch, n, 0.05)
+    monkeypatch.setenv("SSL_CERT_FILE", certificates.path("ca.pem"))
+    hellos: list[Any] = []
+
+    class Old(OldServer):
+        def _serve(self) -> None:
+            while True:
+                try:
+                    sock, _ = self._listener.accept()
+                except OSError:
+                    return
+                stream = TLSStream(sock, "the client", self._context, server_side=True)
+                self._links.append(link := Link(stream, SERVER))
+                try:
+                    stream.handshake(Deadline(PATIENCE))
+                    hello = link.receive(Deadline(PATIENCE))
+                    hellos.append(hello.fields)
+                    link.send(CHALLENGE, {"nonce": "n"})
+                    link.receive(Deadline(PATIENCE))
+                except (OSError, EOFError):
+                    continue
+                parts = hello.text("nonce"), "n", "default", hello.text("client")
+                link.send(
+                    WELCOME,
+                    {"proof": prove(TOKEN.encode(), SERVER, *parts), "heartbeat": 15, "nonces": ["a", "b", "c"]},
+                )
+
+    old = bench.enter(Old(certificates.path("server.pem"), certificates.path("server.key")))
+    client(bench, old.port)
+    bench.client_events.wait(Published)
+    old._context = tls_context(True, certificates.path("foreign.pem"), certificates.path("foreign.key"))
+    count = len(hellos)
+    old._links[-1].stream.sock.shutdown(socket.SHUT_RDWR)
+    wait_until(lambda: len(hellos) > count)  # HELLO over an unverified TLS connection
+    assert not any("proof" in hello for hello in hellos[count:])
+
+
+def test_each_proof_is_bound(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    server = bench.server(tls="relay", state_dir=str(tmp_path / "state"), token=TOKEN)
+    taken = watch_nonces(server)
+
+    def spy(*words: Any) -> str:
+        if words[0]:  # not when a relay is made
+            seen.append(words[6:])
+        return prove(*words)
+
+    replace(monkeypatch, "prove", spy)
+    bench.client(server, bench.service().port, token=TOKEN, tls="relay", num_conn=3)
+    assert any(taken)
+    assert set(seen) == {(server.runtime.credentials.certificate,)}
+
+
+def test_a_server_s_proof_has_to_be_bound_too(bench: Bench, certificates: Certificates) -> None:
+    class Half(OldServer):
+        def _serve(self) -> None:
+            while True:
+                try:
+                    sock, _ = self._listener.accept()
+                except OSError:
+                    return
+                stream = TLSStream(sock, "the client", self._context, server_side=True)
+                self._links.append(link := Link(stream, SERVER))
+                try:
+                    stream.handshake(Deadline(PATIENCE))
+                    hello = link.receive(Deadline(PATIENCE))
+                    pin = pin_of(ssl.PEM_cert_to_DER_cert(Path(certificates.path("server.pem")).read_text()))
+                    link.send(CHALLENGE, {"nonce": "n", "certificate": pin})
+                    link.receive(Deadline(PATIENCE))
+                    parts = hello.text("nonce"), "n", "default", hello.text("client")
+                    link.send(WELCOME, {"proof": prove(TOKEN.encode(), SERVER, *parts), "heartbeat": 15})
+                except (OSError, EOFError):
+                    continue
+
+    server = bench.enter(Half(certificates.path("server.pem"), certificates.path("server.key")))
+    client(bench, server.port)
+    assert refusal(bench).startswith("the relay did not prove that it knows the token")

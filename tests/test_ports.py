@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from _tcprelay.server.pool import Pool
+from .bench.processes import find_family
+import os
 import dataclasses
 import errno
+import random
 import signal
 import socket
 import time
@@ -22,7 +27,7 @@ from tcprelay import (
     ClientDown, ConnectionFailed, LinkDown, LinkRefused, Listening, Published, RelayClient, RelayServer, Unpublished,
 )  # fmt: skip
 
-from .conftest import Bench, connect, connect_from, echo, read_exactly, replace, unused_port, wait_until
+from .conftest import Bench, connect, connect_from, echo, read_exactly, replace, wait_until
 from .peers import HOST, Peers, free_port
 from .peers_v1 import FakeClient, FakeServer
 from .wire import SERVER, Way, Wire
@@ -33,7 +38,7 @@ TOKEN = "the token of all the tests"
 def free_range(count: int) -> tuple[int, int]:
     """So many ports in a row that nobody listens on."""
     for _ in range(100):
-        first = unused_port()
+        first = random.randrange(20_000, 32_000)  # below those that outgoing connections have
         try:
             for port in range(first, first + count):
                 socket.create_server((HOST, port)).close()
@@ -112,8 +117,9 @@ def test_each_that_asks_for_any_has_its_own(bench: Bench) -> None:
     assert all(map(answers, (first, first + 1, last)))
 
 
-def test_a_full_range_is_told(bench: Bench) -> None:
+def test_a_full_range_is_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """And once there is room, the one that was refused gets it."""
+    replace(monkeypatch, "REFUSED_BACKOFF", 0.2)
     first, last = free_range(1)
     server = serve(bench, first, last, port_lease=1)
     one = come(bench, server, 0, "web")
@@ -123,7 +129,8 @@ def test_a_full_range_is_told(bench: Bench) -> None:
     assert event.reason == f"refused by the relay: all ports that it may have are taken ({first})"
     assert not event.lasting
     one.end(0)
-    wait_until(lambda: is_closed(first) or server.service_addresses.keys() == {f"other@{first}"})
+    wait_until(lambda: published(bench)[1:] == [first])
+    assert set(server.service_addresses) == {f"other@{first}"}
 
 
 def test_a_certain_port_is_shared_by_those_of_one_service(bench: Bench) -> None:
@@ -488,3 +495,223 @@ def test_a_port_for_the_default_service() -> None:
         RelayClient(HOST, 80, HOST, 1, service_port=0, wire="raw")
     with pytest.raises(ValueError, match="--wire raw cannot ask for a port"):
         RelayServer(1, client_ports="1-2", wire="raw", service_port=3)
+
+
+# Whose a port is
+
+
+def leases_of(server: RelayServer) -> dict[int, leases.Lease]:
+    """What is given out, by port."""
+    assert server._leases
+    return server._leases._leases
+
+
+def is_reset(bench: Bench, host: str, port: int) -> bool:
+    """Whether a connection from there is reset, and not answered."""
+    try:
+        sock = connect_from(bench, host, port)
+        sock.sendall(b"x")
+        return not sock.recv(1)
+    except ConnectionResetError:
+        return True
+
+
+def hello_for(bench: Bench, server: RelayServer, token: str, **fields: Any) -> Any:
+    link = bench.enter(FakeClient(server))
+    return link.hello(token=token.encode(), **{"service": "web", "service_port": 0, **fields}).fields
+
+
+def two_owners(bench: Bench, tmp_path: Path, first: int, last: int, **options: Any) -> RelayServer:
+    path = tmp_path / "clients.conf"
+    path.write_text("".join(f"[{n}]\ntoken = {n} {TOKEN}\nports = {first}-{last}\n" for n in ("nas", "pi")))
+    return serve(bench, first, last, token=None, client_ports=None, clients=str(path), **options)
+
+
+def test_any_is_for_its_owner(bench: Bench, tmp_path: Path) -> None:
+    first, last = free_range(2)
+    server = two_owners(bench, tmp_path, first, last)
+    found = [hello_for(bench, server, f"{n} {TOKEN}", name=n, client="the same")["service_port"] for n in ("nas", "pi")]
+    assert found == [first, last]
+
+
+def test_any_is_no_certain_one(bench: Bench) -> None:
+    first, last = free_range(2)
+    server = serve(bench, first, last)
+    found = [hello_for(bench, server, TOKEN, client="c", service_port=port)["service_port"] for port in (first, 0)]
+    assert found == [first, last]
+
+
+def test_a_revoked_one_is_given_to_nobody(bench: Bench) -> None:
+    first, last = free_range(2)
+    server = serve(bench, first, last)
+    assert hello_for(bench, server, TOKEN, client="c")["service_port"] == first
+    leases_of(server)[first].revoked = True
+    assert hello_for(bench, server, TOKEN, client="c")["service_port"] == last
+    assert (
+        hello_for(bench, server, TOKEN, client="c", service_port=first)["reason"]
+        == f"port {first} is about to be given back"
+    )
+
+
+def test_a_port_that_is_used_does_not_expire(bench: Bench) -> None:
+    first, last = free_range(1)
+    server = serve(bench, first, last, port_lease=1)
+    come(bench, server, 0, "web")
+    published(bench)
+    lease = leases_of(server)[first]
+    old = lease.seen = time.monotonic() - 100
+    wait_until(lambda: lease.seen > old or not leases_of(server))
+    assert answers(first)
+
+
+def test_had_has_to_be_its_own(bench: Bench) -> None:
+    first, last = free_range(2)
+    server = serve(bench, first, first)
+    assert hello_for(bench, server, TOKEN, had_port=last)["service_port"] == first
+
+
+def test_a_kept_port_is_for_who_had_it(bench: Bench) -> None:
+    first, last = free_range(2)
+    server = serve(bench, first, last)
+    client = come(bench, server, 0, "web", client_name="nas")
+    assert published(bench) == [first]
+    client.end(0)
+    bench.server_events.wait(ClientDown)
+    come(bench, server, 0, "web", client_name="pi")
+    assert published(bench, 2)[1] == last
+
+
+def test_an_identity_s_ports_are_taken_back(bench: Bench, tmp_path: Path) -> None:
+    first, last = free_range(2)
+    server = two_owners(bench, tmp_path, first, last)
+    for number, port in enumerate((first, last), 1):
+        come(bench, server, port, f"web{number}", client_name="nas", token=f"nas {TOKEN}")
+    published(bench, 2)
+    wait_until(lambda: server.counters["links_idle"] == 4)
+    path = tmp_path / "clients.conf"
+    path.write_text(path.read_text().replace(f"{first}-{last}", str(last), 1))
+    assert server.reload()
+    assert len(bench.server_events.of(LinkDown)) == 2
+    wait_until(lambda: set(server.service_addresses) == {f"web2@{last}"})
+    assert answers(last)
+
+
+@pytest.mark.parametrize("certain", [True, False])
+def test_ports_are_bounded(bench: Bench, monkeypatch: pytest.MonkeyPatch, certain: bool) -> None:
+    replace(monkeypatch, "MOST_LEASES", 1)
+    first, last = free_range(2)
+    server = serve(bench, first, last)
+    hello_for(bench, server, TOKEN, client="a")
+    assert (
+        hello_for(bench, server, TOKEN, client="b", service_port=last * certain)["reason"]
+        == "too many ports are given out"
+    )
+
+
+def test_no_link_joins_what_was_given_back() -> None:
+    pool = Pool([], 1, 1)
+    try:
+        with pytest.raises(Refusal, match="the port was given back meanwhile"):
+            pool.join(SimpleNamespace(service="web@1", client="c"))  # type: ignore[arg-type]
+    finally:
+        pool.selector.close()
+
+
+def test_workers_again(peers: Peers, workers: str) -> None:
+    first, last = free_range(2)
+    words = "--token", TOKEN, "--port-lease", "1", "--client-ports", f"{first}-{last}"
+    server = peers.relay_process("server", "--relay-port", "0", "--hostname", HOST, *words)
+    server.expected_error = "worker"
+    service = peers.service(echo)
+
+    def use() -> None:
+        for _ in range(6):
+            with peers.connect(first) as sock:
+                sock.sendall(b"x")
+                assert read_exactly(sock, 1) == b"x"
+
+    def start(name: str, port: int) -> Any:
+        return peers.relay_process(
+            "client", "--relay-host", HOST, "--relay-port", str(server.relay_port), "--token", TOKEN,
+            "--publish", f"{name}={HOST}:{service.port}@{port}",
+        )  # fmt: skip
+
+    for _ in range(2):
+        client = start("web", first)
+        client.wait_event("Published", address=f"{HOST}:{first}")
+        use()
+        other = start("ssh", first)
+        assert "is taken by service web" in other.wait_event("Unpublished")["reason"]
+        other.signal(signal.SIGTERM)
+        assert other.wait() == 0
+        client.signal(signal.SIGTERM)
+        assert client.wait() == 0
+        wait_until(lambda: is_closed(first))
+
+
+def test_a_worker_that_has_died(peers: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_WORKERS", "2")
+    first, last = free_range(1)
+    words = "--token", TOKEN, "--client-ports", f"{first}-{last}"
+    server = peers.relay_process("server", "--relay-port", "0", "--hostname", HOST, *words)
+    server.expected_error = "worker"
+    service = peers.service(echo)
+    client = peers.relay_process(
+        "client", f"{HOST}:{server.relay_port}", f"{HOST}:{service.port}@{first}", "--token", TOKEN
+    )
+    client.wait_event("Published")
+    children = [pid for pid in find_family(server.process.pid) if pid != server.process.pid]
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: len(server.events("ClientUp")) == 2)
+    for _ in range(6):
+        with peers.connect(first) as sock:
+            sock.sendall(b"x")
+            assert read_exactly(sock, 1) == b"x"
+
+
+def test_lists_for_ports_on_demand(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "denied").write_text("127.0.0.3\n")
+    first, last = free_range(1)
+    server = serve(bench, first, last, deny="127.0.0.2", deny_file=str(tmp_path / "denied"))
+    come(bench, server, first, "web")
+    published(bench)
+    assert [is_reset(bench, f"127.0.0.{n}", first) for n in (2, 3, 4)] == [True, True, False]
+    assert [event.reason for event in bench.server_events.wait(ConnectionFailed, 2)] == [
+        "its address may not connect (--deny)",
+        "its address may not connect (--deny-file)",
+    ]
+
+
+def test_revoke_leaves_the_leases_that_may_stay(bench: Bench, tmp_path: Path) -> None:
+    first, last = free_range(2)
+    server = two_owners(bench, tmp_path, first, last)
+    for port in (first, last):
+        hello_for(bench, server, f"nas {TOKEN}", name="nas", service_port=port)
+    path = tmp_path / "clients.conf"
+    path.write_text(path.read_text().replace(f"{first}-{last}", str(last), 1))
+    held = dict(leases_of(server))
+    assert server.reload()
+    assert [held[port].revoked for port in (first, last)] == [True, False]
+
+
+def test_ports_of_identities_are_given_back(bench: Bench, tmp_path: Path) -> None:
+    first, last = free_range(1)
+    server = two_owners(bench, tmp_path, first, last, port_lease=1)
+    # and no links at the first look: the acceptor sleeps without a lease
+    client = come(bench, server, 0, "web", client_name="nas", token=f"nas {TOKEN}")
+    published(bench)
+    client.end(0)
+    wait_until(lambda: server.service_addresses == {})
+
+
+def test_the_rate_of_a_service_on_demand(bench: Bench) -> None:
+    first, last = free_range(1)
+    server = serve(bench, first, last, limit_rate="web=64Ki", service="web=0")
+    come(bench, server, first, "web")
+    published(bench)
+    with connect(("", first)) as sock:
+        sock.sendall(b"x")
+        assert read_exactly(sock, 1) == b"x"
+        [splice] = server.runtime.splices.snapshot()
+        assert splice.to_link.pace and splice.to_link.pace.rate == 65536

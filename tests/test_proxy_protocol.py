@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tcprelay import LinkDown
 import contextlib
 import logging
 import re
@@ -883,3 +884,43 @@ def test_a_header_without_an_address_is_no_way_around_the_lists(bench: Bench) ->
         sock.sendall(b"PROXY UNKNOWN\r\nGET / HTTP/1.0\r\n\r\n")
         sock.recv(1)
     assert not bench.server_events.of(ConnectionFailed)
+
+
+def test_what_comes_over_tls_is_no_header(bench: Bench, certificates: Certificates) -> None:
+    server = bench.server(**BELIEVE, **secure(certificates))
+    bench.client(server, bench.service().port, tls="relay", token="t", reject_unauthorized=False)
+    sock = connect_from(bench, OTHER_HOST, service_port(server))
+    data = header_of(1) + b"x"
+    with TLSEnd(sock, tls_context(), False) as end:
+        end.sendall(data)
+        got = b""
+        while len(got) < len(data):
+            piece = end.recv(100)
+            assert piece
+            got += piece
+        assert got == data
+
+
+def test_a_proxied_link_gives_back_nobody_s_share(bench: Bench) -> None:
+    server = bench.server(max_links_per_address=1, allow_unauthenticated=True, **BELIEVE)
+    direct = bench.enter(LinkThrough(bench, server, b"", OTHER_HOST))
+    assert direct.hello().kind == WELCOME
+    link = bench.enter(LinkThrough(bench, server, header_of(1, OTHER_HOST)))
+    assert link.hello(client="other").kind == WELCOME
+    link.close()
+    bench.server_events.wait(LinkDown)
+    assert dict(server._listeners.of_links._counts) == {OTHER_HOST: 1}
+
+
+def test_workers_ask_the_lists_for_the_real_address(peers: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_WORKERS", "2")
+    server = peers.server("--accept-proxy-protocol", "127.0.0.2", "--deny", "192.0.2.7", "--deny-links", "192.0.2.8")
+    peers.client(server.relay_port, peers.service(echo).port, "--num-conn", "2")
+    for port, host, kind in (
+        (server.service_port, "192.0.2.7", "ConnectionFailed"),
+        (server.relay_port, "192.0.2.8", "LinkRefused"),
+    ):
+        with socket.create_connection((HOST, port), PATIENCE, ("127.0.0.2", 0)) as sock:
+            sock.sendall(f"PROXY TCP4 {host} 192.0.2.1 4000 80\r\n".encode())
+            event = server.wait_event(kind)
+            assert event["reason"].endswith(("(--deny)", "(--deny-links)")), event

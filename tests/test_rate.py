@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from .rigs import Rig
 import hashlib
 import os
 import random
@@ -28,7 +30,7 @@ from .certificates import Certificates, tls_context
 from .conftest import PATIENCE, Bench, echo, read_all, read_exactly, wait_until
 from .ends import TLSEnd, send_data, send_end
 from .peers import Peers
-from .rigs import Rig, bytes_waiting, receive, receive_by, reset, sweep_until_broken
+from .rigs import bytes_waiting, receive, receive_by, reset, sweep_until_broken
 
 SOON = 1.0
 """Seconds within which a pump that rests has left, on a machine that has other things to do."""
@@ -511,3 +513,16 @@ def test_sigterm_ends_a_relay_whose_pumps_rest(peers: Peers, workers: str) -> No
     assert 0.5 <= time.monotonic() - began < 0.5 + 2 * SOON
     with pytest.raises(ConnectionResetError):
         read_all(sock)
+
+
+def test_the_opening_exchange_is_paced() -> None:
+    with ExitStack() as stack:
+        rig = Rig(stack, start=False)
+        rig.splice.limit_rate(1024)
+        flow = rig.splice.to_link
+        rig.far_stream.sendall(bytes(20_000))
+        flow.take(memoryview(bytearray(65536)))
+        taken = flow._taken
+        rig.start()
+        rig.close()
+        assert flow.pace and 0 < taken <= flow.pace.burst

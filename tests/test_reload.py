@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from _tcprelay.client.stock import Service, Stock
+from _tcprelay.client.workers import ClientWorkers
+from _tcprelay.values import parse_publication
+from _tcprelay.watch import Places
 import os
 import signal
 import socket
@@ -247,6 +252,7 @@ def test_a_command_reads_its_file_again(peers: Peers, tmp_path: Path, workers: s
         talk(sock)
         with pytest.raises(ConnectionResetError), peers.connect(server.port_of("web")) as other:
             other.recv(1)
+    wait_until(lambda: len(server.events("ConnectionClosed")) == 3)  # its share is given back
 
     server.expected_error = client.expected_error = "cannot reload"
     files.write("server", *ports, "token = x", "nonsense = 1")
@@ -258,3 +264,66 @@ def test_a_command_reads_its_file_again(peers: Peers, tmp_path: Path, workers: s
     server.wait_message(f"cannot reload, all stays as it was: cannot read {files.paths['server']}: no such file")
     with peers.connect(server.port_of("web")) as sock:
         talk(sock)
+
+
+# Reloads that fail late, and what a parent tells
+
+
+def test_max_conn(bench: Bench) -> None:
+    server = bench.server(token=TOKEN)
+    client = bench.client(server, bench.service().port, token=TOKEN)
+    assert client.reload(max_conn=3)
+    assert client.runtime.places.most == 3
+
+
+def test_stock_tells_nothing_of_what_is_gone() -> None:
+    service = Service(parse_publication("web=1"), 1)
+    stock = Stock([service], 1, Places(9), 1)
+    stock.begin(service)
+    service.connecting = 1
+    stock.replace([], [])
+    assert not stock.fail(service, time.monotonic(), "why")
+    stock.close()
+
+
+def test_a_reload_that_fails_late(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = bench.server(token=TOKEN)
+    client = bench.client(server, bench.service().port, token=TOKEN)
+    before = client.options, client.runtime.credentials
+
+    def fail(publication: Any) -> Any:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(client, "_make_service", fail)
+    assert not client.reload(publish="web=1", token="another token of the tests")
+    assert (client.options, client.runtime.credentials) == before
+    assert client._stock.services[0].name == "default" and len(client._stock.services) == 1
+
+
+def test_max_pending(bench: Bench) -> None:
+    server = bench.server(token=TOKEN)
+    assert server.reload(max_pending=1)
+    for _ in range(2):
+        bench.connect(server)
+    assert "--max-pending" in bench.server_events.wait(ConnectionFailed)[0].reason
+
+
+def test_workers_tell_once(bench: Bench) -> None:
+    client = RelayClient(HOST, 80, HOST, 1, publish="web=81", on_event=bench.client_events)
+    workers = ClientWorkers(client, 2, lambda number, count: None)
+
+    def tell(worker: int, address: str) -> None:
+        fields = {"service": "web", "target": "t", "relay": "r", "address": address}
+        workers.tell("Published", fields, workers.workers[worker])
+
+    for worker, address in ((0, "a:1"), (1, "a:1"), (0, "a:2")):
+        tell(worker, address)
+    assert [event.address for event in bench.client_events.of(Published)] == ["a:1", "a:2"]
+    assert client.renew(publish=None)
+    workers.renewed()
+    tell(0, "a:3")
+    assert client.renew(publish="web=81")
+    workers.renewed()
+    tell(0, "a:2")
+    assert [event.address for event in bench.client_events.of(Published)] == ["a:1", "a:2", "a:2"]
+    workers.selector.close()

@@ -66,11 +66,13 @@ WRONG = [
     (f"{NAS}service = ssh\n", "line 3: there is no setting service; did you mean services?"),
     (f"{NAS}services = ssh\n\n[nas]\n", "line 5: there are two sections nas"),
     (f"{NAS}services = ssh\nServices = web\n", "line 4: services stands there twice"),
+    ("[nas\ntoken = x\n", "line 1: the ] is missing"),
     ("token = x\n", "line 1: a section has to begin first, as in [nas]"),
     (f"{NAS}secret words\n", "line 3: expected a line of the form key = value"),
     (NAS, "line 1: nas may publish nothing: give it services or ports"),
-    (f"{NAS}services = a b\n", "line 3: services: expected a name of 1 to 64 letters"),
+    (f"{NAS}services = a b\n", "line 3: services: expected names of services with commas between them, or *"),
     (f"{NAS}services = ssh\nports = 0\n", "line 4: ports: expected a port, or ports as in 20000-20099"),
+    (f"{NAS}services = ssh\nports = 9-\n", "line 4: ports: expected a port, or ports as in 20000-20099"),
     (f"{NAS}services = ssh\nports = 9-8\n", "line 4: ports: expected a port, or ports as in 20000-20099"),
     (f"{NAS}services = ssh\nfrom = home\n", "line 4: from: expected a network, as in 192.0.2.0/24, or an address"),
     (f"{NAS}services = ssh\nmax-links = 0\n", "line 4: max-links: expected a whole number, 1 or more"),
@@ -143,6 +145,13 @@ def test_a_file_that_is_wrong_ends_the_start(tmp_path: Path) -> None:
         RelayServer(0, 0, clients=str(path))
     path.write_bytes(b"\xff")
     with pytest.raises(ValueError, match="it is not UTF-8"):
+        RelayServer(0, 0, clients=str(path))
+    for text in ("", "# nobody yet\n"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="there is no section in it, so nobody could come"):
+            RelayServer(0, 0, clients=str(path))
+    path.write_text(f"{NAS}services = default\nports = *\n")
+    with pytest.raises(ValueError, match=r"line 4: \* stands for the ports of --client-ports, and there are none"):
         RelayServer(0, 0, clients=str(path))
     path.write_text(f"{NAS}services = web\n")
     with pytest.raises(ValueError, match="line 3: there is no service web here; there is default"):

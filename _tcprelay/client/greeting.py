@@ -18,7 +18,7 @@ from ..protocol import (
     AUTH, CHALLENGE, CLIENT, HELLO, PROTOCOL_VERSION, REFUSED, SERVER, Frame, LinkFault, guess_protocol, is_proof,
     new_nonce, prove,
 )  # fmt: skip
-from ..role import Runtime
+from ..role import SHORTEST_TOKEN, Runtime
 from ..sockets import Dialer
 from ..streams import Stream
 from ..system import ssl
@@ -286,7 +286,10 @@ def explain_tls(error: BaseException) -> str:
     if isinstance(error, ssl.SSLCertVerificationError) and error.verify_code in (NOT_YET_VALID, EXPIRED):
         return f"{say_error(error)}{CLOCK}"
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"{say_error(error)}; give --ca-file or --pin, or --tls-server-name where the name differs"
+        return (
+            f"{say_error(error)}; give --ca-file or --pin, or --tls-server-name where the name differs; the server's "
+            f"token would do, too, if it has {SHORTEST_TOKEN} characters or more"
+        )
     if error.reason == "TLSV1_ALERT_ACCESS_DENIED":
         return (
             "refused by the relay: it accepts no links from this address, by its --allow-links or --deny-links; or it "

@@ -86,6 +86,8 @@ class Links:
         reason = say_error(error)
         if self._stock.fail(service, began, reason, longest_backoff(error), self._runtime.stop.requested):
             self._tell_down(service, reason, isinstance(error, RefusedByServer) and error.lasting)
+        elif isinstance(error, RefusedByServer) and not error.passing and self._stock.remark(service, reason):
+            self._runtime.log.warning("service %s: no further link: %s", service.name, reason)
 
     def _doubt(self, service: Service, reason: str) -> None:
         if self._stock.doubt(service, reason):

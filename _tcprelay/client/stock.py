@@ -133,6 +133,8 @@ class Service:
         """What was last told of its state: "" is published, ``None`` nothing yet, otherwise why not."""
         self.reasons: set[str] = set()
         """Those that were told since it was published: each is told once, also where they take turns."""
+        self.remarks: set[str] = set()
+        """Why it got no further links, as far as that was told."""
         self.is_known = False
         """A link of it has been up: the relay is where it was looked for."""
 
@@ -244,6 +246,14 @@ class Stock:
         service.reasons.add(reason)
         service.told = reason
         return True
+
+    def remark(self, service: Service, reason: str) -> bool:
+        """Whether it is to be told that a service, which has links, gets no more for this reason: once for each."""
+        with self._condition:
+            fresh = service.idle + service.busy > 0 and reason not in service.remarks
+            if fresh and len(service.remarks) < MOST_REASONS:
+                service.remarks.add(reason)
+            return fresh
 
     def add(self, link: AnyLink, service: Service, waiting: int) -> None:
         """A link is up: it counts as idle, and others may follow it.  So many service clients wait at the server."""

@@ -39,7 +39,7 @@ def add_client(options: ServerOptions, name: str) -> str:
         where = f"written to {os.path.abspath(path)}, where rights can be changed; SIGHUP has the server read it"
     else:
         add("")
-        where = "for the file that --clients names"
+        where = "for the file that --clients is to name; nothing is written"
         options = dataclasses.replace(options, allow_unauthenticated=True)  # no token for all need be made
     credentials = load_credentials(options)
     notes = ["a file with the token, named by --token-file, keeps it out of ps"]

@@ -274,7 +274,9 @@ class Greeting:
         if ask is None:
             if service in (known := [one.name for one in self._runtime.options.services]):
                 return service, None
-            there = f"there is {shown(', '.join(known), 200)} (--service adds one)" if known else "none at all"
+            there = f"there is {shown(', '.join(known), 200)} (--service adds one)"
+            if not known:
+                there = "its clients ask for a port, as with @0 behind the service"
             raise Refusal(f"there is no service {shown(service, 64)} here; {there}", "service")
         try:
             parse_name(service)

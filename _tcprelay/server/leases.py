@@ -192,7 +192,8 @@ class Leases:
             return self._open(ask, ask.port)
         if (lease.ask.owner, lease.ask.name) != (ask.owner, ask.name):
             whose = "another relay client" if lease.ask.owner != ask.owner else f"service {lease.ask.name}"
-            raise Refusal(f"port {ask.port} is taken by {whose}", "port")
+            how = "is taken by" if self._has_client(lease.key) else "is kept for a while (--port-lease) for"
+            raise Refusal(f"port {ask.port} {how} {whose}", "port")
         if not lease.ask.port and lease.ask.client != ask.client:
             raise Refusal(f"port {ask.port} is taken by another relay client, which had asked for any", "port")
         return lease

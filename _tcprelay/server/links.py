@@ -102,7 +102,7 @@ class Links:
             raise Refusal(TOO_MANY_HANDSHAKES, "lost")
         identity = pooled.identity
         if identity and not self._quota.enter(identity.name, identity.max_links):
-            raise Refusal(f"{identity.name} has as many links as it may have (max-links)", "limit")
+            raise Refusal(f"{identity.name} has as many links as it may have (max-links)", "quota")
         try:
             first = self._pool.join(pooled)
         except Refusal:

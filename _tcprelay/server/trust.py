@@ -102,6 +102,7 @@ def say_line(options: ServerOptions, credentials: Credentials, port: int, words:
     host = options.public_host or listens_at or public_address()
     line = ["tcprelayc", str(Endpoint(host or "HOST", port))]
     line += ["PORT" if service.name == "default" else f"{service.name}=PORT" for service in options.services]
+    line += [] if options.services else ["PORT@0"]
     line += ["--tls"] if credentials.links else []
     line += words
     line += ["--wire", "raw"] if options.wire == "raw" else []
