@@ -342,6 +342,7 @@ def test_who_is_refused_takes_no_share(bench: Bench) -> None:
 def test_a_flood_of_the_denied_costs_no_thread_and_no_descriptor(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has its record, and nothing is begun for it."""
     server = bench.server(deny="127.0.0.2")
+    wait_until(lambda: server._listeners.bell)  # the acceptor has all that it waits on
     port, started = server.service_addresses["default"][1], []
     start = Threads.start
     with monkeypatch.context() as watch:
