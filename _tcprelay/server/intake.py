@@ -136,6 +136,8 @@ class PortIntake(Intake):
     def __init__(self, runtime: Runtime[ServerOptions], pool: Pool, listeners: Listeners) -> None:
         super().__init__(runtime, pool, listeners)
         listeners.is_full, listeners.hand_on = pool.is_full, self._hand_on
+        self._left: list[PooledLink] = []
+        """Links of services that are no more, which are to be closed; for the acceptor."""
         self.leases = Leases(runtime, listeners, pool.has_client, self._begin_service, self._end_service)
         self._acceptor = runtime.own_thread(self._accept, "acceptor", runtime.stop)
         self.threads.append(self._acceptor)
@@ -181,6 +183,9 @@ class PortIntake(Intake):
             listeners.watch(selector)
             while not stop.requested:
                 wait = min(self.leases.look() if self.leases.may_be_given else math.inf, listeners.look())
+                if self._left:
+                    links, self._left = self._left, []
+                    self.drop_links(links)
                 for key, _ in selector.select(None if wait == math.inf else wait):
                     key.data()
             listeners.bell = None
@@ -189,7 +194,7 @@ class PortIntake(Intake):
         self._pool.add(key)
 
     def _end_service(self, key: str) -> None:
-        self.drop_links(self._pool.remove(key))
+        self._left += self._pool.remove(key)
 
     def _hand_on(self, service: str, sock: socket.socket, address: Any) -> None:
         """Serve a connection in a thread of its own.  Raises `RuntimeError` where there is none."""
