@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from _tcprelay.server.clients import NOBODY
-from _tcprelay.waiting import Deadline
-from tcprelay import ClientDown
-from .bench.processes import find_family
 import os
 import signal
 import socket
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from _tcprelay.protocol import HELLO, PING, REFUSED, WELCOME, new_nonce
+from _tcprelay.server.clients import NOBODY
+from _tcprelay.waiting import Deadline
 from tcprelay import (
-    ClientUp, ConnectionClosed, ConnectionFailed, LinkDown, LinkRefused, Published, RelayClient, RelayServer,
-    Unpublished,
+    ClientDown, ClientUp, ConnectionClosed, ConnectionFailed, LinkDown, LinkRefused, Published, RelayClient,
+    RelayServer, Unpublished,
 )  # fmt: skip
 
+from .bench.processes import find_family
 from .certificates import Certificates
 from .conftest import PATIENCE, Bench, echo, read_exactly, replace, wait_until
 from .peers import HOST, Peers

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from _tcprelay.server.pool import Pool
-from .bench.processes import find_family
-import os
 import dataclasses
 import errno
+import os
 import random
 import signal
 import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,11 +20,13 @@ from _tcprelay.protocol import HELLO, REFUSED, new_nonce
 from _tcprelay.server import leases
 from _tcprelay.server.clients import Refusal
 from _tcprelay.server.leases import Ask
+from _tcprelay.server.pool import Pool
 from _tcprelay.values import parse_publication
 from tcprelay import (
     ClientDown, ConnectionFailed, LinkDown, LinkRefused, Listening, Published, RelayClient, RelayServer, Unpublished,
 )  # fmt: skip
 
+from .bench.processes import find_family
 from .conftest import Bench, connect, connect_from, echo, read_exactly, replace, wait_until
 from .peers import HOST, Peers, free_port
 from .peers_v1 import FakeClient, FakeServer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from tcprelay import LinkDown
 import contextlib
 import logging
 import re
@@ -29,7 +28,7 @@ from _tcprelay.streams import Stream
 from _tcprelay.values import parse_network
 from _tcprelay.waiting import Deadline
 from tcprelay import (
-    ClientUp, ConnectionClosed, ConnectionFailed, ConnectionOpened, LinkRefused, LinkUp, RelayServer,
+    ClientUp, ConnectionClosed, ConnectionFailed, ConnectionOpened, LinkDown, LinkRefused, LinkUp, RelayServer,
 )  # fmt: skip
 
 from .certificates import Certificates, tls_context

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from .rigs import Rig
 import hashlib
 import os
 import random
@@ -13,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -30,7 +29,7 @@ from .certificates import Certificates, tls_context
 from .conftest import PATIENCE, Bench, echo, read_all, read_exactly, wait_until
 from .ends import TLSEnd, send_data, send_end
 from .peers import Peers
-from .rigs import bytes_waiting, receive, receive_by, reset, sweep_until_broken
+from .rigs import Rig, bytes_waiting, receive, receive_by, reset, sweep_until_broken
 
 SOON = 1.0
 """Seconds within which a pump that rests has left, on a machine that has other things to do."""

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import time
-from _tcprelay.client.stock import Service, Stock
-from _tcprelay.client.workers import ClientWorkers
-from _tcprelay.values import parse_publication
-from _tcprelay.watch import Places
 import os
 import signal
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from _tcprelay.client.stock import Service, Stock
+from _tcprelay.client.workers import ClientWorkers
+from _tcprelay.values import parse_publication
+from _tcprelay.watch import Places
 from tcprelay import ConnectionClosed, ConnectionFailed, LinkDown, Published, RelayClient, RelayServer, Unpublished
 
 from .conftest import Bench, connect, echo, read_exactly, unused_port, wait_until
