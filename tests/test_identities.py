@@ -416,7 +416,8 @@ def test_quotas_come_to_nothing(bench: Bench, clients: ClientsFile) -> None:
     clients.write(nas=f"{SECTIONS['nas']}max-links = 3\nmax-connections = 1\n")
     server = serve(bench, clients)
     for number in range(2):
-        client = bench.client(server, bench.service().port, name="nas", token=NAS, num_conn=2)
+        client = come(bench, server, "nas", NAS, num_conn=2, port=bench.service().port)
+        bench.client_events.wait(Published, number + 1)
         sock = bench.connect(server)
         sock.sendall(b"x")
         assert read_exactly(sock, 1) == b"x"

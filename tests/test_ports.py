@@ -357,6 +357,8 @@ def test_over_a_network_that_is_gone(lay_wire: Callable[..., Wire], peers: Peers
             )
         other.wait_event("Published", address=f"127.0.0.1:{first}")
     client.wait_event("Published", 30, address=f"{SERVER}:{last}")
+    for relay in (client, other, server):
+        relay.kill()
 
 
 def ask(server: RelayServer, client: str, *, port: int = 0, had: int = 0, called: str = "nas", host: str = HOST) -> int:
