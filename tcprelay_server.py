@@ -208,12 +208,10 @@ class RelayServer(Relay[ServerOptions]):
             shared.process = account.number
 
     def obey(self, order: dict[str, Any]) -> None:
+        if self._intake.obey(order):
+            return
         if "suspect" in order:
             self._links.suspect(order["suspect"])
-        elif "asked" in order and isinstance(self._intake, ParentIntake):
-            self._intake.note_answer(order)
-        elif "given_back" in order and isinstance(self._intake, ParentIntake):
-            self._intake.give_back(order["given_back"])
         else:
             self._links.give_up_one(order["give_up"])
 

@@ -8,6 +8,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterator
+from typing import BinaryIO
 
 from .system import fcntl, ignore_oserror
 from .text import random_id, say_error
@@ -120,24 +121,17 @@ def looking_only() -> Iterator[None]:
 
 def _make_private(path: str, content: bytes) -> None:
     """Write a new file, all of it at once; one that is there already stays.  Raises `OSError`."""
-    directory, new = os.path.dirname(path), f"{path}.{random_id(8)}"
+    directory = os.path.dirname(path)
     with contextlib.suppress(FileExistsError):  # something else than a directory, which the check names
         os.makedirs(directory, mode=0o700, exist_ok=True)
     _check_directory(directory)
     with _locked(directory):
         if os.path.lexists(path):
             return
-        try:
-            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                if _who_else(os.fstat(file.fileno()), 0o077, path):
-                    raise PermissionError(errno.EPERM, "the file system here cannot keep a file from others")
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, path)
-        except OSError as error:
-            ignore_oserror(os.unlink, new)
-            raise OSError(error.errno, say_error(error), path) from error
+        with _replacing(path) as file:
+            if _who_else(os.fstat(file.fileno()), 0o077, path):
+                raise PermissionError(errno.EPERM, "the file system here cannot keep a file from others")
+            file.write(content)
 
 
 def rewrite(path: str, change: Callable[[str], str]) -> None:
@@ -147,24 +141,32 @@ def rewrite(path: str, change: Callable[[str], str]) -> None:
     then nothing is changed.
     """
     path = os.path.realpath(path)
-    new = f"{path}.{random_id(8)}"
     with _locked(os.path.dirname(path)):
         text, found = "", None
         with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8-sig") as file:
             text, found = file.read(), os.fstat(file.fileno())
         content = change(text).encode()
-        try:
-            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as written:
-                if found is not None and hasattr(os, "fchown"):
-                    os.fchown(written.fileno(), found.st_uid, found.st_gid)
-                    os.fchmod(written.fileno(), stat.S_IMODE(found.st_mode))
-                written.write(content)
-                written.flush()
-                os.fsync(written.fileno())
-            os.replace(new, path)
-        except OSError as error:
-            ignore_oserror(os.unlink, new)
-            raise OSError(error.errno, say_error(error), path) from error
+        with _replacing(path) as written:
+            if found is not None and hasattr(os, "fchown"):
+                os.fchown(written.fileno(), found.st_uid, found.st_gid)
+                os.fchmod(written.fileno(), stat.S_IMODE(found.st_mode))
+            written.write(content)
+
+
+@contextlib.contextmanager
+def _replacing(path: str) -> Iterator[BinaryIO]:
+    """A new file, for this user alone, which takes the place of the one at this path when the block has ended well.
+    Raises `OSError` with the path; then nothing is left of it."""
+    new = f"{path}.{random_id(8)}"
+    try:
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except OSError as error:
+        ignore_oserror(os.unlink, new)
+        raise OSError(error.errno, say_error(error), path) from error
 
 
 @contextlib.contextmanager

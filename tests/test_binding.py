@@ -6,7 +6,6 @@ import contextlib
 import select
 import socket
 import ssl
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from _tcprelay.waiting import Deadline
 from tcprelay import LinkRefused, Published, RelayClient, RelayServer, Unpublished
 
 from .certificates import Certificates, tls_context
-from .conftest import PATIENCE, Bench, connect, read_exactly, replace, wait_until
+from .conftest import PATIENCE, Bench, Service, connect, read_exactly, replace, wait_until
 
 TOKEN = "a token that is long enough"
 Tamper = Callable[[str, dict[str, Any]], None]
@@ -42,36 +41,22 @@ class Middle:
     def __init__(self, server: RelayServer, cert: str, key: str, tamper: Tamper) -> None:
         self._target = server.relay_address
         self._context, self._tamper = tls_context(True, cert, key), tamper
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
         self.certificate = pin_of(ssl.PEM_cert_to_DER_cert(Path(cert).read_text()))
         self.seen: list[str] = []
         """The names of the frames that he could read."""
         self._socks: list[socket.socket] = []
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:
-                return
-            self._threads.append(threading.Thread(target=self._serve, args=(sock,)))
-            self._threads[-1].start()
+        self._service = Service(self._serve)
+        self.port = self._service.port
 
     def _serve(self, sock: socket.socket) -> None:
-        sock.settimeout(PATIENCE)
-        with contextlib.ExitStack() as stack:
-            stack.callback(sock.close)
-            with contextlib.suppress(OSError, AssertionError):  # either side has ended
-                near = stack.enter_context(self._context.wrap_socket(sock, server_side=True))
-                far = stack.enter_context(tls_context().wrap_socket(connect(self._target)))
-                self._socks += [near, far]
-                while True:
-                    for source, sink in ((near, far), (far, near)):
-                        if source.pending() or select.select([source], [], [], 0.01)[0]:
-                            self._pass(source, sink)
+        with contextlib.suppress(OSError, AssertionError), contextlib.ExitStack() as stack:  # until a side has ended
+            near = stack.enter_context(self._context.wrap_socket(sock, server_side=True))
+            far = stack.enter_context(tls_context().wrap_socket(connect(self._target)))
+            self._socks += [near, far]
+            while True:
+                for source, sink in ((near, far), (far, near)):
+                    if source.pending() or select.select([source], [], [], 0.01)[0]:
+                        self._pass(source, sink)
 
     def _pass(self, source: socket.socket, sink: socket.socket) -> None:
         """Pass a frame on.  Raises `OSError`, and `AssertionError` at the end."""
@@ -82,14 +67,14 @@ class Middle:
         self._tamper(name, fields)
         sink.sendall(encode_frame(head[0], fields))
 
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+    def __enter__(self) -> Middle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         for sock in self._socks:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join(2 * PATIENCE)
+        self._service.close()
 
 
 @pytest.fixture
@@ -98,23 +83,9 @@ def middle(bench: Bench, certificates: Certificates) -> Iterator[Callable[..., M
 
     def stand(server: RelayServer, tamper: Tamper = untouched) -> Middle:
         made = Middle(server, certificates.path("foreign.pem"), certificates.path("foreign.key"), tamper)
-        bench.enter(Closing(made))
-        return made
+        return bench.enter(made)  # type: ignore[no-any-return]
 
     yield stand
-
-
-class Closing:
-    """`contextlib.closing`, with what it closes last of all that a test has."""
-
-    def __init__(self, thing: Middle) -> None:
-        self._thing = thing
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        self._thing.close()
 
 
 def client(bench: Bench, port: int, **options: Any) -> RelayClient:
@@ -270,45 +241,45 @@ def test_a_client_that_knows_no_binding_is_served(bench: Bench) -> None:
 
 
 class OldServer:
-    """A relay server with TLS that says nothing of its certificate, played by a thread up to WELCOME."""
+    """A relay server with TLS that says nothing of its certificate but what `challenge` has, played up to WELCOME."""
 
-    def __init__(self, cert: str, key: str) -> None:
-        self._context = tls_context(True, cert, key)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
+    def __init__(self, cert: str, key: str, challenge: dict[str, Any] | None = None, **welcome: Any) -> None:
+        self.context = tls_context(True, cert, key)
+        self._challenge, self._welcome = {"nonce": "n", **(challenge or {})}, welcome
+        self.hellos: list[dict[str, Any]] = []
         self.proven: list[bool] = []
-        self._links: list[Link] = []
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.start()
+        self._socks: list[socket.socket] = []
+        self._service = Service(self._serve)
+        self.port = self._service.port
 
-    def _serve(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:
-                return
-            stream = TLSStream(sock, "the client", self._context, server_side=True)
-            self._links.append(link := Link(stream, SERVER))
-            try:
-                stream.handshake(Deadline(PATIENCE))
-                hello = link.receive(Deadline(PATIENCE))
-                link.send(CHALLENGE, {"nonce": "n"})
-                auth = link.receive(Deadline(PATIENCE))
-            except (OSError, EOFError):
-                continue
+    def _serve(self, sock: socket.socket) -> None:
+        self._socks.append(sock)
+        sock.settimeout(None)
+        stream = TLSStream(sock, "the client", self.context, server_side=True)
+        link = Link(stream, SERVER)
+        with contextlib.suppress(EOFError):
+            stream.handshake(Deadline(PATIENCE))
+            hello = link.receive(Deadline(PATIENCE))
+            self.hellos.append(hello.fields)
+            link.send(CHALLENGE, self._challenge)
+            auth = link.receive(Deadline(PATIENCE))
             parts = hello.text("nonce"), "n", "default", hello.text("client")
             self.proven.append(auth.text("proof") == prove(TOKEN.encode(), CLIENT, *parts))
-            link.send(WELCOME, {"proof": prove(TOKEN.encode(), SERVER, *parts), "heartbeat": 15})
+            link.send(WELCOME, {"proof": prove(TOKEN.encode(), SERVER, *parts), "heartbeat": 15, **self._welcome})
+            link.receive(Deadline(None))  # its end
+
+    def cut(self) -> None:
+        """End all links."""
+        for sock in self._socks:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
 
     def __enter__(self) -> OldServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._thread.join(PATIENCE)
-        for link in self._links:
-            link.close()
+        self.cut()
+        self._service.close()
 
 
 @pytest.mark.parametrize("how", ["ca", "pin", "not at all"])
@@ -416,39 +387,15 @@ def test_an_unproven_server_gets_no_proof_ahead(
     for n in ("FIRST_BACKOFF", "LAST_BACKOFF", "REFUSED_BACKOFF"):
         replace(monkeypatch, n, 0.05)
     monkeypatch.setenv("SSL_CERT_FILE", certificates.path("ca.pem"))
-    hellos: list[Any] = []
-
-    class Old(OldServer):
-        def _serve(self) -> None:
-            while True:
-                try:
-                    sock, _ = self._listener.accept()
-                except OSError:
-                    return
-                stream = TLSStream(sock, "the client", self._context, server_side=True)
-                self._links.append(link := Link(stream, SERVER))
-                try:
-                    stream.handshake(Deadline(PATIENCE))
-                    hello = link.receive(Deadline(PATIENCE))
-                    hellos.append(hello.fields)
-                    link.send(CHALLENGE, {"nonce": "n"})
-                    link.receive(Deadline(PATIENCE))
-                except (OSError, EOFError):
-                    continue
-                parts = hello.text("nonce"), "n", "default", hello.text("client")
-                link.send(
-                    WELCOME,
-                    {"proof": prove(TOKEN.encode(), SERVER, *parts), "heartbeat": 15, "nonces": ["a", "b", "c"]},
-                )
-
-    old = bench.enter(Old(certificates.path("server.pem"), certificates.path("server.key")))
+    own = certificates.path("server.pem"), certificates.path("server.key")
+    old = bench.enter(OldServer(*own, nonces=["a", "b", "c"]))
     client(bench, old.port)
     bench.client_events.wait(Published)
-    old._context = tls_context(True, certificates.path("foreign.pem"), certificates.path("foreign.key"))
-    count = len(hellos)
-    old._links[-1].stream.sock.shutdown(socket.SHUT_RDWR)
-    wait_until(lambda: len(hellos) > count)  # HELLO over an unverified TLS connection
-    assert not any("proof" in hello for hello in hellos[count:])
+    old.context = tls_context(True, certificates.path("foreign.pem"), certificates.path("foreign.key"))
+    count = len(old.hellos)
+    old.cut()
+    wait_until(lambda: len(old.hellos) > count)  # HELLO over an unverified TLS connection
+    assert not any("proof" in hello for hello in old.hellos[count:])
 
 
 def test_each_proof_is_bound(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,26 +415,8 @@ def test_each_proof_is_bound(bench: Bench, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_server_s_proof_has_to_be_bound_too(bench: Bench, certificates: Certificates) -> None:
-    class Half(OldServer):
-        def _serve(self) -> None:
-            while True:
-                try:
-                    sock, _ = self._listener.accept()
-                except OSError:
-                    return
-                stream = TLSStream(sock, "the client", self._context, server_side=True)
-                self._links.append(link := Link(stream, SERVER))
-                try:
-                    stream.handshake(Deadline(PATIENCE))
-                    hello = link.receive(Deadline(PATIENCE))
-                    pin = pin_of(ssl.PEM_cert_to_DER_cert(Path(certificates.path("server.pem")).read_text()))
-                    link.send(CHALLENGE, {"nonce": "n", "certificate": pin})
-                    link.receive(Deadline(PATIENCE))
-                    parts = hello.text("nonce"), "n", "default", hello.text("client")
-                    link.send(WELCOME, {"proof": prove(TOKEN.encode(), SERVER, *parts), "heartbeat": 15})
-                except (OSError, EOFError):
-                    continue
-
-    server = bench.enter(Half(certificates.path("server.pem"), certificates.path("server.key")))
-    client(bench, server.port)
+    own = certificates.path("server.pem"), certificates.path("server.key")
+    pin = pin_of(ssl.PEM_cert_to_DER_cert(Path(own[0]).read_text()))
+    half = bench.enter(OldServer(*own, challenge={"certificate": pin}))
+    client(bench, half.port)
     assert refusal(bench).startswith("the relay did not prove that it knows the token")

@@ -115,6 +115,10 @@ class Intake:
         """Have a relay client be given the port that it asks for; returns the key of its service.  Raises `Refusal`."""
         raise NotImplementedError
 
+    def obey(self, order: dict[str, Any]) -> bool:
+        """Whether what the parent asks for is for this part; then it is done."""
+        return False
+
     def offer(self, service: str) -> None:
         """A link is idle here."""
 
@@ -293,7 +297,16 @@ class ParentIntake(Intake):
             raise Refusal(reason, answer["code"])
         return str(answer["key"])
 
-    def note_answer(self, answer: dict[str, Any]) -> None:
+    def obey(self, order: dict[str, Any]) -> bool:
+        if "asked" in order:
+            self._note_answer(order)
+        elif "given_back" in order:
+            self._give_back(order["given_back"])
+        else:
+            return False
+        return True
+
+    def _note_answer(self, answer: dict[str, Any]) -> None:
         """The parent has answered what it was asked."""
         if key := answer.get("key"):
             self._account.open(key, answer["row"])
@@ -304,7 +317,7 @@ class ParentIntake(Intake):
         if answers := self._asked.get(answer["asked"]):
             answers.put(answer)
 
-    def give_back(self, key: str) -> None:
+    def _give_back(self, key: str) -> None:
         """The parent has given back the port of a service: nobody has links of it."""
         if self.addresses.pop(key, None) is not None:
             self.drop_links(self._pool.remove(key))
