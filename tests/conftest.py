@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import struct
 import sys
 import threading
 import time
@@ -48,9 +49,22 @@ def unused_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def connect(address: tuple[str, int], timeout: float = PATIENCE) -> socket.socket:
-    """A connection to a port on loopback, with a deadline on every call."""
-    return socket.create_connection(("127.0.0.1", address[1]), timeout)
+def connect(address: tuple[str, int], timeout: float = PATIENCE, source: str = "") -> socket.socket:
+    """A connection to a port on loopback, with a deadline on every call, from another address of loopback where one is
+    named.  One that is reset before it is made is given out reset: a test sees the same, whoever was faster."""
+    try:
+        return socket.create_connection(("127.0.0.1", address[1]), timeout, (source, 0) if source else None)
+    except ConnectionResetError:
+        return _reset_connection(timeout)
+
+
+def _reset_connection(timeout: float) -> socket.socket:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sock = socket.create_connection(listener.getsockname(), timeout)
+        far, _ = listener.accept()
+    far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    far.close()
+    return sock
 
 
 def read_all(sock: socket.socket) -> bytes:
@@ -192,11 +206,8 @@ def replace(monkeypatch: pytest.MonkeyPatch, name: str, value: object) -> None:
 
 
 def connect_from(bench: Bench, host: str, port: int) -> socket.socket:
-    """A connection from another address of loopback.  Raises `ConnectionResetError` where it is refused at once."""
-    sock: socket.socket = bench.enter(socket.socket())
-    sock.settimeout(PATIENCE)
-    sock.bind((host, 0))
-    sock.connect(("127.0.0.1", port))
+    """A connection from another address of loopback."""
+    sock: socket.socket = bench.enter(connect(("", port), source=host))
     return sock
 
 

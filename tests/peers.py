@@ -24,7 +24,7 @@ import pytest
 
 from _tcprelay.waiting import Deadline
 
-from .conftest import PATIENCE, PEER_PATH, Service, wait_until
+from .conftest import PATIENCE, PEER_PATH, Service, connect, wait_until
 from .conftest import no_peer as no_peer  # for those who use what is here
 from .watch import WATCH
 
@@ -367,7 +367,7 @@ class Peers:
         return service
 
     def connect(self, port: int) -> socket.socket:
-        return self._stack.enter_context(socket.create_connection((HOST, port), PATIENCE))
+        return self._stack.enter_context(connect((HOST, port)))
 
     def program(self, *command: str, **options: Any) -> Program:
         return self._stack.enter_context(Program(*command, **options))
