@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-all lint check chaos bench dist clean
+.PHONY: demo test test-all lint check chaos bench dist screenshots clean
 
 demo: $(VENV)/.runtime  ## a web service through a relay on this machine; ONCE=1 ends after one fetch
 	$(RUN) deploy/demo.py $(if $(ONCE),--once)
@@ -33,6 +33,9 @@ bench: $(VENV)/.test  ## speed and memory beside other relays, up to three hours
 
 dist: $(VENV)/.runtime  ## dist/tcprelays, dist/tcprelayc and dist/tcprelay, one executable file each, and the wheel
 	$(RUN) deploy/make_dist.py
+
+screenshots: $(VENV)/.test  ## docs/status*.png, of a relay on this machine, in five minutes; needs chromium and its driver
+	$(RUN) deploy/screenshots.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-* dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache

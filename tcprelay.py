@@ -17,7 +17,12 @@ The public names:
 
     RelayServer, create_relay_server     the relay server; the latter begins at once, as node-tcp-relay's does
     RelayClient, create_relay_client     the relay client, likewise
-    Relay                                what both are: start, end, reload, counters, options
+    Relay                                what both are: start, end, reload, status, counters, options
+    Status                               what `Relay.status` gives; and its parts:
+    ServiceStatus, ClientStatus          a service; a relay client that is connected
+    ConnectionStatus, EventStatus        an open connection; something that has happened
+    FailureStatus, HistogramStatus       the last failure of a service; how long something has taken
+    PartyStatus, ProcessStatus           what was carried for whom; what the processes take
     ServerOptions, ServicePort           what `RelayServer.options` is: all options, as the commands have them
     ClientOptions, Publication, Endpoint what `RelayClient.options` is
 
@@ -34,7 +39,8 @@ The public names:
     Draining                             the end has begun
 
 The command ``tcprelay server …`` or ``tcprelay client …``, also as ``python3 -m tcprelay``, is another way to say
-tcprelays and tcprelayc.  What all this stands on is in `_tcprelay`, which may change at any time.
+tcprelays and tcprelayc; ``tcprelay status`` says what those that run are doing.  What all this stands on is in
+`_tcprelay`, which may change at any time.
 """
 
 from __future__ import annotations
@@ -58,35 +64,45 @@ from _tcprelay.logs import fail
 from _tcprelay.client_options import ClientOptions
 from _tcprelay.server_options import ServerOptions
 from _tcprelay.role import Relay
+from _tcprelay.status.report import (
+    ClientStatus, ConnectionStatus, EventStatus, FailureStatus, HistogramStatus, PartyStatus, ProcessStatus,
+    ServiceStatus, Status,
+)  # fmt: skip
 from _tcprelay.text import shown
 from _tcprelay.values import Publication, ServicePort
 from tcprelay_client import RelayClient, create_relay_client
 from tcprelay_server import RelayServer, create_relay_server
 
 __all__ = [
-    "AcceptPaused", "ClientDown", "ClientOptions", "ClientUp", "ConnectionClosed", "ConnectionFailed",
-    "ConnectionOpened", "Draining", "Endpoint", "Event", "LinkDown", "LinkNotMade", "LinkRefused", "LinkUp",
-    "Listening", "Publication", "Published", "Relay", "RelayClient", "RelayServer", "ServerOptions", "ServicePort",
-    "ServiceUnreachable", "ServiceUnserved",
-    "Unpublished", "__version__", "create_relay_client", "create_relay_server",
+    "AcceptPaused", "ClientDown", "ClientOptions", "ClientStatus", "ClientUp", "ConnectionClosed", "ConnectionFailed",
+    "ConnectionOpened", "ConnectionStatus", "Draining", "Endpoint", "Event", "EventStatus", "FailureStatus",
+    "HistogramStatus", "LinkDown", "LinkNotMade", "LinkRefused", "LinkUp", "Listening", "PartyStatus", "ProcessStatus",
+    "Publication", "Published", "Relay", "RelayClient", "RelayServer", "ServerOptions", "ServicePort", "ServiceStatus",
+    "ServiceUnreachable", "ServiceUnserved", "Status", "Unpublished", "__version__", "create_relay_client",
+    "create_relay_server",
 ]  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command ``tcprelay server …`` or ``… client …``, or ``python3 -m tcprelay …``.  Returns its status."""
+    """The command ``tcprelay server …``, ``… client …`` or ``… status …``.  Returns its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["server"]:
         return tcprelay_server.main(words[1:])
     if words[:1] == ["client"]:
         return tcprelay_client.main(words[1:])
+    if words[:1] == ["status"]:
+        from _tcprelay.status.looking import main as look  # which no relay needs
+
+        return look("tcprelay", ["server", "client"], words[1:])
     if words[:1] in (["-h"], ["--help"]):
-        print("tcprelay server|client [options]: the commands tcprelays and tcprelayc; each has --help")
+        print("tcprelay server|client|status [options]: the commands tcprelays and tcprelayc, and what those that run "
+              "are doing; each has --help")  # fmt: skip
         return 0
     if words[:1] in (["-V"], ["--version"]):
         print(f"tcprelay {__version__}")
         return 0
     unknown = f"unknown word {shown(words[0])}: " if words else ""
-    return fail("tcprelay", 2, f"{unknown}say server or client, as in tcprelay server --help")
+    return fail("tcprelay", 2, f"{unknown}say server, client or status, as in tcprelay server --help")
 
 
 if __name__ == "__main__":

@@ -30,10 +30,12 @@ from _tcprelay.command import run_command
 from _tcprelay.events import Event, Unpublished
 from _tcprelay.client_options import ClientOptions
 from _tcprelay.options import make_options
-from _tcprelay.role import SHORTEST_TOKEN, Credentials, Relay, Runtime, warn_about_secrets
+from _tcprelay.role import Relay, warn_about_secrets
+from _tcprelay.runtime import SHORTEST_TOKEN, Credentials, Runtime
+from _tcprelay.status.report import Status
 from _tcprelay.system import from_descriptor_limit, ssl
 from _tcprelay.text import random_id
-from _tcprelay.threads import JOIN_TIMEOUT, join
+from _tcprelay.threads import JOIN_TIMEOUT
 from _tcprelay.values import Publication
 from _tcprelay.waiting import Deadline
 
@@ -53,7 +55,9 @@ its name NAME=HOST:PORT. For example:
   tcprelayc --relay-host relay.example.net --relay-port 10080 --port 22
       the same in full; each option can stand in the environment or a file, too
   tcprelayc --config FILE --check
-      what the configuration comes to"""
+      what the configuration comes to
+  tcprelayc status
+      what one that runs is doing, with options of its own: tcprelayc status --help"""
 
 
 class RelayClient(Relay[ClientOptions]):
@@ -86,6 +90,8 @@ class RelayClient(Relay[ClientOptions]):
         super().__init__(Runtime("tcprelay.client", checked, checked.max_conn, on_event))
         self._id = random_id(8)
         self._own = OwnConnections()
+        self._links: Links | None = None
+        """Once it has begun."""
         self.runtime.emit.listener = self._obey_refusal
         self._become_one_of(0, 1)
 
@@ -128,7 +134,13 @@ class RelayClient(Relay[ClientOptions]):
     def counters(self) -> dict[str, int]:
         """What has been counted since the start: ``connections``, ``failed``, ``broken``, ``bytes_in`` and
         ``bytes_out``; and how many there are now: ``open`` connections and ``links_idle``."""
-        return {**self._count(inbound_is_to_link=False), "links_idle": self._stock.count_idle()}
+        return {**self._count(), "links_idle": self._stock.count_idle()}
+
+    ROLE = "client"
+
+    def _survey(self) -> tuple[Status, dict[str, str]]:
+        relay = Endpoint(self.options.relay_host, self.options.relay_port or 0)
+        return Status(role=self.ROLE, address=str(relay), services=self._stock.survey()), {}
 
     def wait_until_published(self, timeout: float | None = None) -> None:
         """Wait until all services have links to the relay server, for so many seconds at most (``None``: as long as it
@@ -169,7 +181,7 @@ class RelayClient(Relay[ClientOptions]):
                 trust(services, options.service_ca_file)
         return Credentials(token, links, services, unverified)
 
-    def prepare(self) -> None:
+    def _prepare(self) -> None:
         """Says where to, and warns of what is not secure.  No name is looked up here: at boot the name server may not
         answer yet."""
         options, log = self.options, self.runtime.log
@@ -187,14 +199,14 @@ class RelayClient(Relay[ClientOptions]):
         greeting = Greeting(self.runtime, self._most_idle, self._id, self._worker)
         for service in self._stock.services:
             self._stock.begin(service)
-        links = Links(self.runtime, self._stock, greeting, self._id, self._own)
+        self._links = links = Links(self.runtime, self._stock, greeting, self._id, self._own)
         self._own_threads.append(links.keeper)
         links.keeper.start()
 
     def _stop_intake(self) -> None:
         self._stock.end()
-        for thread in self._own_threads:
-            join(thread, JOIN_TIMEOUT)
+        if self._links is not None:
+            self._links.opens_none.wait(JOIN_TIMEOUT)
 
     def _wake_all(self) -> None:
         self._stock.wake_all()
@@ -222,6 +234,11 @@ def create_relay_client(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command ``tcprelayc``.  Returns its exit status."""
+    words = sys.argv[1:] if argv is None else argv
+    if list(words[:1]) == ["status"]:
+        from _tcprelay.status.looking import main as look  # which no relay needs
+
+        return look("tcprelayc", ["client"], words[1:])
     return run_command("tcprelayc", USAGE, ClientOptions, lambda options: RelayClient(**options.as_arguments()), argv)
 
 

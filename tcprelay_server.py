@@ -30,7 +30,8 @@ from _tcprelay.command import run_command
 from _tcprelay.events import Event
 from _tcprelay.options import make_options
 from _tcprelay.server_options import ServerOptions
-from _tcprelay.role import Credentials, Relay, Runtime, warn_about_secrets
+from _tcprelay.role import Relay, warn_about_secrets
+from _tcprelay.runtime import Credentials, Runtime
 from _tcprelay.server.access import load_access
 from _tcprelay.server.account import WorkerAccount
 from _tcprelay.server.enrolling import add_client
@@ -42,8 +43,10 @@ from _tcprelay.server.listeners import Listeners
 from _tcprelay.server.nonces import Nonces
 from _tcprelay.server.pairing import Pairing
 from _tcprelay.server.pool import Pool
+from _tcprelay.server.survey import survey_pool, survey_ports
 from _tcprelay.server.trust import invitation, load_credentials, warn_about_trust
 from _tcprelay.server.workers import ServerWorkers
+from _tcprelay.status.report import Status
 from _tcprelay.system import from_descriptor_limit
 from _tcprelay.values import ServicePort
 
@@ -61,7 +64,9 @@ service is its PORT, or with its name NAME=PORT. For example:
   tcprelays --relay-port 10080 --service-port 2222 --tls
       the same in full; each option can stand in the environment or a file, too
   tcprelays --config FILE --check
-      what the configuration comes to"""
+      what the configuration comes to
+  tcprelays status
+      what one that runs is doing, with options of its own: tcprelays status --help"""
 
 
 class RelayServer(Relay[ServerOptions]):
@@ -94,6 +99,8 @@ class RelayServer(Relay[ServerOptions]):
         """Where ports are listened on: here, or in the parent of workers."""
         self._account: WorkerAccount | None = None
         """In a worker, as is the next."""
+        self._count_waiting: Callable[[], dict[str, int]] = dict
+        """In the parent of workers: how many service clients wait there for each service."""
         self._source: socket.socket
         self._is_made = False
         """The three that follow are there."""
@@ -125,7 +132,13 @@ class RelayServer(Relay[ServerOptions]):
         ``bytes_out``; and how many there are now: ``open`` connections, ``links_idle``, and service clients that are
         ``waiting``."""
         idle, waiting = (self._pool.count_idle(), self._pool.count_waiting()) if self._is_made else (0, 0)
-        return {**self._count(inbound_is_to_link=True), "links_idle": idle, "waiting": waiting}
+        return {**self._count(), "links_idle": idle, "waiting": waiting}
+
+    ROLE, INBOUND_IS_TO_LINK = "server", True
+
+    def _survey(self) -> tuple[Status, dict[str, str]]:
+        known = survey_ports(self._listeners.addresses, self._count_waiting())
+        return survey_pool(self._pool, known) if self._is_made else (known, {})
 
     def invitation(self, with_secrets: bool) -> str:
         """After a start with ``--tls`` alone: the command for the other side; with the token, or where that is."""
@@ -139,7 +152,7 @@ class RelayServer(Relay[ServerOptions]):
         self._listeners.access = access  # only now that all could be read
         return credentials
 
-    def prepare(self) -> None:
+    def _prepare(self) -> None:
         """Bind all ports.  Raises `OSError` that names the address, and `Stopping` at a signal."""
         self._listeners.bind(self.signals)
         services = self._listeners.services
@@ -198,12 +211,12 @@ class RelayServer(Relay[ServerOptions]):
     def make_workers(self, count: int) -> ServerWorkers:
         self._nonces, self._quotas = Nonces(count), (Quotas(count), Quotas(count))
         workers = ServerWorkers(self, count, self._listeners, self._become_one_of, self._quotas)
-        self._leases = workers.leases
+        self._leases, self._count_waiting = workers.leases, workers.count_waiting
         return workers
 
     def _become_one_of(self, account: WorkerAccount, source: socket.socket) -> None:
         """Be one worker: what is accepted, bounded and counted over all of them is its parent's business."""
-        self._account, self._source, self._leases = account, source, None
+        self._account, self._source, self._leases, self._count_waiting = account, source, None, dict
         for shared in (self._nonces, *self._quotas):
             shared.process = account.number
 
@@ -223,6 +236,11 @@ def create_relay_server(relay_port: int, service_port: int, **options: Any) -> R
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command ``tcprelays``.  Returns its exit status."""
+    words = sys.argv[1:] if argv is None else argv
+    if list(words[:1]) == ["status"]:
+        from _tcprelay.status.looking import main as look  # which no relay needs
+
+        return look("tcprelays", ["server"], words[1:])
     return run_command(
         "tcprelays", USAGE, ServerOptions, lambda options: RelayServer(**options.as_arguments()), argv, add_client
     )

@@ -18,8 +18,11 @@ Each room imports only rooms that stand above it in this list (tests/test_house.
     pace            how fast one direction of a connection may be
     pump            one direction of a connection
     splice          a stream and a link that carry one connection
+    events          what happens
+    tally           what has happened so far, counted
+    telling         who is told of it
+    carried         what connections have carried
     watch           what looks after all of them
-    events          what happens, told once
     logs            a log that keeps no thread waiting
     state           files that this user alone can read
     values          what an option is, and what its value may be
@@ -34,7 +37,19 @@ Each room imports only rooms that stand above it in this list (tests/test_house.
     certificates    TLS contexts with certificates, made or given
     signals         signals, children, the service manager
     messages        messages between a parent and its worker processes
+    runtime         what the parts of a role stand on
+    status.report     the status of a relay as one object
+    status.survey     what a process knows for it
+    status.page       the page for people
+    status.metrics    the metrics for machines
+    status.web        what is answered over HTTP, and to whom
+    status.places     where its Unix sockets are
+    status.table      it as a table for a terminal
+    status.looking    the commands that ask for it
+    status.desk       where the status is asked for
+    status.asking     the status of a role with workers
     role            what both roles share: how they begin and end
+    life            the life of a role in a process
     processes       several processes for one role
     command         how a command begins and ends
     server.limits     what one address may take; handshakes under way
@@ -45,6 +60,7 @@ Each room imports only rooms that stand above it in this list (tests/test_house.
     server.pooled     a link and what is known of it
     server.pool       idle links and waiting service clients
     server.listeners  the ports, and what each address may have of them
+    server.survey     what a relay server knows for its status
     server.leases     ports on demand: who has which, and for how long
     server.intake     where connections come from: the ports, or a parent process
     server.trust      certificates, token, the line to paste

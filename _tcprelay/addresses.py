@@ -144,6 +144,11 @@ def is_loopback(address: Any) -> bool:
         return False
 
 
+def is_own_host(host: str) -> bool:
+    """Whether a host, as it stands in an option, is this one as it calls itself: only its own programs can connect."""
+    return host == "localhost" or is_loopback((host, 0))
+
+
 def address_group(address: Any) -> str:
     """What counts as one address where each may have only so much: of IPv6 the first 64 bits, since one
     customer gets at least that many (RFC 6177)."""

@@ -12,7 +12,7 @@ from typing import Any
 from .command_line import Given, parse_options, read_options
 from .logs import fail, log_writer, set_up_logging
 from .options import OptionsT
-from .processes import invite, serve
+from .life import invite, serve
 from .role import Relay
 from .signals import Signals
 from .system import SWITCH_INTERVAL, can_fork_workers, default_workers, raise_descriptor_limit

@@ -1,12 +1,9 @@
-"""What happens, told once: the log, the counters and ``on_event`` listen."""
+"""What happens: an event is told once, and the log, the tally and ``on_event`` listen (see `telling`)."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -53,12 +50,18 @@ class LinkDown(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionOpened(Event):
-    """A service client and its service are connected; `via` is the relay client, or the service that was dialled."""
+    """A service client and its service are connected; `via` is the relay client, or the service that was dialled.
+
+    `name` is the relay client's, on a relay server.  `seconds` is how long the service client has waited for that, and
+    on a relay client how long its service has taken.
+    """
 
     id: str
     service: str
     peer: str
     via: str
+    name: str
+    seconds: float
 
     def __str__(self) -> str:
         return f"[{self.id}] service {self.service}: connection from {self.peer} opened via {self.via}"
@@ -86,7 +89,8 @@ class ConnectionClosed(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionFailed(Event):
-    """The closing record of a connection that was never opened: the service client gets an RST."""
+    """The closing record of a connection that was never opened: the service client gets an RST.  `code` is the kind of
+    reason: see `FAILURES`."""
 
     level = logging.WARNING
     says = "[{id}] service {service}: connection from {peer} refused: {reason}"
@@ -95,7 +99,25 @@ class ConnectionFailed(Event):
     service: str
     peer: str
     seconds: float
+    code: str
     reason: str
+
+
+FAILURES = {
+    "unreachable": "the relay client cannot reach the service",
+    "unanswered": "the service, or the way to it, has not answered in time",
+    "no-link": "no link was idle in time",
+    "lost": "a link was lost, or the connection itself was",
+    "left": "the service client went away while it waited",
+    "address": "its address may not connect",
+    "limit": "there are as many as there may be",
+    "tls": "there was no TLS handshake",
+    "protocol": "a PROXY protocol header was missing, wrong or not believed",
+    "port": "the port was given back",
+    "draining": "the relay is ending",
+    "system": "the system had no descriptor, memory or thread for it, or something unexpected has happened",
+}
+"""The codes of `ConnectionFailed`, and what each says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,72 +247,3 @@ class ServiceUnserved(Event):
 
 def say_bytes(count: int) -> str:
     return "1 byte" if count == 1 else f"{count} bytes"
-
-
-class Events:
-    """Tells events to the log, to the counters and to ``on_event``.
-
-    Of events that strangers can bring about at will, the log gets `MOST_LINES` of a kind in a second, and one line
-    that counts the others; the counters and ``on_event`` get them all.
-    """
-
-    MOST_LINES = 10
-
-    def __init__(self, logger: logging.Logger, on_event: Callable[[Event], object] | None) -> None:
-        if on_event is not None and not callable(on_event):
-            raise TypeError(f"on_event: expected something to call, not {on_event!r:.80}")
-        self._logger = logger
-        self._on_event = on_event
-        self.listener: Callable[[Event], object] | None = None
-        """The role's own, beside ``on_event``."""
-        self.log: Callable[[str, Event], object] | None = None
-        """In a command: takes an event for the log, with the logger's name, and makes no record of it: that would cost
-        the thread that serves a connection more than what it tells."""
-        self.pass_on: Callable[[Event], object] | None = None
-        """In a worker: tells the parent what is `of_all`."""
-        self._lock = threading.Lock()  # over the two below
-        self.counts = {"connections": 0, "failed": 0, "broken": 0, "bytes_in": 0, "bytes_out": 0}
-        self._floods: dict[type[Event], tuple[float, int]] = {}  # since when, how many
-
-    def __call__(self, event: Event) -> None:
-        if event.of_all and self.pass_on is not None:
-            self.pass_on(event)
-            return
-        with self._lock:
-            if isinstance(event, ConnectionClosed):
-                self.counts["connections"] += 1
-                self.counts["broken"] += bool(event.reason)
-                self.counts["bytes_in"] += event.bytes_in
-                self.counts["bytes_out"] += event.bytes_out
-            elif isinstance(event, ConnectionFailed):
-                self.counts["failed"] += 1
-        if self._logger.isEnabledFor(event.level) and (not event.floods or self._may_log(type(event))):
-            if self.log is not None:
-                self.log(self._logger.name, event)
-            else:
-                self._logger.log(event.level, "%s", event, extra={"event": event})
-        for listener in (self.listener, self._on_event):
-            try:
-                if listener is not None:
-                    listener(event)
-            except Exception:
-                self._logger.exception("on_event failed for %s", type(event).__name__)
-
-    def _may_log(self, kind: type[Event]) -> bool:
-        self.tell_floods()
-        with self._lock:
-            since, count = self._floods.get(kind, (time.monotonic(), 0))
-            self._floods[kind] = since, count + 1
-            return count < self.MOST_LINES
-
-    def tell_floods(self) -> None:
-        """Count, in a line for each kind, what was left out in a second that is over.  To be called now and then."""
-        if not self._floods:
-            return
-        now = time.monotonic()
-        with self._lock:
-            over = [kind for kind, (since, _) in self._floods.items() if now - since >= 1.0]
-            told = [(kind, self._floods.pop(kind)[1] - self.MOST_LINES) for kind in over]
-        for kind, more in told:
-            if more > 0:
-                self._logger.log(kind.level, "%d more lines like that (%s) are left out", more, kind.__name__)

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+from .addresses import Endpoint, is_own_host
 from .text import say_error, shown, trim
 from .values import (
     LONGEST_SECRET, Option, Publication, ServicePort, one_of, option, parse_keepalive, parse_path, parse_seconds,
-    parse_secret, parse_tls, parse_workers,
+    parse_secret, parse_status, parse_tls, parse_workers,
 )  # fmt: skip
 
 
@@ -85,6 +86,16 @@ class Options:
     log_format: str = option(
         "text", one_of("text", "json"), "a line of text or a JSON object for each log record",
         group="Running", metavar="text|json", fixed=True)  # fmt: skip
+    status: Endpoint | None = option(  # noqa: RUF009  (Endpoint is frozen)
+        None, parse_status, "address and port of the status page, the metrics and /healthz, over HTTP; a port alone is "
+        "for this host", group="Status", metavar="[ADDRESS:]PORT", fixed=True)  # fmt: skip
+    status_token: str = option(
+        "", parse_secret, "secret that is asked for there: needed where the address is not of this host alone; better "
+        "given by file or environment", group="Status", metavar="SECRET", secret=True,
+        secures=True)  # fmt: skip
+    status_token_file: str = option(
+        "", parse_path, "file whose first line is that secret", group="Status", metavar="FILE",
+        secures=True)  # fmt: skip
 
     def __post_init__(self) -> None:
         self._check_values()
@@ -103,6 +114,11 @@ class Options:
             ("--wire raw cannot check a token: leave it out, or use --wire v1 on both sides"),
         )
         yield self.secret and self.wire != "raw", "--secret is for --wire raw; otherwise use --token"
+        has_token = bool(self.status_token or self.status_token_file)
+        yield self.status_token and self.status_token_file, "give --status-token or --status-token-file, not both"
+        yield from self._useless("status_token status_token_file", "--status", self.status is not None)
+        beyond = self.status is not None and not is_own_host(self.status.host) and not has_token
+        yield beyond, f"--status {self.status} can be reached from other hosts: give --status-token-file, too"
 
     @classmethod
     def short(cls, words: Sequence[str]) -> list[str]:
@@ -158,11 +174,25 @@ class Options:
             return read_secret("--token-file", self.token_file)
         return self.token.encode("utf-8", "surrogateescape")
 
+    def read_status_token(self) -> bytes:
+        """That of the status page, likewise; it is as long as whoever can reach the page should have to guess."""
+        token = self.status_token.encode("utf-8", "surrogateescape")
+        if self.status_token_file:
+            token = read_secret("--status-token-file", self.status_token_file)
+        if 0 < len(token) < SHORTEST_STATUS_TOKEN:
+            few = f"the status token has {len(token)} characters: it can be guessed"
+            raise ValueError(f"{few}; take {SHORTEST_STATUS_TOKEN} or more random ones")
+        return token
+
     def read_passphrase(self) -> str:
         """The passphrase, likewise."""
         if self.passphrase_file:
             return read_secret("--passphrase-file", self.passphrase_file).decode("utf-8", "surrogateescape")
         return self.passphrase
+
+
+SHORTEST_STATUS_TOKEN = 16
+"""Characters below which the token of the status page is refused."""
 
 
 class WrongOptions(ValueError):

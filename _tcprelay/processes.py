@@ -4,71 +4,26 @@ from __future__ import annotations
 
 import functools
 import gc
-import logging
+import math
 import os
 import selectors
 import signal
 import socket
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
+from .life import Orders, invite, serve
 from .logs import log_writer
-from .messages import MESSAGE_SIZE, decode_message, receive_message, send_message
+from .messages import decode_message, receive_message, send_message
 from .role import Relay
-from .signals import Signals, notify_systemd, reap
+from .signals import Signals, notify_systemd, reap, watchdog_seconds
+from .status.asking import Asking
 from .system import fork
 from .text import say_error
 from .threads import JOIN_TIMEOUT
 from .waiting import Deadline
-
-
-def serve(role: Relay[Any], signals: Signals | Orders) -> int:
-    """The life of a role in this process, from its start to the exit status."""
-    stragglers: list[str] = []
-    ending = threading.Event()
-
-    def end() -> None:
-        ending.wait()
-        try:
-            stragglers.extend(role.end())
-        finally:
-            signals.done()
-
-    ender = threading.Thread(target=end, name="end", daemon=True)
-    ender.start()  # while there are threads to be had
-    notify_systemd("READY=1")
-    while (number := signals.wait()) in (signal.SIGHUP, signal.SIGCHLD):
-        if number == signal.SIGHUP:
-            notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-            role.reload()
-            notify_systemd("READY=1")
-        else:
-            reap()
-    notify_systemd("STOPPING=1")
-    ending.set()
-    while number := signals.wait():
-        if number == signal.SIGCHLD:
-            reap()
-        elif number != signal.SIGHUP:  # a further SIGTERM or SIGINT: at once
-            role.end(0.0)
-    ender.join()
-    if stragglers:
-        log_writer.end()
-        os._exit(signals.status)  # their stacks may hold locks that the interpreter's own end would wait for
-    return signals.status
-
-
-def invite(role: Relay[Any]) -> None:
-    """Say what the other side is to do, with secrets on a terminal only."""
-    if not (invitation := role.invitation(with_secrets=os.isatty(2))):
-        return
-    if role.options.log_format == "json":
-        role.runtime.log.info("%s", " ".join(invitation.split()))
-    else:
-        log_writer.put(f"{invitation}\n")
 
 
 class WorkerProcess:
@@ -86,7 +41,8 @@ class WorkerProcess:
         self.intake: socket.socket
         """Where connections are sent to it."""
         self.up = False
-        self.born = 0.0
+        self.born = self.signed = 0.0
+        """When it was started, and when its keeper has last said that all its threads live."""
         self.orders: deque[bytes] = deque()
         """Signals that are still to be passed on, each a byte, and messages."""
         self.reloads = 0
@@ -143,19 +99,26 @@ class Workers:
         """Seconds to wait after the next one."""
         self._kill: Deadline | None = None
         """When `run` ends: for workers that have not ended by themselves."""
+        self._asking = Asking(count, role.survey, self._ask_all)
+        role.desk.ask = self._asking.ask
         self._reloaded = ""
         """What is to be said when all workers have reloaded."""
         self._unreloaded = 0
         """How many of them could not."""
+        self._watchdog = 0.0
+        """Seconds after which who has not moved is ended, by the service manager or, of workers, here; 0 is never."""
+        self._next_sign = 0.0
         self._signals: Signals
 
     def run(self, signals: Signals) -> int:
         """The life of the parent; returns the exit status.  Raises `OSError` where the role cannot begin."""
-        self._signals = signals
+        self._signals, self._watchdog = signals, watchdog_seconds()
         self.role.prepare()
         signals.begin()  # without that, the process that started us may have made it impossible to wait for one
         self.selector.register(signals, selectors.EVENT_READ, lambda: self._obey(signals.wait()))
         self.open()
+        if self.role.desk.is_open:
+            self.role.desk.watch(self.selector)
         gc.collect()
         gc.freeze()  # what the collector does not touch stays shared memory
         while self._kill is None or any(worker.pid for worker in self.workers):
@@ -166,6 +129,7 @@ class Workers:
             else:  # whatever it was, it may be so again
                 time.sleep(self._pause)
                 self._pause = min(2 * self._pause, 1.0)
+        self.role.desk.close()
         self.selector.close()
         return self._status or signals.status
 
@@ -208,8 +172,8 @@ class Workers:
         """An event that is about the role as a whole has happened in a worker."""
 
     def _look_at_time(self) -> float:
-        now, wait = time.monotonic(), self._guard(self.look_at_time)
-        wait = 1.0 if wait is None else wait
+        now, waits = time.monotonic(), [self._guard(look) for look in self._looks]
+        wait = min(1.0 if wait is None else wait for wait in waits)
         if not self._send_orders():
             wait = min(wait, 0.05)
         if self._kill is not None:
@@ -228,6 +192,37 @@ class Workers:
                 else:
                     self._guard(functools.partial(self._fork, worker))
         return max(wait, 0.0)
+
+    @property
+    def _looks(self) -> list[Callable[[], float]]:
+        return [self.look_at_time, self._look_at_status, self._look_at_watchdog]
+
+    def _look_at_watchdog(self) -> float:
+        """Tell the service manager that this process lives, and end workers that hang: others take their places, which
+        costs their connections alone."""
+        if not self._watchdog:
+            return math.inf
+        now = time.monotonic()
+        if now >= self._next_sign:
+            self._next_sign = now + self._watchdog / 4
+            notify_systemd("WATCHDOG=1")
+        for worker in self.workers:
+            if worker.pid and worker.up and now - worker.signed > self._watchdog:
+                self.log.error("worker %d has not moved for %g s, and is killed", worker.number, self._watchdog)
+                worker.signed = now
+                os.kill(worker.pid, signal.SIGKILL)
+        return self._watchdog / 4
+
+    def _look_at_status(self) -> float:
+        desk = self.role.desk
+        return min(self._asking.look(), desk.look() if desk.is_open else math.inf)
+
+    def _ask_all(self, question: bytes) -> list[int]:
+        """Ask all workers that there are; returns their numbers."""
+        living = [worker for worker in self.workers if worker.pid]
+        for worker in living:
+            worker.order(question)  # one whose channel is full gives no answer
+        return [worker.number for worker in living]
 
     def _obey(self, number: int) -> None:
         if number == signal.SIGCHLD:
@@ -263,6 +258,7 @@ class Workers:
             notify_systemd("READY=1")
 
     def _end(self) -> None:
+        self.role.runtime.is_ending = True
         self._kill = Deadline(self.role.options.drain_timeout + 3 * JOIN_TIMEOUT)
         self._guard(self.stop_intake)
 
@@ -324,9 +320,13 @@ class Workers:
                 if other.pid:
                     other.channel.close()
                     other.intake.close()
+            self.role.desk.forget()
             self.role.choose_processor(worker.number)
             log_writer.begin()
-            self.role.runtime.become_worker(channel)
+            runtime = self.role.runtime
+            runtime.become_worker(channel)
+            if self._watchdog:
+                runtime.pulse.have_signed(lambda: runtime.tell_parent({"alive": True}), self._watchdog / 4)
             self.become(worker, intake)
             self.role.start()
             self.role.runtime.tell_parent({"up": True})
@@ -357,8 +357,10 @@ class Workers:
 
     def _hear(self, worker: WorkerProcess, message: bytes, descriptors: list[int]) -> None:
         fields, payload = decode_message(message)
-        if "up" in fields:
-            worker.up = True
+        if "alive" in fields:
+            worker.signed = time.monotonic()
+        elif "up" in fields:
+            worker.up, worker.signed = True, time.monotonic()
             if not self._begun and self._kill is None and all(other.up for other in self.workers):
                 self._begun = True
                 invite(self.role)
@@ -367,6 +369,8 @@ class Workers:
             worker.reloads -= 1
             self._unreloaded += not fields["reloaded"]
             self._note_reloads()
+        elif "status" in fields:
+            self._asking.hear(worker.number, fields, payload)
         elif "event" in fields:
             self.tell(fields["event"], fields["fields"], worker)
         else:
@@ -382,6 +386,7 @@ class Workers:
             status = 0
         pid, worker.pid, was_up, worker.up = worker.pid, 0, worker.up, False
         worker.orders.clear()
+        self._guard(functools.partial(self._asking.lose, worker.number))
         if worker.reloads:
             worker.reloads = 0
             self._note_reloads()
@@ -401,37 +406,3 @@ class Workers:
 
 
 ResultT = TypeVar("ResultT")
-
-
-class Orders:
-    """What a worker hears from its parent: signals that are passed on, and orders for the role."""
-
-    status = 0
-
-    def __init__(self, role: Relay[Any], channel: socket.socket) -> None:
-        self._role = role
-        self._channel = channel
-        self._over = False
-
-    def wait(self) -> int:
-        """Wait for a signal; 0 when `done` was called first."""
-        while True:
-            try:
-                message = self._channel.recv(MESSAGE_SIZE)
-            except ConnectionResetError:  # the parent was killed before it had heard all
-                message = b""
-            if self._over:
-                return 0
-            if not message:
-                log_writer.end()
-                os._exit(1)  # the parent was killed: what is open is reset, as if it had been this process
-            if len(message) == 1:
-                return message[0]
-            try:
-                self._role.obey(decode_message(message)[0])
-            except Exception:
-                logging.getLogger("tcprelay").exception("unexpected error in what the parent asks for")
-
-    def done(self) -> None:
-        self._over = True
-        self._channel.shutdown(socket.SHUT_RD)

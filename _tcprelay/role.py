@@ -1,4 +1,4 @@
-"""What both roles share: what their parts stand on, and how they begin and end.
+"""What both roles share: how they begin and end, and how they take new options.
 
 Ending goes in this order: `Runtime.stop` is requested, so that nothing new begins and handshakes are cut short; open
 connections have until the drain deadline; then `Runtime.cut` is requested, what is left is broken off, and all threads
@@ -8,30 +8,27 @@ are waited for.  `Relay.end` may be called by any thread, also from ``on_event``
 from __future__ import annotations
 
 import abc
-import contextlib
 import logging
-import socket
+import selectors
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, Generic, Protocol, TypeVar
 
-from .events import Draining, Event, Events
-from .messages import encode_message, send_message
+from .events import Draining
 from .options import OptionsT, make_options
 from .protocol import prove
-from .rights import Rights
+from .runtime import SHORTEST_TOKEN, Credentials, Runtime
 from .signals import Signals
 from .state import say_open
-from .system import choose_processor, from_descriptor_limit
-from .tcp import Probing
+from .status.desk import Desk
+from .status.report import Status
+from .status.survey import Surveyor, concluded, last_slot
+from .system import choose_processor
 from .text import say_error
-from .threads import JOIN_TIMEOUT, Threads, join
-from .waiting import Deadline, Stop
-from .watch import Places, Splices
-
-if TYPE_CHECKING:  # by its own name: dataclasses would look into a module, which imports it
-    from ssl import SSLContext
+from .threads import JOIN_TIMEOUT, join
+from .waiting import Deadline
 
 
 class Parent(Protocol):
@@ -39,104 +36,6 @@ class Parent(Protocol):
 
     def run(self, signals: Signals) -> int:
         """Live, and return the exit status."""
-
-
-@dataclass(frozen=True)
-class Credentials:
-    """What a role read from its files: replaced as a whole when they are read again."""
-
-    token: bytes = field(default=b"", repr=False)
-    links: SSLContext | None = None
-    """For TLS on the links; ``None`` for plain ones."""
-    services: SSLContext | None = None
-    """For TLS on the service ports, or to the service."""
-    unverified: SSLContext | None = None
-    """On a relay client: for TLS with a server whose certificate is not verified itself, since the token's proof covers
-    it (see `protocol.prove`); ``None`` where it has to be."""
-    rights: Rights | None = None
-    """On a relay server: who may do what; ``None`` where all who may come may do all."""
-    certificate: str = ""
-    """The digest of the certificate that a relay server shows on its links, as a pin."""
-
-
-class Runtime(Generic[OptionsT]):
-    """What the parts of a role stand on, each of which is made with it.
-
-    Parameters: the logger's name, the options, how many places there are (0 is what the limit on descriptors allows),
-    and ``on_event``.
-    """
-
-    stop: Stop
-    """Requested when the end begins: nothing new is begun, and handshakes are cut short."""
-    cut: Stop
-    """Requested at the drain deadline: whatever still waits for something is cut short."""
-
-    def __init__(
-        self, logger: str, options: OptionsT, most: int = 0, on_event: Callable[[Event], object] | None = None
-    ) -> None:
-        self.options = options
-        self.log = logging.getLogger(logger)
-        self.emit = Events(self.log, on_event)
-        self.credentials = Credentials()
-        self.threads = Threads()
-        self.probing = Probing(options.keepalive, options.dead_path)
-        self.places = Places(most or from_descriptor_limit())
-        self.splices = Splices(options.idle_timeout, options.half_close_timeout, options.dead_path, self.probing)
-        self._channel: socket.socket | None = None
-        """In a worker process, to its parent; see `_tcprelay.processes`."""
-
-    def begin(self) -> None:
-        """Make what threads wait on; in a worker that is not before the fork.  Raises `OSError`, and leaves nothing."""
-        self.stop = Stop()
-        try:
-            self.cut = Stop()
-        except BaseException:
-            self.stop.close()
-            raise
-
-    def close(self) -> None:
-        """Give that back, when there are no threads any more."""
-        self.stop.close()
-        self.cut.close()
-
-    def own_thread(self, life: Callable[[], None], name: str, until: Stop) -> threading.Thread:
-        """A thread that lives as long as the role.  No unexpected error ends it: its life begins anew."""
-
-        def live() -> None:
-            while not until.requested:
-                try:
-                    life()
-                except Exception:
-                    self.log.exception("unexpected error in the %s", name)
-                    until.wait(1.0)
-
-        return threading.Thread(target=live, name=f"{self.log.name} {name}", daemon=True)
-
-    # In a worker process
-
-    @property
-    def is_worker(self) -> bool:
-        return self._channel is not None
-
-    def become_worker(self, channel: socket.socket) -> None:
-        """Have a parent at the other end of the channel: it hears of the events that are about the role as a whole."""
-        self._channel = channel
-        self.emit.pass_on = lambda event: self.tell_parent({"event": type(event).__name__, "fields": asdict(event)})
-
-    def tell_parent(self, message: dict[str, Any]) -> None:
-        """Send the parent a message; any thread.  Where it is gone, so is this process soon."""
-        with contextlib.suppress(OSError):
-            self.send_to_parent(encode_message(message))
-
-    def send_to_parent(self, message: bytes, descriptors: Sequence[int] = ()) -> None:
-        """The same with descriptors, of an encoded message.  Raises `OSError`."""
-        assert self._channel is not None
-        send_message(self._channel, message, descriptors)
-
-
-SHORTEST_TOKEN = 16
-"""Characters below which a token is warned of, and is no proof of whom one speaks with: who has a handshake can try as
-many as he likes."""
 
 
 def warn_about_secrets(runtime: Runtime[Any]) -> None:
@@ -169,6 +68,7 @@ PRIVATE_FILES = (
     "service_cert",
     "service_key",
     "service_pfx",
+    "status_token_file",
 )
 """The options that name files with secrets; a certificate's, where its key is in it."""
 
@@ -194,11 +94,14 @@ class Relay(abc.ABC, Generic[OptionsT]):
 
     def __init__(self, runtime: Runtime[OptionsT]) -> None:
         self.runtime = runtime
-        runtime.credentials = self._load_credentials(runtime.options)
+        runtime.credentials = self._load_all(runtime.options)
         if runtime.credentials.token or runtime.options.secret:
             prove(b"", "", "", "", "", "")  # imports what it needs now
         self.signals: Signals | None = None
         """In a command: those that come while `prepare` waits end it."""
+        self.surveyor = Surveyor(runtime, self.INBOUND_IS_TO_LINK)
+        self.desk = Desk(runtime.log, lambda: runtime.credentials.status_token, self._tell_status)
+        """Where the status is asked for."""
         self._own_threads: list[threading.Thread] = []
         """The threads that live as long as the role, from before they start."""
         self._lock = threading.Lock()  # over the three below
@@ -215,6 +118,34 @@ class Relay(abc.ABC, Generic[OptionsT]):
         """All options, as they are in force."""
         return self.runtime.options
 
+    @property
+    def status_address(self) -> tuple[str, int]:
+        """The bound host and port of the status page.  Raises `RuntimeError` before `start`, and without ``status``."""
+        if self.desk.address is None:
+            raise RuntimeError("this relay has no status page")
+        return self.desk.address
+
+    def status(self) -> Status:
+        """What this relay is doing, at this moment: see `Status`.  Any thread, at any time."""
+        return concluded(self.survey(last_slot()))
+
+    def _tell_status(self, callback: Callable[[Status], None]) -> None:
+        callback(self.status())
+
+    def survey(self, last: int) -> Status:
+        """The status of this process, with histories that end with the moment `last`; to be `concluded`."""
+        known, vias = self._survey()
+        return self.surveyor.survey(known, last, vias)
+
+    @abc.abstractmethod
+    def _survey(self) -> tuple[Status, dict[str, str]]:
+        """What this role knows of its services and peers, and what carries each connection, by its id."""
+
+    ROLE = ""
+    """"server" or "client"."""
+    INBOUND_IS_TO_LINK = False
+    """Whether what goes to services goes to links."""
+
     def start(self: RelayT) -> RelayT:
         """Begin to serve; returns when that is so.  Raises `OSError`, with nothing left behind, and
         `RuntimeError` where it was started or ended before."""
@@ -225,10 +156,34 @@ class Relay(abc.ABC, Generic[OptionsT]):
             self._started = True
         try:
             self._open()
+            if self.desk.is_open:
+                self._own_threads.append(self.runtime.own_thread(self._serve_status, "status", self.runtime.cut))
+                self._own_threads[-1].start()
         except BaseException:
             self.end(0)
             raise
         return self
+
+    def prepare(self) -> None:
+        """For the commands: what comes before anything is served and needs no thread; with workers their parent does it
+        for all of them.
+
+        Raises `OSError`.
+        """
+        self.surveyor.started = time.time()
+        self._prepare()
+        self.desk.bind(self.options.status, self.ROLE, self.signals)
+
+    def _serve_status(self) -> None:
+        """Answer those who ask for the status, until `Runtime.cut` is requested."""
+        runtime = self.runtime
+        with selectors.DefaultSelector() as selector:
+            selector.register(runtime.cut.fileno(), selectors.EVENT_READ, lambda: None)
+            self.desk.watch(selector)
+            while not runtime.cut.requested:
+                for key, _ in selector.select(min(self.desk.look(), runtime.pulse.EVERY)):
+                    key.data()
+                runtime.pulse.beat("status")
 
     def end(self, drain_timeout: float | None = None) -> list[str]:
         """Stop: nothing new, then up to `drain_timeout` seconds (the option's, if ``None``) for open connections.
@@ -261,6 +216,7 @@ class Relay(abc.ABC, Generic[OptionsT]):
 
     def _end(self, drain: Deadline) -> None:
         runtime, splices = self.runtime, self.runtime.splices
+        runtime.is_ending = True
         runtime.stop.request()
         self._stop_intake()
         if len(splices):
@@ -316,7 +272,7 @@ class Relay(abc.ABC, Generic[OptionsT]):
                 if changes:
                     wanted = make_options(type(wanted), **{**wanted.as_arguments(), **changes})
                 options = wanted.with_fixed_of(before)
-                credentials = self._load_credentials(options)
+                credentials = self._load_all(options)
                 kept = wanted.differences(options)
                 changed = options.differences(before)
                 self._apply(options, credentials)
@@ -344,17 +300,16 @@ class Relay(abc.ABC, Generic[OptionsT]):
         """For the commands: what to say at the start for the other side; "" for nothing."""
         return ""
 
+    def _load_all(self, options: OptionsT) -> Credentials:
+        return replace(self._load_credentials(options), status_token=options.read_status_token())
+
     @abc.abstractmethod
     def _load_credentials(self, options: OptionsT) -> Credentials:
         """Read what these options name.  Raises `OSError` and `ValueError`."""
 
     @abc.abstractmethod
-    def prepare(self) -> None:
-        """For the commands: what comes before anything is served and needs no thread; with workers their parent does it
-        for all of them.
-
-        Raises `OSError`.
-        """
+    def _prepare(self) -> None:
+        """What `prepare` is for, of this role.  Raises `OSError`."""
 
     @abc.abstractmethod
     def _open(self) -> None:
@@ -384,20 +339,22 @@ class Relay(abc.ABC, Generic[OptionsT]):
 
     def _close(self) -> None:
         """Give back what threads were waiting on, when there are none any more."""
+        self.desk.close()
         self.runtime.close()
 
-    def _count(self, inbound_is_to_link: bool) -> dict[str, int]:
+    def _count(self) -> dict[str, int]:
         """The counts so far, those of open connections included."""
-        counts = dict(self.runtime.emit.counts)  # first: a connection that ends meanwhile is not counted twice
-        splices = self.runtime.splices.snapshot()
-        counts["open"] = len(splices)
-        counts["connections"] += len(splices)
-        for splice in splices:
-            flows = splice.to_link, splice.from_link
-            inbound, outbound = flows if inbound_is_to_link else reversed(flows)
-            counts["bytes_in"] += inbound.carried
-            counts["bytes_out"] += outbound.carried
-        return counts
+        carried = self.runtime.splices.carried().values()
+        ways = sum(one.to_link for one in carried), sum(one.from_link for one in carried)
+        bytes_in, bytes_out = ways if self.INBOUND_IS_TO_LINK else reversed(ways)
+        return {
+            "connections": sum(one.opened for one in carried),
+            "failed": self.runtime.emit.tally.failed,
+            "broken": sum(one.broken for one in carried),
+            "bytes_in": bytes_in,
+            "bytes_out": bytes_out,
+            "open": sum(one.open for one in carried),
+        }
 
     def __enter__(self: RelayT) -> RelayT:
         return self.start()

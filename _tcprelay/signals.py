@@ -108,6 +108,12 @@ def reap(own: Collection[int] = ()) -> None:
             os.waitpid(ended.si_pid, 0)
 
 
+def watchdog_seconds() -> float:
+    """How often the service manager wants to hear from this process, at least (sd_watchdog_enabled(3)); 0 is never."""
+    usec, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", str(os.getpid()))
+    return int(usec) / 1e6 if usec.isdigit() and pid == str(os.getpid()) and "NOTIFY_SOCKET" in os.environ else 0.0
+
+
 def notify_systemd(state: str) -> None:
     """Tell the service manager, if one started us (sd_notify(3)); no news to it is no reason to fail."""
     address = os.environ.get("NOTIFY_SOCKET", "")

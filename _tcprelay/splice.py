@@ -36,11 +36,15 @@ Where the service speaks TLS it does not wait: whether there are bytes is known 
 class Splice:
     """A stream and a link that carry one connection, and the record that its threads share."""
 
-    def __init__(self, id: str, service: str, stream: Stream, link: AnyLink, first: bytes = b"") -> None:
-        """What is `first`, a relay client's READY, goes to the link before all else, with the stream's first bytes or
-        soon."""
+    def __init__(
+        self, id: str, service: str, stream: Stream, link: AnyLink, first: bytes = b"", peer: str = "", name: str = ""
+    ) -> None:
+        """Between this service client and, on a relay server, the relay client of that name.  What is `first`, a relay
+        client's READY, goes to the link before all else, with the stream's first bytes or soon."""
         self.id = id
         self.service = service
+        self.peer = peer
+        self.name = name
         self.stream = stream
         self.link = link
         self.to_link = Flow(stream, link.sink, first)

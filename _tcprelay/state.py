@@ -90,7 +90,7 @@ def private_file(path: str, make: Callable[[], bytes]) -> str:
     try:
         if content is not None:
             _make_private(path, content)
-        _check_directory(os.path.dirname(path))
+        check_directory(os.path.dirname(path))
         _check_file(path)
     except OSError as error:
         place = error.filename if isinstance(error.filename, str) else path
@@ -124,8 +124,8 @@ def _make_private(path: str, content: bytes) -> None:
     directory = os.path.dirname(path)
     with contextlib.suppress(FileExistsError):  # something else than a directory, which the check names
         os.makedirs(directory, mode=0o700, exist_ok=True)
-    _check_directory(directory)
-    with _locked(directory):
+    check_directory(directory)
+    with locked(directory):
         if os.path.lexists(path):
             return
         with _replacing(path) as file:
@@ -141,7 +141,7 @@ def rewrite(path: str, change: Callable[[str], str]) -> None:
     then nothing is changed.
     """
     path = os.path.realpath(path)
-    with _locked(os.path.dirname(path)):
+    with locked(os.path.dirname(path)):
         text, found = "", None
         with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8-sig") as file:
             text, found = file.read(), os.fstat(file.fileno())
@@ -170,7 +170,7 @@ def _replacing(path: str) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def _locked(directory: str) -> Iterator[None]:
+def locked(directory: str) -> Iterator[None]:
     """Alone among the processes of this host.  Not by a hard link: some file systems have none, but all have this,
     as the kernel keeps the locks of directories itself."""
     if fcntl is None:
@@ -184,7 +184,7 @@ def _locked(directory: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _check_directory(path: str) -> None:
+def check_directory(path: str) -> None:
     """Raises `OSError` where others could put files there."""
     found = os.stat(path)  # follows links: systemd's state directory may be one
     if not stat.S_ISDIR(found.st_mode):

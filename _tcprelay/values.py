@@ -41,7 +41,7 @@ class Option:
 
 LONGEST_SECRET = 65536
 """Bytes of the line that holds a secret, at most."""
-OPTION_GROUPS = ("Addresses", "Trust", "TLS", "Links", "Connections", "Running")
+OPTION_GROUPS = ("Addresses", "Trust", "TLS", "Links", "Connections", "Status", "Running")
 
 
 def option(
@@ -128,6 +128,13 @@ def parse_relay(text: str) -> str:
     if text.startswith("unix:"):
         raise ValueError("HOST or HOST:PORT; a relay server has no Unix socket")
     return parse_place(text)
+
+
+def parse_status(text: str) -> Endpoint:
+    """``PORT``, which is one of this host's loopback address, or ``ADDRESS:PORT``."""
+    if text.startswith("unix:"):
+        raise ValueError("PORT or ADDRESS:PORT; a Unix socket is there anyway, where there is a runtime directory")
+    return parse_endpoint(text, "127.0.0.1")
 
 
 def parse_tls(text: str) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import select
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from .link import Link
+from .carried import MOST_PARTIES, Carried, History, Party
 from .splice import Splice
+from .tally import OTHERS
 from .tcp import Probing
 from .waiting import Deadline
 
@@ -27,6 +30,47 @@ def in_batches(items: list[ItemT]) -> Iterator[list[ItemT]]:
 
 
 ItemT = TypeVar("ItemT")
+
+
+class Pulse:
+    """Whether the threads live that a role cannot do without: each says so again and again."""
+
+    EVERY = 2.0
+    """Seconds after which each looks at the time, whatever it waits for."""
+    LATE = 10.0
+    """Seconds of silence after which one counts as hanging."""
+
+    def __init__(self) -> None:
+        self._beats: dict[str, float] = {}
+        self._sign: Callable[[], object] = lambda: None
+        self._sign_every = math.inf
+        self._next_sign = math.inf
+
+    def have_signed(self, sign: Callable[[], object], every: float) -> None:
+        """Have the keeper call `sign` every so many seconds, while all threads live: to tell a service manager, or the
+        parent of workers."""
+        self._sign, self._sign_every, self._next_sign = sign, every, 0.0
+
+    def beat(self, name: str) -> None:
+        """A thread lives; called by itself, and before it starts."""
+        self._beats[name] = time.monotonic()
+
+    def keep(self, name: str) -> None:
+        """The same for the thread that tells others, unless one of the threads hangs."""
+        self.beat(name)
+        if self._beats[name] >= self._next_sign and not self.complaints():
+            self._next_sign = self._beats[name] + self._sign_every
+            self._sign()
+
+    def stop(self, name: str) -> None:
+        """A thread has come to its end, as it should."""
+        self._beats.pop(name, None)
+
+    def complaints(self) -> list[str]:
+        """Which threads hang: a sentence each."""
+        now = time.monotonic()
+        silent = [(name, now - at) for name, at in list(self._beats.items())]
+        return [f"the {name} has not moved for {quiet:.0f} s" for name, quiet in silent if quiet > self.LATE]
 
 
 class Places:
@@ -63,7 +107,7 @@ class Places:
 
 
 class Splices:
-    """The watch over the connections of one role."""
+    """The watch over the connections of one role, and the count of what they have carried."""
 
     def __init__(
         self, idle_timeout: float, half_close_timeout: float, dead_path: float = 0.0, probing: Probing | None = None
@@ -74,8 +118,12 @@ class Splices:
         self._half_close_timeout = half_close_timeout
         self._dead_path = dead_path
         self._probing = probing or Probing()
-        self._condition = threading.Condition()  # over the next
+        self._condition = threading.Condition()  # over the next two
         self._all: set[Splice] = set()
+        self._over: dict[Party, Carried] = {}
+        """What those have carried that are over."""
+        self.history = History()
+        """What was carried in the last minutes."""
 
     def set_timeouts(self, idle_timeout: float, half_close_timeout: float) -> None:
         """Have these count from the next sweep on."""
@@ -90,9 +138,37 @@ class Splices:
             self._all.add(splice)
 
     def remove(self, splice: Splice) -> None:
+        """A connection is over; from here on it counts among those that were."""
+        party = splice.service, splice.name
         with self._condition:
             self._all.discard(splice)
+            over = self._over.get(party)
+            if over is None:
+                over = self._over.setdefault(party if len(self._over) < MOST_PARTIES else (OTHERS, OTHERS), Carried())
+            over.add(splice)
+            over.broken += bool(splice.reason)
             self._condition.notify_all()
+
+    def carried(self) -> dict[Party, Carried]:
+        """What all have carried so far, those that are open included; it never becomes less.
+
+        Each is counted once: under the lock it is open or over, and what an open one carries only grows.
+        """
+        with self._condition:
+            carried = {
+                party: Carried(over.opened, over.broken, over.to_link, over.from_link)
+                for party, over in self._over.items()
+            }
+            living = list(self._all)
+        for batch in in_batches(living):
+            for splice in batch:
+                party = splice.service, splice.name
+                found = carried.get(party)
+                if found is None:
+                    found = carried.setdefault(party if len(carried) < MOST_PARTIES else (OTHERS, OTHERS), Carried())
+                found.add(splice)
+                found.open += 1
+        return carried
 
     def snapshot(self) -> list[Splice]:
         with self._condition:
@@ -123,6 +199,7 @@ class Splices:
         """
         for batch in in_batches(self.snapshot()):
             self._sweep(batch)
+        self.history.look(self.carried)
 
     def _sweep(self, splices: list[Splice]) -> None:
         now = time.monotonic()

@@ -28,7 +28,7 @@ DOORS = {
     "tcprelayc": ["tcprelay_client"],
     "tcprelay": ["tcprelay", "tcprelay_server", "tcprelay_client"],
 }
-"""The files, and the modules that each holds beside its rooms: the first one has its `main`."""
+"""The files, and the modules that each holds beside its rooms."""
 LONG_AGO = (1980, 1, 1, 0, 0, 0)
 """The time of every entry: the first that a zip archive can say."""
 
@@ -39,9 +39,9 @@ import sys
 if sys.version_info < (3, 10):
     sys.exit("{prog}: Python 3.10 or later is needed, and this is Python %d.%d" % tuple(sys.version_info[:2]))
 
-import {module}
+import _tcprelay.status.looking
 
-sys.exit({module}.main())
+sys.exit(_tcprelay.status.looking.{prog}())
 """
 
 
@@ -72,9 +72,10 @@ def make_executable(path: Path, doors: list[str], shared: dict[str, Path]) -> Pa
     """Write one executable file, as a whole or not at all."""
     others = {role for role in ("server", "client") if f"tcprelay_{role}" not in doors}
     sources = [ROOT / f"{door}.py" for door in doors] + sorted((ROOT / "_tcprelay").rglob("*.py"))
+    sources.append(ROOT / "_tcprelay" / "status" / "page.html")
     files = {file.relative_to(ROOT).as_posix(): file for file in sources if file.parent.name not in others}
     entries = {name: file.read_bytes() for name, file in {**shared, **files}.items()}
-    entries["__main__.py"] = MAIN.format(prog=path.name, module=doors[0]).encode("ascii")
+    entries["__main__.py"] = MAIN.format(prog=path.name).encode("ascii")
     archive = io.BytesIO()
     archive.write(b"#!/usr/bin/env python3\n")
     with zipfile.ZipFile(archive, "w") as file:

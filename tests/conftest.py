@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import struct
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -26,6 +28,9 @@ from .wire import Wire, without_wire
 if TYPE_CHECKING:
     from .peers import Peers
     from .rigs import Rig
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as of what a shell has started in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what the tests start does not ignore it either
 
 PATIENCE = 10.0
 """Seconds within which anything that a test waits for must happen."""
@@ -318,8 +323,15 @@ def _count_threads() -> int:
         return threading.active_count()
 
 
+@pytest.fixture(scope="session")
+def runtime_directory() -> Iterator[Path]:
+    """For all tests: its path has to be short (see `places.LONGEST_PATH`)."""
+    with tempfile.TemporaryDirectory(prefix="relay-") as path:
+        yield Path(path)
+
+
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, runtime_directory: Path) -> None:
     """No option comes from the environment or from the configuration of whoever runs the tests, and nothing is kept
     where this host keeps things."""
     for name in list(os.environ):
@@ -327,7 +339,9 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
             monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "no-config"))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "own-state"))
-    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "RUNTIME_DIRECTORY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime_directory))
 
 
 @pytest.fixture(params=[os.environ["TEST_WORKERS"]] if os.environ.get("TEST_WORKERS") else ["0", "2"])

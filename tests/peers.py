@@ -291,9 +291,13 @@ class RelayProcess(Program):
 
     def kill(self) -> None:
         """End it by SIGKILL, as the kernel does when memory runs out."""
+        self.end_by(signal.SIGKILL)
+
+    def end_by(self, number: signal.Signals) -> None:
+        """End it by a signal that it does not handle."""
         self._killed = True
-        self.signal(signal.SIGKILL)
-        assert self.wait() == -signal.SIGKILL
+        self.signal(number)
+        assert self.wait() == -number
 
     def close(self) -> None:
         super().close()

@@ -20,7 +20,7 @@ from _tcprelay.addresses import Endpoint
 from _tcprelay.client import stock as stock_room
 from _tcprelay.client.greeting import DIAL_AGAIN, RELAY_DIAL_TIMEOUT, Greeting
 from _tcprelay.client.stock import LAST_BACKOFF, Pace, Stock, Unreachable, longest_backoff
-from _tcprelay.events import Events
+from _tcprelay.telling import Events
 from _tcprelay.link import Link
 from _tcprelay.names import Addresses, Name, resolve
 from _tcprelay.protocol import (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import tcprelay
 from _tcprelay.addresses import Endpoint
 from _tcprelay.sockets import Dialer
+from _tcprelay.status.page import security_policy
 
 from .conftest import PATIENCE, Bench, echo, read_exactly
 from .peers import ROOT, Program
@@ -81,9 +83,20 @@ def test_one_file_holds_both_roles(dist: Path, empty: Path, prog: str) -> None:
     for words, said in (([], "say server"), (["servr"], "unknown word servr: say server")):
         neither = run_bare([*BARE, str(dist / "tcprelay"), *words], empty)
         assert (neither.returncode, neither.stdout) == (2, "")
-        assert neither.stderr == f"tcprelay: {said} or client, as in tcprelay server --help\n"
+        assert neither.stderr == f"tcprelay: {said}, client or status, as in tcprelay server --help\n"
     version = run_bare([*BARE, str(dist / "tcprelay"), "--version"], empty)
     assert (version.returncode, version.stdout) == (0, f"tcprelay {tcprelay.__version__}\n")
+
+
+@pytest.mark.parametrize("prog", PROGRAMS)
+def test_the_status_is_in_the_file(dist: Path, empty: Path, tmp_path: Path, prog: str) -> None:
+    """With nothing of a relay but what it takes to ask for it."""
+    help = run_bare([*BARE, str(dist / prog), "status", "--help"], empty)
+    assert (help.returncode, help.stderr) == (0, "")
+    assert help.stdout.startswith(f"usage: {prog} status ")
+    none = run_bare([*BARE, str(dist / prog), "status", "999999999"], empty, XDG_RUNTIME_DIR=str(tmp_path))
+    assert (none.returncode, none.stdout) == (1, "")
+    assert none.stderr.startswith(f"{prog}: no tcprelay")
 
 
 @pytest.mark.parametrize("prog", ROLES)
@@ -126,6 +139,31 @@ def test_everything_is_imported_from_the_archive(dist: Path, empty: Path, prog: 
         assert [line.startswith(archive + os.sep) for line in result.stdout.splitlines()] == [True] * 3
 
 
+@pytest.mark.parametrize("prog", PROGRAMS)
+def test_the_page_is_read_from_the_archive(dist: Path, empty: Path, prog: str) -> None:
+    """What is no module, too: the page for people, and what a browser may do with it."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from _tcprelay.status.page import page, security_policy\n"
+    code += "sys.stdout.buffer.write(security_policy().encode() + b'\\n' + page())"
+    result = subprocess.run(
+        [*BARE, "-c", code, str(dist / prog)], cwd=empty, capture_output=True, timeout=6 * PATIENCE, check=True
+    )
+    policy, _, text = result.stdout.partition(b"\n")
+    assert (policy.decode(), text) == (security_policy(), (ROOT / "_tcprelay" / "status" / "page.html").read_bytes())
+
+
+def test_the_wheel_holds_every_package() -> None:
+    """And what lies in them beside their modules."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    [packages] = re.findall(r"^packages = \[(.*)\]$", project, re.MULTILINE)
+    folders = [path.parent.relative_to(ROOT) for path in (ROOT / "_tcprelay").rglob("__init__.py")]
+    assert {".".join(folder.parts) for folder in folders} <= set(re.findall(r'"([^"]+)"', packages))
+    data = dict(re.findall(r'^"?([\w.]+)"? = \["(.*)"\]$', project.partition("package-data]")[2], re.MULTILINE))
+    others = {
+        path for path in (ROOT / "_tcprelay").rglob("*.*") if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    assert {(".".join(path.parent.relative_to(ROOT).parts), path.name) for path in others} <= set(data.items())
+
+
 def test_what_is_in_an_archive(dist: Path) -> None:
     """The role and its rooms, ConfigArgParse, both licences, and no room of the other role; or both."""
     for prog in PROGRAMS:
@@ -133,7 +171,7 @@ def test_what_is_in_an_archive(dist: Path) -> None:
         with zipfile.ZipFile(dist / prog) as archive:
             assert archive.testzip() is None
             names = set(archive.namelist())
-            assert {"__main__.py", "LICENSE", "_tcprelay/role.py"} <= names
+            assert {"__main__.py", "LICENSE", "_tcprelay/role.py", "_tcprelay/status/page.html"} <= names
             assert ("tcprelay.py" in names) == (prog == "tcprelay")
             for other, module in ROLES.items():
                 room = f"_tcprelay/{module.removeprefix('tcprelay_')}/__init__.py"

@@ -25,8 +25,8 @@ LEAST = 8
 VARIABLE = re.compile(r"\0|%(?:\(\w+\))?(?:\.\d+)?[a-z]|\{[^{}]*\}")
 """What stands for a value: in f-strings (see `text_of`), for logging, and for `str.format`."""
 WORD = re.compile(r"(?<![\w-])[a-z]{2,}(?![\w-])")
-HELP = {"USAGE", "EPILOG"}
-"""The constants that --help shows."""
+HELP = {"USAGE", "EPILOG", "FAILURES"}
+"""The constants that --help or a table of the documents shows."""
 UNSEEN = {
     "a Unix socket": "the address of a peer without one; all peers of a relay come over TCP",
     "a raw link has no end but its own": "caught where it is raised, as the end of a link is",
@@ -38,9 +38,24 @@ UNSEEN = {
     "services =": "likewise",
     "more names were counted than there are rows for": "8,192 names, in a clients file that was changed all the time",
     "tcprelay link 1": "a part of what a proof is made of",
+    "argument (--[a-z]+): ignored explicit": "what argparse says, and is said otherwise",
     "(while attempting": "what Python puts into an error, and is left out",
+    "application/openmetrics-text; version=1.0.0; charset=utf-8": "a content type",
+    "text/plain; version=0.0.4; charset=utf-8": "likewise",
     "(default:": "it is --help",
-    "tcprelay server|client [options]: the commands tcprelays and tcprelayc; each has --help": "it is --help",
+    "default-src 'none'": "a part of what browsers are told, and so are the next six",
+    "default-src 'none'; frame-ancestors 'none'": "likewise",
+    "connect-src 'self'": "likewise",
+    "img-src data:": "likewise",
+    "base-uri 'none'": "likewise",
+    "form-action 'none'": "likewise",
+    "frame-ancestors 'none'": "likewise",
+    "require-trusted-types-for 'script'": "likewise",
+    "trusted-types 'none'": "likewise",
+    "text/html; charset=utf-8": "a type of what is answered over HTTP",
+    "text/plain; charset=utf-8": "likewise",
+    "tcprelay server|client|status [options]: the commands tcprelays and tcprelayc, and what those that run are doing; "
+    "each has --help": "it is --help",
 }
 """The longest pieces of the texts that no user of the commands sees as a message, each with the reason."""
 

@@ -20,7 +20,7 @@ import tcprelay
 import tcprelay_client
 import tcprelay_server
 from _tcprelay.command_line import parse_options
-from _tcprelay.events import Events
+from _tcprelay.telling import Events
 from _tcprelay.logs import log_writer, set_up_logging
 from _tcprelay.options import Options, options_of
 from tcprelay import ClientOptions, ConnectionClosed, ServerOptions

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import tcprelay
-from _tcprelay.events import Events
+from _tcprelay.telling import Events
 from _tcprelay.protocol import (
     ABORT, AUTH, BYE, CHALLENGE, CLIENT, DATA, END, FAIL, HELLO, PING, PONG, READY, REFUSED, SERVER, START, WELCOME,
     encode_frame, encode_header, prove,

@@ -23,6 +23,7 @@ from _tcprelay.threads import Threads
 from _tcprelay.waiting import Deadline, wait_for
 
 from .conftest import PATIENCE, replace, wait_until
+from .watch import catches
 from .peers import HOST, ROOT, Peers, find, free_port, is_listening
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="makes terminals and reads /proc as on Linux")
@@ -74,9 +75,11 @@ class Terminal:
         os.kill(self.pid, number)
 
     def reload(self) -> None:
-        """Ask for it until that is heard: before serving begins SIGHUP is ignored."""
+        """Ask for it once it is heard: before serving begins SIGHUP is ignored."""
         before = self.log.read_text().count(RELOADED)
-        wait_until(lambda: self.say(signal.SIGHUP) or self.log.read_text().count(RELOADED) > before)  # type: ignore[func-returns-value]
+        wait_until(lambda: catches(self.pid, signal.SIGHUP))
+        self.say(signal.SIGHUP)
+        wait_until(lambda: self.log.read_text().count(RELOADED) > before)
 
     def says(self, text: str) -> bool:
         return text in self.log.read_text()

@@ -91,7 +91,8 @@ ORIGINS = dict(zip(SOURCES, ("command line", "environment variable TCPRELAY_", "
 
 # --- What is empty --------------------------------------------------------------------------------------------
 
-BOTH = "token secret token_file tls cert key pfx passphrase passphrase_file ca_file tls_min"
+BOTH = """token secret token_file tls cert key pfx passphrase passphrase_file ca_file tls_min status_token
+    status_token_file"""
 SERVERS = """hostname clients auth max_per_address max_links_per_address service_cert service_key service_pfx state_dir
     allow_unauthenticated allow deny deny_file allow_links deny_links accept_proxy_protocol"""
 CLIENTS = "reject_unauthorized tls_server_name pin service_ca_file service_insecure"

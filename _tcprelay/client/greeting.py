@@ -18,7 +18,7 @@ from ..protocol import (
     AUTH, CHALLENGE, CLIENT, HELLO, PROTOCOL_VERSION, REFUSED, SERVER, Frame, LinkFault, guess_protocol, is_proof,
     new_nonce, prove,
 )  # fmt: skip
-from ..role import SHORTEST_TOKEN, Runtime
+from ..runtime import SHORTEST_TOKEN, Runtime
 from ..sockets import Dialer
 from ..streams import Stream
 from ..system import ssl

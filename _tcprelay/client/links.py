@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import select
+import threading
 import time
 
 from ..addresses import Endpoint
@@ -24,7 +25,7 @@ from ..link import AnyLink, Link, RawLink
 from ..client_options import ClientOptions
 from ..protocol import BYE, IDLE, PING, PONG, READY, SILENCE, START, Frame
 from ..proxy_header import encode_proxy_header
-from ..role import Runtime
+from ..runtime import Runtime
 from ..sockets import DIAL_TIMEOUT
 from ..splice import Splice
 from ..streams import Stream
@@ -59,14 +60,18 @@ class Links:
         self._greeting = greeting
         self._relay = str(greeting.relay)
         self._id = id
-        self.keeper = runtime.own_thread(self._keep, "keeper", runtime.stop)
+        self.keeper = runtime.own_thread(self._keep, "keeper", runtime.cut)
         """The thread that opens links, once it is started; it lives as long as the client."""
+        self.opens_none = threading.Event()
+        """It opens no further links: the end has begun."""
 
     def _keep(self) -> None:
-        """Open the links that are missing, and look at the time every so often, until `Runtime.stop` is requested."""
+        """Open the links that are missing, and look at the time every so often, until `Runtime.stop` is requested; from
+        then on only the latter, until `Runtime.cut` is."""
         runtime, splices = self._runtime, self._runtime.splices
         next_sweep = time.monotonic() + splices.interval
         while not runtime.stop.requested:
+            runtime.pulse.keep("keeper")
             for service, count in self._stock.wait_for_missing(next_sweep):
                 for _ in range(count):
                     self._open(service)
@@ -74,6 +79,11 @@ class Links:
                 splices.sweep()
                 runtime.emit.tell_floods()
                 next_sweep = time.monotonic() + splices.interval
+        self.opens_none.set()
+        while not runtime.cut.requested:  # while connections drain, their time-outs still count
+            runtime.pulse.keep("keeper")
+            runtime.cut.wait(splices.interval)
+            splices.sweep()
 
     def _open(self, service: Service) -> None:
         try:
@@ -138,11 +148,11 @@ class Links:
 
     def _tell_up(self, link: AnyLink, service: Service, address: str) -> None:
         emit = self._runtime.emit
-        if self._stock.tell_up(service, address):
-            host, _, port = address.rpartition(":")
-            where = address or f"the relay {self._relay}, on a port that it does not tell (--wire raw)"
-            if host in ("[::]", "0.0.0.0") and port.isdigit():
-                where = str(Endpoint(self._greeting.relay.host, int(port)))
+        host, _, port = address.rpartition(":")
+        where = address or f"the relay {self._relay}, on a port that it does not tell (--wire raw)"
+        if host in ("[::]", "0.0.0.0") and port.isdigit():
+            where = str(Endpoint(self._greeting.relay.host, int(port)))
+        if self._stock.tell_up(service, where):
             emit(Published(service=service.name, target=str(service.target), relay=self._relay, address=where))
             if self._runtime.options.try_service and self._greeting.worker == 0:
                 with contextlib.suppress(RuntimeError, MemoryError):  # it is only a look
@@ -244,7 +254,7 @@ class Links:
                 held = self._own.hold(*way.ends, times) if place.may_return(*way.ends) else None
                 del way  # many connections last, and need it no more
                 try:
-                    self._splice(stream, link, service, record, link.pack_control(READY))
+                    self._splice(stream, link, service, record, began, link.pack_control(READY))
                 finally:
                     if held:
                         self._own.release(held)
@@ -263,11 +273,12 @@ class Links:
         if count == 0:
             raise EOFError("the relay closed it")
         record = {"id": connection_id(), "service": service.name, "peer": f"relay {self._relay}"}
+        began = time.monotonic()
         self._stock.use(service, waiting=0)
         link.stream.reset_on_close()
         try:
-            if stream := self._dial(service, link, record, time.monotonic()):
-                self._splice(stream, link, service, record, early=bytes(early[:count]))
+            if stream := self._dial(service, link, record, began):
+                self._splice(stream, link, service, record, began, early=bytes(early[:count]))
         finally:
             self._stock.shift(service, idle=1, busy=-1)
         return "its connection is over"
@@ -290,7 +301,8 @@ class Links:
             return stream
         except (OSError, EOFError) as error:
             reason = f"cannot reach {service.target}: {say_error(error)}"
-            self._runtime.emit(ConnectionFailed(reason=reason, seconds=time.monotonic() - began, **record))
+            took = time.monotonic() - began
+            self._runtime.emit(ConnectionFailed(code="unreachable", reason=reason, seconds=took, **record))
             link.fail(reason, self._runtime.cut)
         return None
 
@@ -333,19 +345,21 @@ class Links:
         link: AnyLink,
         service: Service,
         record: dict[str, str],
+        began: float,
         first: bytes = b"",
         early: bytes = b"",
     ) -> None:
-        """Carry a connection between a link and the service that was dialled, and tell its record.
+        """Carry a connection between a link and the service, which was dialled from `began` on, and tell its record.
 
         The link gets what is `first`, and the service what came `early`.
         """
         runtime = self._runtime
-        splice = Splice(record["id"], service.name, stream, link, first)
+        splice = Splice(record["id"], service.name, stream, link, first, record["peer"])
         splice.from_link.carried = len(early)
         runtime.splices.add(splice)
         try:
-            runtime.emit(ConnectionOpened(via=str(service.target), **record))
+            took = time.monotonic() - began
+            runtime.emit(ConnectionOpened(via=str(service.target), name="", seconds=took, **record))
             try:
                 stream.send(early)
             except OSError as error:

@@ -14,6 +14,7 @@ import time
 
 from ..link import AnyLink
 from ..sockets import Dialer
+from ..status.report import ServiceStatus
 from ..system import random_fraction
 from ..values import Publication
 from ..waiting import Deadline, Stop
@@ -164,6 +165,18 @@ class Stock:
             return sum(service.idle for service in self.services)
 
     # For the role
+
+    def survey(self) -> tuple[ServiceStatus, ...]:
+        """The services with their links in this process, for the status."""
+        with self._condition:
+            return tuple(
+                ServiceStatus(
+                    name=service.name, address=service.address if service.told == "" else "",
+                    target=str(service.target), problem=service.told or "", links_idle=service.idle,
+                    links_busy=service.busy, links_opening=service.connecting,
+                )
+                for service in self.services
+            )  # fmt: skip
 
     def begin(self, service: Service) -> None:
         """Make what the service's links wait on.  Raises `OSError`."""

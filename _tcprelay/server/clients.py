@@ -23,9 +23,10 @@ UNTRUSTED = "it sent a PROXY protocol header, and --accept-proxy-protocol does n
 
 
 class Refusal(Exception):
-    """Why a service client or a link is turned away: for the log, and (with a code) in REFUSED for the client."""
+    """Why a service client or a link is turned away: for the log, and in REFUSED for the relay client.  The code is one
+    of `events.FAILURES`, or of the link protocol."""
 
-    def __init__(self, reason: str, code: str = "", told: str = "") -> None:
+    def __init__(self, reason: str, code: str, told: str = "") -> None:
         super().__init__(reason)
         self.code = code
         self.told = told or reason
@@ -33,6 +34,9 @@ class Refusal(Exception):
     def apart(self) -> Refusal:
         """The same without a traceback: kept in a variable, that would hold the connection until the collector runs."""
         return Refusal(str(self), self.code, self.told)
+
+
+TOO_MANY_CONNECTIONS = Refusal("too many connections at once (--max-connections)", "limit")
 
 
 class Unacknowledged(ConnectionError):
@@ -158,11 +162,11 @@ class ServiceClient:
         if not self.early and not self.ended:
             self.read_early()
         if self.gone:
-            raise Refusal(self.gone)
+            raise Refusal(self.gone, "left")
         if self.ended and not self.early and waited:
             # It may be waiting for a greeting with its own direction ended (on the raw wire in vain: nothing would
             # start the link); far more often it has left.
-            raise Refusal("the service client went away while it waited")
+            raise Refusal("the service client went away while it waited", "left")
 
     def pass_early(self, link: Link, out: bytearray, start: int) -> None:
         """Append to `out` the frames for the early bytes from `start` on, and for its end."""

@@ -19,7 +19,7 @@ from ..protocol import (
     guess_protocol, is_proof, is_same, new_nonce, prove,
 )  # fmt: skip
 from ..rights import Identity, Rights
-from ..role import Credentials, Runtime
+from ..runtime import Credentials, Runtime
 from ..streams import Stream
 from ..system import ignore_oserror
 from ..tcp import say_path
@@ -202,6 +202,9 @@ class Greeting:
         name = f"{name} (certificate {shown(proven, 64)})" if proven and not identity else name
         pooled = PooledLink(link, key, client, name, link.stream.peer, identity)
         pooled.port = port
+        vouched = "the clients file" if identity else "the token" if proof else ""
+        pooled.proof = f"certificate {shown(proven, 64)}" if proven else vouched
+        pooled.known_as = name if pooled.proof else ""
         pooled.worker = int(hello.number("worker", 0, 1e6))
         pooled.wanted = self._intake.own_share(int(hello.number("idle", 1, 1e6)))
         welcome = {
@@ -310,5 +313,6 @@ class Greeting:
         host = show_address(stream.peer).rpartition(":")[0]
         name = shown(certificate_name(stream), 64) or "raw"
         pooled = PooledLink(RawLink(stream), options.services[0].name, host, name, stream.peer)
+        pooled.proof = "the secret" if key else f"certificate {name}" if name != "raw" else ""
         self._join(pooled)
         return pooled

@@ -37,7 +37,7 @@ from ..addresses import is_among, show_address
 from ..events import ConnectionFailed, ServiceUnserved
 from ..messages import MESSAGE_ROOM, MESSAGE_SIZE, adopt_socket, decode_message, encode_message, receive_message
 from ..server_options import ServerOptions
-from ..role import Runtime
+from ..runtime import Runtime
 from ..system import ignore_oserror
 from ..tcp import set_timeout
 from ..text import connection_id, say_error
@@ -47,7 +47,7 @@ from .account import LINKS, WorkerAccount
 from .leases import Ask, Leases
 from .clients import NoLinkHere, Refusal, ServiceClient
 from .listeners import Listeners
-from .pool import Pool
+from .pool import ENDING, Pool, unreachable
 from .pooled import PooledLink
 
 ANSWER_TIMEOUT = 5.0
@@ -190,8 +190,9 @@ class PortIntake(Intake):
                 if self._left:
                     links, self._left = self._left, []
                     self.drop_links(links)
-                for key, _ in selector.select(None if wait == math.inf else wait):
+                for key, _ in selector.select(min(wait, self._runtime.pulse.EVERY)):
                     key.data()
+                self._runtime.pulse.beat("acceptor")
             listeners.bell = None
 
     def _begin_service(self, key: str, address: tuple[str, int]) -> None:
@@ -269,11 +270,11 @@ class ParentIntake(Intake):
             return
         message = encode_message(client.state, bytes(client.early))
         if len(message) > MESSAGE_SIZE - MESSAGE_ROOM:  # with the ids of hundreds of relay clients
-            raise Refusal(f"the service cannot be reached: {client.reason}")
+            raise unreachable(client.reason)
         try:
             self._runtime.send_to_parent(message, [client.stream.fd])
         except OSError as error:  # too many descriptors under way, say
-            raise Refusal(f"it cannot be passed on to another worker: {say_error(error)}") from error
+            raise Refusal(f"it cannot be passed on to another worker: {say_error(error)}", "system") from error
         client.passed_on = True
         raise NoLinkHere
 
@@ -345,7 +346,7 @@ class ParentIntake(Intake):
             if not message:
                 return  # the end: the parent is gone, or `stop` was called
             if not descriptors:  # the kernel had no number for it here
-                self._adopt(message, descriptors, os.strerror(errno.EMFILE).lower())
+                self._adopt(message, descriptors, Refusal(os.strerror(errno.EMFILE).lower(), "system"))
                 continue
             with self._lock:
                 self._takers -= 1
@@ -356,7 +357,8 @@ class ParentIntake(Intake):
                     self._runtime.threads.start(self._take)
             except RuntimeError as error:
                 ending = self._runtime.stop.requested
-                self._adopt(message, descriptors, "the relay server is ending" if ending else str(error))
+                problem = Refusal(ENDING, "draining") if ending else Refusal(str(error), "system")
+                self._adopt(message, descriptors, problem)
                 continue
             self._adopt(message, descriptors)
             with self._lock:
@@ -364,16 +366,15 @@ class ParentIntake(Intake):
                     return
                 self._takers += 1
 
-    def _adopt(self, message: bytes, descriptors: list[int], problem: str = "") -> None:
+    def _adopt(self, message: bytes, descriptors: list[int], problem: Refusal | None = None) -> None:
         """Serve a connection that the parent has accepted; or refuse it, where there is a problem."""
         fields, early = decode_message(message)
         service, address = fields["service"], tuple(fields["address"])
-        sock, served = None, False
+        sock, served, why = None, False, problem or Refusal("unexpected error", "system")
         try:
-            if problem:
-                self._tell_refused(problem)
+            if problem is not None:
+                self._tell_refused(str(problem))
                 return
-            problem = "unexpected error"
             sock = adopt_socket(descriptors[0], address)
             if not service:
                 served = True
@@ -398,8 +399,8 @@ class ParentIntake(Intake):
                     record = {"id": fields.get("id") or connection_id(), "service": service}
                     seconds = time.monotonic() - fields["since"]
                     peer = show_address(tuple(fields.get("origin") or address))
-                    failed = ConnectionFailed(peer=peer, seconds=seconds, reason=problem, **record)
-                    self._runtime.emit(failed)
+                    record |= {"peer": peer, "code": why.code, "reason": str(why)}
+                    self._runtime.emit(ConnectionFailed(seconds=seconds, **record))
             if not service:
                 self._account.settle(LINKS)  # while its handshake lasts it counts as under way, for the balance
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from ..addresses import host_of, is_ipv6, show_address
 from ..events import Listening
 from ..protocol import Frame, LinkFault
-from ..role import Runtime
+from ..runtime import Runtime
 from ..server_options import ServerOptions
 from ..sockets import listen
 from ..text import say_error

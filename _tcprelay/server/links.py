@@ -18,7 +18,7 @@ from ..addresses import show_address
 from ..events import ClientDown, ClientUp, LinkDown, LinkRefused, LinkUp
 from ..server_options import ServerOptions
 from ..protocol import REFUSED, SILENCE, LinkFault
-from ..role import Runtime
+from ..runtime import Runtime
 from ..splice import Splice
 from ..system import ignore_oserror
 from ..tcp import path_is_dead
@@ -292,6 +292,7 @@ class Links:
             for key, _ in selector.select(max(0.0, next_look - time.monotonic())):
                 if key.data is not None and self._pool.hold(key.data):
                     self.give_back(key.data, readable=True)
+            runtime.pulse.keep("keeper")
             if time.monotonic() >= next_look:
                 splices.sweep()
                 runtime.emit.tell_floods()
@@ -300,6 +301,7 @@ class Links:
                         self._look_after(pooled, interval)
                 next_look = time.monotonic() + interval
         while not runtime.cut.requested:  # while connections drain, their time-outs still count
+            runtime.pulse.keep("keeper")
             runtime.cut.wait(splices.interval)
             splices.sweep()
 

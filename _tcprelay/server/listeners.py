@@ -19,7 +19,7 @@ from ..addresses import Endpoint, host_of, is_among, show_address
 from ..events import AcceptPaused, ConnectionFailed, LinkRefused, Listening
 from ..server_options import ServerOptions
 from ..protocol import REFUSED, encode_frame
-from ..role import Runtime
+from ..runtime import Runtime
 from ..sockets import listen
 from ..streams import Stream
 from ..system import ignore_oserror
@@ -231,7 +231,8 @@ class Listeners:
         runtime, peer, reason = self._runtime, show_address(address), str(refusal)
         if service:
             sock.close()
-            runtime.emit(ConnectionFailed(id=connection_id(), service=service, peer=peer, reason=reason, seconds=0.0))
+            record = {"id": connection_id(), "service": service, "peer": peer, "code": refusal.code, "reason": reason}
+            runtime.emit(ConnectionFailed(seconds=0.0, **record))
             return
         word = b""
         if runtime.credentials.links is not None:
@@ -252,5 +253,5 @@ def encode_refused(code: str, reason: str) -> bytes:
     return encode_frame(REFUSED, {"code": code, "reason": reason})
 
 
-TOO_MANY_CLIENTS = Refusal("too many connections from its address at once (--max-per-address)")
+TOO_MANY_CLIENTS = Refusal("too many connections from its address at once (--max-per-address)", "limit")
 TOO_MANY_LINKS = Refusal("there are too many links from its address (--max-links-per-address)", "limit")

@@ -18,12 +18,12 @@ from ..events import ConnectionClosed, ConnectionFailed, ConnectionOpened
 from ..link import Link, RawLink
 from ..server_options import ServerOptions
 from ..protocol import FAIL, PROXY, READY, REFUSED, START, guess_protocol
-from ..role import Runtime
+from ..runtime import Runtime
 from ..splice import Splice
 from ..tcp import is_resent, path_is_dead, unsent_bytes
 from ..text import say_error, shown
 from ..waiting import Deadline, Stopping, wait_for
-from .clients import UNTRUSTED, NoLinkHere, Refusal, ServiceClient, Unacknowledged
+from .clients import TOO_MANY_CONNECTIONS, UNTRUSTED, NoLinkHere, Refusal, ServiceClient, Unacknowledged
 from .greeting import HANDSHAKE_STEP
 from .intake import Intake
 from .leases import name_in
@@ -37,9 +37,6 @@ from .trust import explain_service_tls
 SUSPICION = 3.0
 """Seconds without any acknowledgement of START after which its relay client's idle links are to be proven alive, where
 the kernel has sent it again by then: on a slow path an acknowledgement takes longer."""
-
-MOST_FAILING = 4096
-"""Of how many relay clients it is known that they cannot reach their service."""
 
 
 class Pairing:
@@ -58,12 +55,10 @@ class Pairing:
         self._handshakes = handshakes
         self._proxies = Proxies(runtime, handshakes, intake.refuses)
         self._links = links
-        self._failing: set[tuple[str, str]] = set()
-        """Services and the relay clients that could not reach them when they were last asked; each is one step."""
 
     def serve(self, client: ServiceClient) -> None:
         """A service client's connection, up to its end; the top of its thread."""
-        places, reason = self._runtime.places, "too many connections at once (--max-connections)"
+        places, refusal = self._runtime.places, TOO_MANY_CONNECTIONS
         admitted = places.enter()
         try:
             if admitted:
@@ -79,7 +74,7 @@ class Pairing:
             self._note_check(client, str(error))
             return
         except Refusal as error:
-            reason = str(error)
+            refusal = error.apart()
         finally:
             self._intake.settle(client)
             client.stream.close()
@@ -88,9 +83,10 @@ class Pairing:
             if admitted:
                 places.leave()
         if client.was_check:
-            self._note_check(client, reason)
+            self._note_check(client, str(refusal))
             return
-        self._runtime.emit(ConnectionFailed(reason=reason, seconds=client.seconds, **client.record))
+        why = {"code": refusal.code, "reason": str(refusal)}
+        self._runtime.emit(ConnectionFailed(seconds=client.seconds, **why, **client.record))
 
     def _note_check(self, client: ServiceClient, reason: str) -> None:
         self._runtime.log.debug("service %s: connection from %s did not last: %s", client.service, client.peer, reason)
@@ -99,7 +95,7 @@ class Pairing:
         """TLS with a service client, where its port speaks it.  Raises `Refusal`."""
         if not client.stream.secure:
             return
-        reason = ""
+        reason, code = "", "tls"
         self._handshakes.enter(client.stream)
         try:
             client.stream.handshake(Deadline(HANDSHAKE_STEP), self._runtime.stop)
@@ -108,9 +104,9 @@ class Pairing:
             reason = UNTRUSTED if forged else explain_service_tls(error)
         finally:
             if not self._handshakes.leave(client.stream):
-                reason = TOO_MANY_HANDSHAKES
+                reason, code = TOO_MANY_HANDSHAKES, "limit"
         if reason:
-            raise Refusal(f"no TLS handshake: {reason}")
+            raise Refusal(f"no TLS handshake: {reason}", code)
         client.is_wary = False  # what comes over TLS is for the service
 
     def _find_link(self, client: ServiceClient) -> PooledLink:
@@ -144,35 +140,30 @@ class Pairing:
                 if isinstance(error, Unacknowledged):
                     continue
                 if isinstance(error, TimeoutError):
-                    raise Refusal(unanswered) from error
+                    raise Refusal(unanswered, "unanswered") from error
                 if (client.early and client.exposed) or isinstance(error, Stopping):
                     # Bytes that may have arrived are never delivered twice.
-                    raise Refusal(f"the link was lost before the service answered: {say_error(error)}") from error
+                    lost = f"the link was lost before the service answered: {say_error(error)}"
+                    raise Refusal(lost, "draining" if isinstance(error, Stopping) else "lost") from error
                 continue
             except BaseException:
                 self._links.drop(pooled, "unexpected error")
                 raise
             pooled.hear()
-            if reason or self._failing:
+            if reason or pooled.member.problem:
                 self._note_answer(pooled, reason)
             if not reason:
                 return pooled
             self._links.give_back(pooled)
             if client.gone:
-                raise Refusal(client.gone)
+                raise Refusal(client.gone, "left")
             client.reason = reason
             client.failed |= {pooled.client}
 
     def _note_answer(self, pooled: PooledLink, reason: str) -> None:
         """Tell that a relay client cannot reach its service, once until it can: its service clients are served by
         others, and nothing else here shows it."""
-        key = pooled.service, pooled.client
-        if not reason:
-            self._failing.discard(key)
-        elif key not in self._failing:
-            if len(self._failing) >= MOST_FAILING:
-                self._failing.clear()
-            self._failing.add(key)
+        if self._pool.note_answer(pooled, reason):
             self._runtime.log.warning(
                 "service %s: relay client %s at %s cannot serve: %s", pooled.service, pooled.name, pooled.host, reason
             )
@@ -254,7 +245,7 @@ class Pairing:
     def _carry(self, client: ServiceClient, pooled: PooledLink) -> None:
         """Carry a connection whose service has answered, tell its record, and give the link back."""
         runtime, link = self._runtime, pooled.link
-        splice = Splice(client.id, client.service, client.stream, link)
+        splice = Splice(client.id, client.service, client.stream, link, peer=client.peer, name=pooled.known_as)
         rates = runtime.options.rate_of(name_in(client.service)), pooled.identity.limit_rate if pooled.identity else 0
         if any(rates):
             splice.limit_rate(min(filter(None, rates)))
@@ -267,11 +258,15 @@ class Pairing:
         runtime.splices.add(splice)
         self._links.carry(pooled, splice)
         try:
-            runtime.emit(ConnectionOpened(via=f"{pooled.name} at {pooled.host}", **client.record))
+            runtime.emit(ConnectionOpened(
+                via=f"{pooled.name} at {pooled.host}", name=pooled.name, seconds=client.seconds, **client.record
+            ))  # fmt: skip
             splice.run(runtime.threads)
         finally:
             runtime.splices.remove(splice)
             self._links.carry(pooled, None)
+            pooled.carried.add(splice)
+            pooled.carried.broken += bool(splice.reason)
             closed = ConnectionClosed(
                 bytes_in=splice.to_link.carried, bytes_out=splice.from_link.carried, seconds=client.seconds,
                 reason=splice.reason, **client.record,

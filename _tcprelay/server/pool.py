@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from ..waiting import Deadline
 from .clients import NoLinkHere, Refusal
-from .pooled import Origin, PooledLink
+from .pooled import Member, Origin, PooledLink
 
 STANDSTILL = 5.0
 """Seconds without a link for anybody after which a service counts as not served, where service clients wait."""
@@ -47,7 +47,7 @@ class Pool:
         """When a service client was last given a link."""
         self._aside: set[PooledLink] = set()
         """Idle links that are not to be given out now."""
-        self._members: dict[tuple[str, str], set[PooledLink]] = {}  # of (service, client), idle or not
+        self._members: dict[tuple[str, str], Member] = {}  # of (service, client)
         self._member_counts: dict[str, int] = {}
         """How many of them each service has."""
         self._left = threading.Condition(self._lock)
@@ -88,23 +88,29 @@ class Pool:
         with self._lock:
             if pooled.service not in self._idle:
                 raise Refusal("the port was given back meanwhile", "port")
-            if sum(map(len, self._members.values())) >= self.most:
+            if sum(self._member_counts.values()) >= self.most:
                 raise Refusal("there are too many links", "limit")
-            members = self._members.setdefault((pooled.service, pooled.client), set())
-            members.add(pooled)
+            key = pooled.service, pooled.client
+            first = key not in self._members
+            if first:
+                self._members[key] = pooled.member
+            pooled.member = self._members[key]
+            pooled.member.links.add(pooled)
             self._count_members(pooled.service, 1)
             self._told.discard(pooled.service)
-            return len(members) == 1
+            return first
 
     def leave(self, pooled: PooledLink) -> bool:
         """Count a link out; True for the last one of its relay client."""
         with self._lock:
             key = pooled.service, pooled.client
-            self._members[key].discard(pooled)
+            member = pooled.member
+            member.links.discard(pooled)
+            member.carried.add_all(pooled.carried)
             self._count_members(pooled.service, -1)
             if self._is_watched:
                 self._left.notify_all()
-            if self._members[key]:
+            if member.links:
                 return False
             del self._members[key]
             return True
@@ -112,13 +118,29 @@ class Pool:
     def members(self) -> list[PooledLink]:
         """All links, idle or not."""
         with self._lock:
-            return [pooled for members in self._members.values() for pooled in members]
+            return [pooled for member in self._members.values() for pooled in member.links]
+
+    def note_answer(self, pooled: PooledLink, problem: str) -> bool:
+        """The relay client of a link could not reach its service for this reason, or "" could; whether that is to be
+        told, as it could before."""
+        with self._lock:
+            tell = bool(problem) and not pooled.member.problem
+            pooled.member.problem = problem
+            return tell
+
+    def survey(self) -> tuple[list[tuple[Member, list[PooledLink]]], set[PooledLink], dict[str, int]]:
+        """All relay clients with their links; which links are idle; and how many service clients wait for each
+        service."""
+        with self._lock:
+            members = [(member, list(member.links)) for member in self._members.values()]
+            idle = {pooled for origins in self._idle.values() for links in origins.values() for pooled in links}
+            return members, idle | self._aside, {service: len(queue) for service, queue in self._waiting.items()}
 
     def wait_until_gone(self, links: Collection[PooledLink], deadline: Deadline) -> bool:
         """Wait until these have left; False where some have not by the deadline."""
         with self._lock:
             self._is_watched = True
-            while left := any(p in self._members.get((p.service, p.client), ()) for p in links):
+            while left := any(pooled in pooled.member.links for pooled in links):
                 if deadline.remaining() == 0:
                     break
                 self._left.wait(deadline.remaining())
@@ -169,18 +191,18 @@ class Pool:
         """
         with self._lock:
             if self._closed:
-                raise Refusal("the relay server is ending")
+                raise Refusal(ENDING, "draining")
             if service not in self._idle:
-                raise Refusal(GONE)
+                raise Refusal(GONE, "port")
             if (pooled := self._pick(service, failed)) is not None:
                 return pooled, False
             if not wait:
                 raise NoLinkHere
             if failed and not any(p.service == service and p.client not in failed for p in self._aside):
-                raise Refusal(f"the service cannot be reached: {reason}")
+                raise unreachable(reason)
             waiting = len(self._waiting[service]) + self.count_waiting_elsewhere(service)
             if waiting >= self.max_pending and not (first or self._is_served(service)):
-                raise Refusal("too many service clients wait for a link (--max-pending)")
+                raise TOO_MANY_WAIT.apart()
             waiter = _Waiter(threading.Condition(self._lock), failed)
             if first:
                 waiter.since = 0.0  # it says nothing about how long others have waited
@@ -191,14 +213,14 @@ class Pool:
                 if waiter.pooled is not None:
                     return waiter.pooled, True
                 if waiter.is_gone:
-                    raise Refusal(GONE)
+                    raise Refusal(GONE, "port")
                 self._waiting[service].remove(waiter)
             finally:
                 if not waiter.is_gone:
                     self._count(service, 0)
             if self._closed:
-                raise Refusal("the relay server is ending")
-            raise Refusal(say_no_link(self._has_client(service)))
+                raise Refusal(ENDING, "draining")
+            raise no_link(self._has_client(service))
 
     def is_unserved(self, service: str) -> bool:
         """Whether it is to be told that no relay client is connected for a service: once, until one is."""
@@ -356,6 +378,13 @@ class Pool:
 
 
 GONE = "its port was given back: the relay client that had asked for it is gone"
+ENDING = "the relay server is ending"
+TOO_MANY_WAIT = Refusal("too many service clients wait for a link (--max-pending)", "limit")
+
+
+def unreachable(reason: str) -> Refusal:
+    """Of a service client whose service none of the relay clients can reach: why the last of them could not."""
+    return Refusal(f"the service cannot be reached: {reason}", "unreachable")
 
 
 def are_links_given(max_pending: int, last: float, oldest: float) -> bool:
@@ -364,9 +393,10 @@ def are_links_given(max_pending: int, last: float, oldest: float) -> bool:
     return max_pending > 0 and time.monotonic() - max(last, oldest) < STANDSTILL
 
 
-def say_no_link(has_client: bool) -> str:
-    """Why a service client that has waited in vain is refused."""
-    return "no link was idle in time (--pair-timeout)" + ("" if has_client else "; no relay client is connected")
+def no_link(has_client: bool) -> Refusal:
+    """Of a service client that has waited in vain."""
+    more = "" if has_client else "; no relay client is connected"
+    return Refusal(f"no link was idle in time (--pair-timeout){more}", "no-link")
 
 
 class _Waiter:

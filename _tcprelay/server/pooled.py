@@ -6,11 +6,26 @@ import time
 from typing import Any
 
 from ..addresses import show_address
+from ..carried import Carried
 from ..link import AnyLink
 from ..protocol import BYE, PONG, Frame, LinkFault
 from ..rights import Identity
 from ..splice import Splice
 from ..text import shown
+
+
+class Member:
+    """A relay client as far as it has links for one service."""
+
+    __slots__ = ("carried", "links", "problem", "since")
+
+    def __init__(self) -> None:
+        self.links: set[PooledLink] = set()
+        self.since = time.time()
+        self.carried = Carried()
+        """What was carried on links that are no more."""
+        self.problem = ""
+        """Why it could not reach the service when it was last asked to."""
 
 
 class PooledLink:
@@ -35,6 +50,10 @@ class PooledLink:
         """The relay client's id, random per process; of a raw link, its host."""
         self.port: int | None = None
         """That its relay client has asked for, and was given."""
+        self.known_as = ""
+        """The name of its relay client, where something has vouched for that; "" where anybody could say it."""
+        self.proof = ""
+        """What has: the token, its certificate, the clients file."""
         self.worker = 0
         """Which of its relay client's processes it leads to."""
         self.name = name
@@ -52,6 +71,10 @@ class PooledLink:
         on: to a service that reads slowly, say, and hears nothing else meanwhile.  Silence says nothing then."""
         self.farewell = "the relay client gave it up"
         """Why it is given up, where the relay client has said BYE."""
+        self.member = Member()
+        """Its relay client, which it shares with others once it has joined the pool."""
+        self.carried = Carried()
+        """What its connections have carried that are over."""
         self.blocked = False
         """Its socket has not taken all of what `send` was given."""
         self._unsent = bytearray()  # of that; TLS keeps it itself

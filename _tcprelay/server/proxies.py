@@ -16,7 +16,7 @@ from typing import Any
 
 from ..addresses import Network, is_among
 from ..proxy_header import HeaderFault, HeaderParser
-from ..role import Runtime
+from ..runtime import Runtime
 from ..server_options import ServerOptions
 from ..streams import Stream
 from ..text import say_error

@@ -13,7 +13,7 @@ from ..certificates import make_context, make_self_signed, shown_certificate, tr
 from ..options import read_secret
 from ..server_options import ServerOptions
 from ..rights import load_rights
-from ..role import SHORTEST_TOKEN, Credentials, Runtime
+from ..runtime import SHORTEST_TOKEN, Credentials, Runtime
 from ..sockets import public_address
 from ..state import other_states, private_file, state_directory
 from ..streams import Stream

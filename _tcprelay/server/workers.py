@@ -27,11 +27,11 @@ from ..processes import WorkerProcess, Workers
 from ..role import Relay
 from ..text import connection_id
 from .account import HANDED, LINKS, RETURNED, WAITING, Account, WorkerAccount
-from .clients import Refusal
+from .clients import TOO_MANY_CONNECTIONS, Refusal
 from .limits import Quotas
 from .leases import MOST_LEASES, Ask, Leases
 from .listeners import Listeners
-from .pool import GONE, are_links_given, say_no_link
+from .pool import ENDING, GONE, TOO_MANY_WAIT, are_links_given, no_link, unreachable
 from .proxies import glance
 
 
@@ -111,7 +111,7 @@ class ServerWorkers(Workers):
         self._listeners.close()
         for service in self._queues:
             while visitor := self._next(service):
-                self._refuse(visitor, "the relay server is ending")
+                self._refuse(visitor, Refusal(ENDING, "draining"))
 
     # Accepting
 
@@ -163,11 +163,11 @@ class ServerWorkers(Workers):
     def _receive_client(self, visitor: Visitor) -> None:
         queue, options = self._queues[visitor.service], self._options
         if options.max_connections and self._count_clients() >= options.max_connections:
-            self._refuse(visitor, "too many connections at once (--max-connections)")
+            self._refuse(visitor, TOO_MANY_CONNECTIONS)
         elif queue or not self._send(visitor):
             self._note_unserved(visitor)
             if len(queue) >= options.max_pending:
-                self._refuse(visitor, "too many service clients wait for a link (--max-pending)")
+                self._refuse(visitor, TOO_MANY_WAIT)
                 return
             visitor.queued = True
             queue.append(visitor)
@@ -189,6 +189,10 @@ class ServerWorkers(Workers):
 
     def _has_client(self, service: str) -> bool:
         return any(name == service for name, _ in self._present)
+
+    def count_waiting(self) -> dict[str, int]:
+        """How many service clients wait here for each service."""
+        return {service: len(queue) for service, queue in self._queues.items()}
 
     def _count_clients(self) -> int:
         waiting = sum(map(len, self._queues.values()))
@@ -226,17 +230,18 @@ class ServerWorkers(Workers):
         self._account.show_queue(service, len(queue))
         return visitor
 
-    def _refuse(self, visitor: Visitor, reason: str) -> None:
+    def _refuse(self, visitor: Visitor, refusal: Refusal) -> None:
         state = {"service": visitor.service, "since": visitor.since, **visitor.state, "origin": self._origin(visitor)}
         visitor.sock.close()
-        self._note_refused(state, visitor.address, reason)
+        self._note_refused(state, visitor.address, refusal)
 
-    def _note_refused(self, state: dict[str, Any], address: Any, reason: str) -> None:
+    def _note_refused(self, state: dict[str, Any], address: Any, refusal: Refusal) -> None:
         self._listeners.of_clients.leave(address)
         record = {"id": state.get("id") or connection_id(), "service": state["service"]}
         seconds = time.monotonic() - state["since"]
         peer = show_address(tuple(state.get("origin") or address))
-        self.emit(ConnectionFailed(peer=peer, seconds=seconds, reason=reason, **record))
+        why = {"code": refusal.code, "reason": str(refusal)}
+        self.emit(ConnectionFailed(peer=peer, seconds=seconds, **why, **record))
 
     def _balance(self, service: str) -> None:
         """Where service clients wait in one worker, and links are idle in another: have one opened anew."""
@@ -260,7 +265,7 @@ class ServerWorkers(Workers):
 
     def _end_service(self, key: str) -> None:
         while visitor := self._next(key):
-            self._refuse(visitor, GONE)
+            self._refuse(visitor, Refusal(GONE, "port"))
         for table in (self._queues, self._given_at):
             table.pop(key, None)
         self._told.discard(key)
@@ -298,13 +303,14 @@ class ServerWorkers(Workers):
         else:
             self._account.hold(worker.number, self._listeners.of_clients, tuple(message["address"]), -1)
             if message["service"] not in self._queues:
-                self._note_refused(message, tuple(message["address"]), GONE)
+                self._note_refused(message, tuple(message["address"]), Refusal(GONE, "port"))
                 return
             self._account.add(worker.number, message["service"], RETURNED)
             if descriptors:
                 self._take_back(worker, message, payload, descriptors)
             else:  # the kernel had no number for it here, and has reset it
-                self._note_refused(message, tuple(message["address"]), os.strerror(errno.EMFILE).lower())
+                no_number = Refusal(os.strerror(errno.EMFILE).lower(), "system")
+                self._note_refused(message, tuple(message["address"]), no_number)
 
     def _take_back(self, worker: WorkerProcess, state: dict[str, Any], early: bytes, descriptors: list[int]) -> None:
         address = tuple(state["address"])
@@ -314,16 +320,16 @@ class ServerWorkers(Workers):
             visitor = Visitor(state["service"], sock, address, state["since"], patience)
             visitor.state, visitor.early, visitor.visited = state, early, set(state["visited"])
         except BaseException:
-            self._note_refused(state, address, "unexpected error")
+            self._note_refused(state, address, Refusal("unexpected error", "system"))
             raise
         if self._kill is not None:
-            self._refuse(visitor, "the relay server is ending")
+            self._refuse(visitor, Refusal(ENDING, "draining"))
             return
         if state["failed"]:
             visitor.visited.add(worker.number)
             state["visited"] = list(visitor.visited)
             if not self._send(visitor):
-                self._refuse(visitor, f"the service cannot be reached: {state['reason']}")
+                self._refuse(visitor, unreachable(state["reason"]))
             return
         self._note_unserved(visitor)
         queue = self._queues[visitor.service]  # where it has its place by the moment at which it came
@@ -362,7 +368,7 @@ class ServerWorkers(Workers):
         self.emit.tell_floods()
         for service, queue in list(self._queues.items()):
             while queue and queue[0].deadline <= now:  # first of all: they leave whatever goes wrong with the queue
-                self._refuse(queue.popleft(), say_no_link(self._has_client(service)))
+                self._refuse(queue.popleft(), no_link(self._has_client(service)))
             self._serve_queue(service)
             if self._account.count_waiting(service):
                 self._balance(service)

@@ -99,8 +99,9 @@ def start_pairs(processes: Processes, order: Order) -> Relay:
 # --- tcprelay and node-tcp-relay ------------------------------------------------------------------------------
 
 
-def start_tcprelay(processes: Processes, order: Order, tls: bool, count: int | None = None) -> Relay:
-    """With its own defaults, its log included, which goes to a file."""
+def start_tcprelay(processes: Processes, order: Order, tls: bool, count: int | None = None, asked: str = "") -> Relay:
+    """With its own defaults, its log included, which goes to a file; and both are asked for what is at the path
+    `asked`, once a second."""
     compileall.compile_dir(Path(__file__).parents[2], 0, quiet=2)  # as installed: compiling at start takes memory
     server: Command = [sys.executable, "-m", "tcprelay_server"]
     client: Command = [sys.executable, "-m", "tcprelay_client"]
@@ -116,6 +117,10 @@ def start_tcprelay(processes: Processes, order: Order, tls: bool, count: int | N
         client += ["--max-conn", order.pool.most]
     count = order.workers if count is None else count
     workers: Command = [] if count is None else ["--workers", count]
+    if asked:
+        ports = [free_port(), free_port()]
+        server, client = [*server, "--status", ports[0]], [*client, "--status", ports[1]]
+        processes.start("watcher", sys.executable, "-m", "tests.bench.watcher", asked, *ports)
     return start_pair(processes, order, server + workers, client + workers, order.pool.size or 8)
 
 
@@ -275,6 +280,8 @@ def make_subjects() -> list[Subject]:
         Subject("pairs", start_pairs),
         Subject("tcprelay", partial(start_tcprelay, tls=False), lambda: ours, pooled=True),
         Subject("tcprelay-workers-2", partial(start_tcprelay, tls=False, count=2), lambda: ours, pooled=True),
+        Subject("tcprelay-page", partial(start_tcprelay, tls=False, asked="/status.json"), lambda: ours, pooled=True),
+        Subject("tcprelay-scraped", partial(start_tcprelay, tls=False, asked="/metrics"), lambda: ours, pooled=True),
         Subject("tcprelay-tls", partial(start_tcprelay, tls=True), lambda: ours, missing=openssl, **both),
         Subject("node-tcp-relay", partial(start_node, release=OLD), lambda: old, pooled=True, missing=no_old),
         Subject("node-tls", partial(start_node, release=NEW), lambda: new, missing=no_new, **both),
@@ -296,5 +303,5 @@ def make_subjects() -> list[Subject]:
 SUBJECTS = make_subjects()
 OURS = {"tcprelay": False, "tcprelay-tls": True}
 """What is asked for in the bars, and whether it is encrypted."""
-FLOORS = {"direct", "pairs", "tcprelay-workers-2"}
+FLOORS = {"direct", "pairs", "tcprelay-workers-2", "tcprelay-page", "tcprelay-scraped"}
 """What ours are compared with, and are no peers."""
