@@ -8,6 +8,7 @@ import http.client
 import itertools
 import json
 import os
+import re
 import socket
 import stat
 import threading
@@ -95,6 +96,17 @@ def test_the_metrics_come_in_the_format_that_is_asked_for(server: RelayServer) -
     assert answer.getheader("Content-Type", "").startswith("application/openmetrics-text")
     assert body_of(answer).endswith(b"# EOF\n")
     assert b"# EOF" not in body_of(ask(server.status_address, "/metrics"))
+
+
+def test_the_nonce_of_the_page_is_another_one_each_time(server: RelayServer) -> None:
+    """What somebody has learnt from one answer allows nothing in the next."""
+    seen = set()
+    for _ in range(3):
+        answer = ask(server.status_address, "/")
+        [nonce, *others] = set(re.findall(r"'nonce-(\w+)'", answer.getheader("Content-Security-Policy", "")))
+        assert not others and f'<script nonce="{nonce}">'.encode() in body_of(answer)
+        seen.add(nonce)
+    assert len(seen) == 3 and all(len(nonce) == 32 for nonce in seen)
 
 
 def test_a_head_alone(server: RelayServer) -> None:

@@ -18,7 +18,7 @@ import pytest
 import tcprelay
 from _tcprelay.addresses import Endpoint
 from _tcprelay.sockets import Dialer
-from _tcprelay.status.page import security_policy
+from _tcprelay.status.page import page, security_policy
 
 from .conftest import PATIENCE, Bench, echo, read_exactly
 from .peers import ROOT, Program
@@ -143,12 +143,12 @@ def test_everything_is_imported_from_the_archive(dist: Path, empty: Path, prog: 
 def test_the_page_is_read_from_the_archive(dist: Path, empty: Path, prog: str) -> None:
     """What is no module, too: the page for people, and what a browser may do with it."""
     code = "import sys; sys.path.insert(0, sys.argv[1]); from _tcprelay.status.page import page, security_policy\n"
-    code += "sys.stdout.buffer.write(security_policy().encode() + b'\\n' + page())"
+    code += "sys.stdout.buffer.write(security_policy('1').encode() + b'\\n' + page('1'))"
     result = subprocess.run(
         [*BARE, "-c", code, str(dist / prog)], cwd=empty, capture_output=True, timeout=6 * PATIENCE, check=True
     )
     policy, _, text = result.stdout.partition(b"\n")
-    assert (policy.decode(), text) == (security_policy(), (ROOT / "_tcprelay" / "status" / "page.html").read_bytes())
+    assert (policy.decode(), text) == (security_policy("1"), page("1"))
 
 
 def test_the_wheel_holds_every_package() -> None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 
 from ..protocol import is_same
+from ..text import random_id
 from .metrics import content_type, render
 from .page import page, security_policy
 from .report import Status, as_dict
@@ -140,9 +141,9 @@ def answer(request: Request, status: Status, sees_all: bool) -> bytes:
     elif request.path == "/status.json":
         whole = encode(HTTPStatus.OK, "application/json", json.dumps(as_dict(status)).encode())
     else:
-        whole = encode(
-            HTTPStatus.OK, "text/html; charset=utf-8", page(), {"Content-Security-Policy": security_policy()}
-        )
+        nonce = random_id(16)
+        policy = {"Content-Security-Policy": security_policy(nonce)}
+        whole = encode(HTTPStatus.OK, "text/html; charset=utf-8", page(nonce), policy)
     return whole if request.method == "GET" else whole.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
 
 
