@@ -10,15 +10,18 @@ import functools
 
 FILE = "page.html"
 """Its name in this package."""
+ELEMENTS = (b"script", b"style")
+"""What stands in the page once, without attributes, and is allowed by a nonce."""
 
 
 def page(nonce: str) -> bytes:
     """The page as it is sent, in UTF-8, with this nonce for its script and its style: see `security_policy`.
 
-    Raises `OSError` where it cannot be read: the installation is not whole then.
+    Raises `OSError` where it cannot be read: the installation is not whole then.  What stands there is the package's
+    own; nothing of a status is in it, for the browser fetches that.
     """
     text = _read()
-    for element in (b"script", b"style"):
+    for element in ELEMENTS:
         text = text.replace(b"<%s>" % element, b'<%s nonce="%s">' % (element, nonce.encode("ascii")), 1)
     return text
 
