@@ -33,6 +33,7 @@ The public names:
     ServiceUnserved                      a service client waits, and no relay client is connected
     Published, Unpublished               a relay client's: whether its service can be reached through the relay
     ServiceUnreachable                   the service behind it could not be reached when it was tried
+    ServiceDown, ServiceBack             its check fails, so it is withdrawn from the relay; it succeeds again
     LinkUp, LinkDown                     of both: a link
     ConnectionOpened, ConnectionClosed   a connection; the latter is its closing record
     ConnectionFailed                     one that was never opened
@@ -58,7 +59,8 @@ from _tcprelay import __version__
 from _tcprelay.addresses import Endpoint
 from _tcprelay.events import (
     AcceptPaused, ClientDown, ClientUp, ConnectionClosed, ConnectionFailed, ConnectionOpened, Draining, Event, LinkDown,
-    LinkNotMade, LinkRefused, LinkUp, Listening, Published, ServiceUnreachable, ServiceUnserved, Unpublished,
+    LinkNotMade, LinkRefused, LinkUp, Listening, Published, ServiceBack, ServiceDown, ServiceUnreachable,
+    ServiceUnserved, Unpublished,
 )  # fmt: skip
 from _tcprelay.logs import fail
 from _tcprelay.client_options import ClientOptions
@@ -77,9 +79,9 @@ __all__ = [
     "AcceptPaused", "ClientDown", "ClientOptions", "ClientStatus", "ClientUp", "ConnectionClosed", "ConnectionFailed",
     "ConnectionOpened", "ConnectionStatus", "Draining", "Endpoint", "Event", "EventStatus", "FailureStatus",
     "HistogramStatus", "LinkDown", "LinkNotMade", "LinkRefused", "LinkUp", "Listening", "PartyStatus", "ProcessStatus",
-    "Publication", "Published", "Relay", "RelayClient", "RelayServer", "ServerOptions", "ServicePort", "ServiceStatus",
-    "ServiceUnreachable", "ServiceUnserved", "Status", "Unpublished", "__version__", "create_relay_client",
-    "create_relay_server",
+    "Publication", "Published", "Relay", "RelayClient", "RelayServer", "ServerOptions", "ServiceBack", "ServiceDown",
+    "ServicePort", "ServiceStatus", "ServiceUnreachable", "ServiceUnserved", "Status", "Unpublished", "__version__",
+    "create_relay_client", "create_relay_server",
 ]  # fmt: skip
 
 

@@ -20,27 +20,26 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from _tcprelay.addresses import Endpoint
-from _tcprelay.certificates import make_context, trust
-from _tcprelay.client.greeting import Greeting
+from _tcprelay.client.branches import Branch, Branches
+from _tcprelay.client.checks import Checks
+from _tcprelay.client.greeting import Greeting, load_credentials
 from _tcprelay.client.links import Links
 from _tcprelay.client.loops import OwnConnections
 from _tcprelay.client.stock import MOST_HANDSHAKES, Service, Stock
 from _tcprelay.client.workers import ClientWorkers
 from _tcprelay.command import run_command
-from _tcprelay.events import Event, Unpublished
+from _tcprelay.events import Event, Published, Unpublished
 from _tcprelay.client_options import ClientOptions
 from _tcprelay.options import make_options
 from _tcprelay.role import Relay, warn_about_secrets
-from _tcprelay.runtime import SHORTEST_TOKEN, Credentials, Runtime
-from _tcprelay.status.report import Status
-from _tcprelay.system import from_descriptor_limit, ssl
+from _tcprelay.runtime import Credentials, Runtime
+from _tcprelay.status.report import ServiceStatus, Status
+from _tcprelay.system import from_descriptor_limit
 from _tcprelay.text import random_id
-from _tcprelay.threads import JOIN_TIMEOUT
 from _tcprelay.values import Publication
 from _tcprelay.waiting import Deadline
 
 __all__ = ["ClientOptions", "Publication", "RelayClient", "create_relay_client", "main"]
-
 
 REFUSED_STATUS = 3
 """What the command ends with where the relay server refuses it, and --exit-on-refusal is given."""
@@ -90,41 +89,45 @@ class RelayClient(Relay[ClientOptions]):
         super().__init__(Runtime("tcprelay.client", checked, checked.max_conn, on_event))
         self._id = random_id(8)
         self._own = OwnConnections()
-        self._links: Links | None = None
-        """Once it has begun."""
+        self._refused_by: set[str] = set()
+        """The relay servers that refuse this client."""
+        self._checks = Checks(self.runtime)
         self.runtime.emit.listener = self._obey_refusal
         self._become_one_of(0, 1)
 
     def _become_one_of(self, number: int, count: int) -> None:
         """Keep the share of the links that falls to one process of so many."""
         options, runtime = self.options, self.runtime
-
         self._worker, self._count_of_workers = number, count
         self._most_idle = self._share(options.num_conn)
         if options.max_conn:
             runtime.places.most = self._share(options.max_conn)
-        services = [Service(one, self._most_idle, count) for one in options.services]
-        self._stock = Stock(services, self._most_idle, runtime.places, max(1, self._share(MOST_HANDSHAKES)))
+        self._branches = Branches(runtime, self._make_branch, self._make_services)
 
     def _share(self, whole: int) -> int:
         """What falls to this process of so many that the role has."""
         count = self._count_of_workers
         return whole // count + (self._worker < whole % count)
 
-    def _make_service(self, publication: Publication) -> Service:
-        """One that is published while the client runs.  Raises `OSError`."""
-        service = Service(publication, self._most_idle, self._count_of_workers)
-        self._stock.begin(service)
-        return service
+    def _make_services(self, publications: list[Publication]) -> list[Service]:
+        """Those of a relay server."""
+        return [Service(one, self._most_idle, self._count_of_workers) for one in publications]
+
+    def _make_branch(self, relay: Endpoint, called: Endpoint, branches: Branches) -> Branch:
+        """The stock of links to one relay server, and what opens them."""
+        services, handshakes = self._make_services(self.options.services), max(1, self._share(MOST_HANDSHAKES))
+        stock = Stock(services, self._most_idle, self.runtime.places, handshakes, branches.condition)
+        greeting = Greeting(self.runtime, relay, called, self._most_idle, self._id, self._worker)
+        return Branch(relay, called, stock, Links(self.runtime, stock, greeting, self._id, self._own))
 
     def _apply(self, options: ClientOptions, credentials: Credentials) -> None:
         names = {service.name for service in options.services}
         gone = [service.name for service in self.options.services if service.name not in names]
         serves = self._started and not self._closed
-        fresh = [self._make_service(one) for one in self._stock.missing(options.services)] if serves else []
+        fresh = self._branches.missing(options.services) if serves else []
         super()._apply(options, credentials)
-        if serves:
-            self._stock.replace(options.services, fresh)
+        self._branches.replace(options.services, fresh)
+        self._checks.renew()
         self.runtime.places.most = self._share(options.max_conn) if options.max_conn else from_descriptor_limit()
         if not self.runtime.is_worker:
             for name in gone:
@@ -134,58 +137,48 @@ class RelayClient(Relay[ClientOptions]):
     def counters(self) -> dict[str, int]:
         """What has been counted since the start: ``connections``, ``failed``, ``broken``, ``bytes_in`` and
         ``bytes_out``; and how many there are now: ``open`` connections and ``links_idle``."""
-        return {**self._count(), "links_idle": self._stock.count_idle()}
+        return {**self._count(), "links_idle": self._branches.count_idle()}
 
     ROLE = "client"
 
     def _survey(self) -> tuple[Status, dict[str, str]]:
-        relay = Endpoint(self.options.relay_host, self.options.relay_port or 0)
-        return Status(role=self.ROLE, address=str(relay), services=self._stock.survey()), {}
+        services, relays = self._branches.survey()
+        if not services:  # before the start, and in the parent of workers
+            services = tuple(ServiceStatus(name=one.name, target=str(one.target)) for one in self.options.services)
+        return Status(role=self.ROLE, address=self._say_relays(), services=services, relays=relays), {}
+
+    def _say_relays(self) -> str:
+        return ", ".join(map(str, self.options.relays))
 
     def wait_until_published(self, timeout: float | None = None) -> None:
-        """Wait until all services have links to the relay server, for so many seconds at most (``None``: as long as it
+        """Wait until all services have links to a relay server, for so many seconds at most (``None``: as long as it
         takes).  Raises `TimeoutError` that says why there are none, also where the client ends meanwhile, and
         `RuntimeError` before `start`."""
         if not self._started:
             raise RuntimeError("this relay client has not been started")
-        relay = Endpoint(self.options.relay_host, self.options.relay_port or 0)
-        if missing := self._stock.wait_until_published(Deadline(timeout)):
-            raise TimeoutError(f"service {missing[0]} is not published at {relay}: {missing[1]}")
+        if missing := self._branches.wait_until_published(Deadline(timeout)):
+            raise TimeoutError(f"service {missing[0]} is not published at {self._say_relays()}: {missing[1]}")
 
     def _obey_refusal(self, event: Event) -> None:
-        """For the command: end where the relay server refuses this client, and that is asked for."""
-        refused = isinstance(event, Unpublished) and event.lasting and self.options.exit_on_refusal
+        """For the command: end where all relay servers refuse this client, and that is asked for."""
+        if isinstance(event, Published):
+            self._refused_by.discard(event.relay)
+        elif isinstance(event, Unpublished):
+            (self._refused_by.add if event.lasting else self._refused_by.discard)(event.relay)
+        refused = self.options.exit_on_refusal and len(self._refused_by) >= len(self.options.relays)
         if refused and self.signals is not None and not self.signals.status:
             self.runtime.log.error("ending, since no link can be had before something is changed (--exit-on-refusal)")
             self.signals.give_up(REFUSED_STATUS)
 
     def _load_credentials(self, options: ClientOptions) -> Credentials:
-        token = options.read_token()
-        links = unverified = services = None
-        if options.tls in ("relay", "both"):
-            own = options.cert, options.key, options.pfx
-            links = make_context(options, False, *own)
-            if options.pin or not options.reject_unauthorized:
-                links.check_hostname, links.verify_mode = False, ssl.CERT_NONE
-            else:
-                trust(links, options.ca_file)
-                named = options.ca_file or options.tls_server_name or options.wire == "raw"
-                if len(token) >= SHORTEST_TOKEN and not named:
-                    unverified = make_context(options, False, *own)
-                    unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
-        if options.tls in ("both", "service"):
-            services = make_context(options, False)
-            if options.service_insecure:
-                services.check_hostname, services.verify_mode = False, ssl.CERT_NONE
-            else:
-                trust(services, options.service_ca_file)
-        return Credentials(token, links, services, unverified)
+        return load_credentials(options)
 
     def _prepare(self) -> None:
         """Says where to, and warns of what is not secure.  No name is looked up here: at boot the name server may not
         answer yet."""
         options, log = self.options, self.runtime.log
-        log.info("connecting to the relay at %s", Endpoint(options.relay_host, options.relay_port or 0))
+        through = f" through the proxy {options.proxy}" if options.via else ""
+        log.info("connecting to the relay at %s%s", self._say_relays(), through)
         warn_about_secrets(self.runtime)
         if options.tls in ("relay", "both") and not options.reject_unauthorized and not options.pin:
             log.warning("--reject-unauthorized false: whoever is on the way can pose as the relay server")
@@ -196,24 +189,23 @@ class RelayClient(Relay[ClientOptions]):
         """Begin to open links."""
         if not self.runtime.is_worker:
             self.prepare()
-        greeting = Greeting(self.runtime, self._most_idle, self._id, self._worker)
-        for service in self._stock.services:
-            self._stock.begin(service)
-        self._links = links = Links(self.runtime, self._stock, greeting, self._id, self._own)
-        self._own_threads.append(links.keeper)
-        links.keeper.start()
+        self._own_threads.append(keeper := self._branches.begin())
+        self._checks.begin(self._branches, self._worker == 0)
+        keeper.start()
+
+    def obey(self, order: dict[str, Any]) -> None:
+        self._checks.obey(order)
 
     def _stop_intake(self) -> None:
-        self._stock.end()
-        if self._links is not None:
-            self._links.opens_none.wait(JOIN_TIMEOUT)
+        self._checks.end()
+        self._branches.end()
 
     def _wake_all(self) -> None:
-        self._stock.wake_all()
+        self._branches.wake_all()
 
     def _close(self) -> None:
         super()._close()
-        self._stock.close()
+        self._branches.close()
 
     def make_workers(self, count: int) -> ClientWorkers | None:
         """As many as there are idle links to keep, at most.  With --max-conn there are none by default: one process

@@ -224,7 +224,7 @@ class RelayServer(Relay[ServerOptions]):
         if self._intake.obey(order):
             return
         if "suspect" in order:
-            self._links.suspect(order["suspect"])
+            self._links.suspect(order["suspect"], order["why"])
         else:
             self._links.give_up_one(order["give_up"])
 

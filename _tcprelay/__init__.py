@@ -7,11 +7,13 @@ Each room imports only rooms that stand above it in this list (tests/test_house.
     waiting         waiting for a descriptor, with a deadline, and cut short by a stop
     addresses       endpoints and socket addresses: parsed, shown, grouped
     proxy_header    PROXY protocol headers, made and parsed; no I/O
+    tunnel          what is said to a proxy on the way to a relay server; no I/O
     names           host names looked up, with a thread of their own
     tcp             what is set on TCP sockets, and what Linux tells of them
     sockets         listening and dialling
     protocol        the link protocol: frames, which may come when, proofs; no I/O
     streams         a byte stream over one socket
+    hello           what a TLS client asks for first, and which certificate is for it; no I/O
     tls             the same over TLS
     link            a link that carries one connection at a time
     threads         a cache of parked threads
@@ -58,11 +60,13 @@ Each room imports only rooms that stand above it in this list (tests/test_house.
     server.nonces     nonces that are handed out ahead
     server.account    what was handed to workers, and what became of it
     server.pooled     a link and what is known of it
+    server.withdrawals  services whose relay clients have all withdrawn them
     server.pool       idle links and waiting service clients
     server.listeners  the ports, and what each address may have of them
     server.survey     what a relay server knows for its status
     server.leases     ports on demand: who has which, and for how long
     server.intake     where connections come from: the ports, or a parent process
+    server.faces      which certificates the service ports show
     server.trust      certificates, token, the line to paste
     server.enrolling  a new relay client: its section, and its line to paste
     server.greeting   how a connection to the relay port becomes a link
@@ -70,10 +74,16 @@ Each room imports only rooms that stand above it in this list (tests/test_house.
     server.links      links while they carry no connection
     server.pairing    a service client from accept to its closing record
     server.workers    the parent of worker processes
+    client.refill     when links are wanted: after losses, after sleep, and of a service that is down
     client.stock      links by their state, and how many are missing
+    client.wandering  whether this host has slept or moved, and which links are in doubt then
+    client.offers     TLS with services, and which protocol each is offered
+    client.wayout     the way to a relay server: straight, or through a proxy
     client.greeting   how a link is opened
     client.loops      connections that come back to their relay client
     client.links      links, each in a thread of its own
+    client.branches   the relay servers, and what is missing at each
+    client.checks     whether services can be reached
     client.workers    the parent of worker processes
 """
 

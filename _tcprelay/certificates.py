@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 from .openssl import CA, CERT, PFX, explain_pair, hidden_file, look_into, new_context, run_openssl, say_wrong
@@ -38,14 +39,29 @@ def load_pair(context: ssl.SSLContext, cert: str, key: str, passphrase: str, pre
     """Load a certificate, its chain and its key from PEM files.  Raises `OSError` and `ValueError`."""
     for path in (cert, key):
         if path:
-            with open(path, "rb"):
-                pass  # OpenSSL's own error does not name the file
+            check_readable(path)  # OpenSSL's own error does not name the file
     # Always a password: without one OpenSSL would ask on the terminal.
     password = passphrase.encode("utf-8", "surrogateescape")
     try:
         context.load_cert_chain(cert, key or None, password=password)
     except ssl.SSLError as error:
         raise ValueError(explain_pair(cert, key, password, prefix, error)) from error
+
+
+def check_readable(path: str) -> None:
+    """Whether a file can be read by this user.  Raises `OSError` that names it, and says what helps where it may not
+    be."""
+    try:
+        with open(path, "rb"):
+            pass
+    except PermissionError as error:
+        raise PermissionError(error.errno, NOT_OURS, path) from error
+
+
+NOT_OURS = (
+    "permission denied; where root alone may read it, as with what certbot keeps, have a deploy hook copy it for the "
+    "user whom this runs as, or systemd hand it over (LoadCredential=)"
+)
 
 
 def trust(context: ssl.SSLContext, ca_file: str) -> None:
@@ -65,14 +81,37 @@ def trust(context: ssl.SSLContext, ca_file: str) -> None:
         raise ValueError(f"{ca_file} is damaged" if CERT in found else say_wrong(ca_file, found, CA)) from error
 
 
+class Offers:
+    """TLS contexts for services, by the protocol that each offers (ALPN): Python has that be a matter of the context.
+
+    Parameters: what makes one, from files, which raises `OSError` and `ValueError`.  The one that offers nothing is
+    made at once; another when it is needed first, and kept, up to `MOST`: a relay server's service clients name them.
+    """
+
+    MOST = 16
+
+    def __init__(self, make: Callable[[], ssl.SSLContext]) -> None:
+        self._make = make
+        self._made = {"": make()}
+
+    def of(self, protocol: str) -> ssl.SSLContext:
+        """The context that offers this one, "" being none.  Raises `OSError` and `ValueError`."""
+        context = self._made.get(protocol)
+        if context is None:
+            context = self._make()
+            context.set_alpn_protocols([protocol])
+            if len(self._made) < self.MOST:
+                self._made[protocol] = context
+        return context
+
+
 def load_pfx(context: ssl.SSLContext, path: str, passphrase: str) -> None:
     """Load certificate, key and chain from a PFX (PKCS #12) file, through the ``openssl`` command.
 
     The key leaves that command encrypted under a random password, and passphrases go through a pipe: neither
     is on the disk or in an argument list.  Raises `OSError` and `ValueError` that say what to do.
     """
-    with open(path, "rb"):
-        pass
+    check_readable(path)
     if len(passphrase) > 1024 or "\n" in passphrase:
         raise ValueError("a passphrase has one line of at most 1024 characters")
     password = random_id(32)
@@ -130,7 +169,12 @@ def pin_of(certificate: bytes) -> str:
 
 
 def shown_certificate(context: ssl.SSLContext) -> str:
-    """The pin of the certificate that a server with this context shows.
+    """The pin of the certificate that a server with this context shows.  As `ask_for_certificate`."""
+    return pin_of(ask_for_certificate(context))
+
+
+def ask_for_certificate(context: ssl.SSLContext) -> bytes:
+    """The certificate that a server with this context shows, in DER form.
 
     It is asked for in memory, as a client would: a file may hold several, and only OpenSSL knows which one it takes.
     To be called before the context asks for certificates itself.  Raises `ssl.SSLError`.
@@ -144,7 +188,7 @@ def shown_certificate(context: ssl.SSLContext) -> str:
         for end in (client, server):
             with contextlib.suppress(ssl.SSLWantReadError):
                 end.do_handshake()
-    return pin_of(client.getpeercert(binary_form=True) or b"")
+    return client.getpeercert(binary_form=True) or b""
 
 
 def certificate_name(stream: Stream) -> str:

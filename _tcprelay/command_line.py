@@ -51,7 +51,7 @@ class Given(Generic[OptionsT]):
             origin = self.origins.get(name) or self.origins.get(PARTNERS.get(name, ""))
             if origin is None or value is None:
                 continue
-            said = "(not shown)" if info.secret else shown(", ".join(map(str, value)) if info.many else say(value))
+            said = shown(", ".join(map(str, value)) if info.many else info.public(value) if info.secret else say(value))
             lines.append(f"  {name.replace('_', '-')} = {said}    {origin}")
         return "\n".join([*lines, "everything else has its default"])
 
@@ -138,8 +138,13 @@ def read_options(prog: str, usage: str, cls: type[OptionsT], argv: Sequence[str]
         ) from error  # what is missing may stand where it was not taken from
     for name, info in options_of(cls):
         file = origins[name].rpartition(", line ")[0]
-        if info.secret and name in values and file and (may := say_open(file)):
-            remarks.append(f"{file} holds the {name}, and {may}")
+        if name in values and file and info.hides(values[name]) and (may := say_open(file)):
+            remarks.append(f"{file} holds the {'password of --via' if name == 'via' else name}, and {may}")
+        elif name == "via" and name in values and origins[name] == COMMAND_LINE and info.hides(values[name]):
+            remarks.append(
+                "the password of --via stands on the command line, where ps shows it to all users of this host; it can "
+                "stand in TCPRELAY_VIA or in a configuration file"
+            )
     newcomer = getattr(given, "add_client", None)
     if newcomer == "":
         raise WrongOptions(2, "--add-client '': expected the name of a relay client")

@@ -236,6 +236,30 @@ class ServiceUnreachable(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceDown(Event):
+    """A service's check fails (``--check-service``): the relay client has withdrawn it from the relay until it is
+    back."""
+
+    level = logging.WARNING
+    says = "service {service}: withdrawn from the relay, since the check of {target} fails: {reason}"
+    service: str
+    target: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceBack(Event):
+    """The check of a service that was withdrawn so many `seconds` ago has succeeded: it has its links again."""
+
+    service: str
+    target: str
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"service {self.service}: the check of {self.target} is well again after {self.seconds:.1f} s"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceUnserved(Event):
     """A service client has come, and no relay client is connected for its service.  Told once until one is."""
 

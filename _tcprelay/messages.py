@@ -5,13 +5,16 @@ to the parent, over the channel     "up": it serves now
                                     "reloaded": it has done what a SIGHUP asks for
                                     "event", "fields": what is about the role as a whole
                                     "look": a service has an idle link, or a waiting client
-                                    "suspect": a relay client that seems to be out of reach
+                                    "suspect", "why": a relay client that seems to be out of reach
+                                    "withdraw", "back": a service that its relay client has withdrawn, or has again
+                                    "withdrawn": of a relay client: a service that is down, or is back
                                     "status", "more": a piece of its status
                                     "ask", "for": a relay client wants a port
                                     "left", "address": a connection of that service (links: "") is gone
                                     "id", "failed", …: a service client comes back, with its descriptor
 to a worker, over the channel       a byte: the number of a signal; "status", "give_up", "suspect": orders;
-                                    "asked": the answer to "ask"; "given_back": a port that was
+                                    "asked": the answer to "ask"; "given_back": a port that was;
+                                    "withdrawn": services that are down
 to a worker, over the intake        "service", "address", …: a connection, with its descriptor
 """
 

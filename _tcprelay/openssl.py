@@ -164,6 +164,35 @@ def _header_size(element: bytes) -> int:
     return 2 + (element[1] & 0x7F if element[1:2] > b"\x80" else 0)
 
 
+SUBJECT_ALT_NAME = b"\x06\x03\x55\x1d\x11"
+"""The object identifier 2.5.29.17 in DER form, as it begins that extension."""
+DNS_NAME, EXTENSIONS = 0x82, 0xA3
+"""Tags in DER: [2] of a GeneralName, and [3] of a TBSCertificate (RFC 5280, 4.1 and 4.2.1.6)."""
+
+
+def host_names(certificate: bytes) -> list[str]:
+    """The host names in a certificate in DER form, those with ``*`` among them.  (Python shows them of certificates
+    alone that are verified, and there one that has expired is none.)"""
+    names = list[str]()
+    [(_, whole)] = _elements(certificate)
+    for tag, field in _elements(next(content for _, content in _elements(whole))):
+        for _, extension in _elements(next(_elements(field))[1]) if tag == EXTENSIONS else ():
+            if extension.startswith(SUBJECT_ALT_NAME):
+                *_, (_, value) = _elements(extension)  # behind it may stand that it is critical
+                general = _elements(next(_elements(value))[1])
+                names += [name.decode("ascii", "replace") for kind, name in general if kind == DNS_NAME]
+    return names
+
+
+def _elements(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """The elements one after the other, each with its tag."""
+    while content:
+        size = _header_size(content)
+        length = int.from_bytes(content[2:size], "big") if size > 2 else content[1]
+        yield content[0], content[size : size + length]
+        content = content[size + length :]
+
+
 def _place_of_own(cert: str, key_file: str, password: bytes) -> int:
     """Which certificate of a file the key belongs to; 0 is none."""
     with open(cert, "rb") as file:

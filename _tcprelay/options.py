@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -10,8 +11,8 @@ from typing import Any, ClassVar, TypeVar
 from .addresses import Endpoint, is_own_host
 from .text import say_error, shown, trim
 from .values import (
-    LONGEST_SECRET, Option, Publication, ServicePort, one_of, option, parse_keepalive, parse_path, parse_seconds,
-    parse_secret, parse_status, parse_tls, parse_workers,
+    LONGEST_SECRET, Option, Publication, ServicePort, ServiceProtocol, one_of, option, parse_keepalive, parse_path,
+    parse_seconds, parse_secret, parse_status, parse_tls, parse_workers,
 )  # fmt: skip
 
 
@@ -145,6 +146,21 @@ class Options:
         for name in names.split():
             yield getattr(self, name) and not is_there, f"--{name.replace('_', '-')} is of no use without {needed}"
 
+    def _wrong_protocols(self, given: tuple[ServiceProtocol, ...], services: list[str]) -> Iterator[tuple[object, str]]:
+        """Complaints of ``--service-alpn``: of names of services that there are not, and of an order in which a comma
+        was taken to go on with the service before it."""
+        owners = [one.service for one in given]
+        unknown = next((owner for owner in owners if owner and owner not in services), "")
+        yield unknown, f"--service-alpn: no service is named {unknown}"
+        late = next((two for one, two in itertools.pairwise(given) if one.service and not two.service), None)
+        yield (
+            late,
+            f"--service-alpn {late} behind one of a service: write the service before each, as in web=h2,web=http/1.1, "
+            "and those of all others first",
+        )
+        twice = repeated(list(given))
+        yield twice, f"--service-alpn {twice} stands there twice"
+
     def _wrong_services(self, services: list[str]) -> Iterator[tuple[object, str]]:
         """Complaints of the names of all services."""
         twice = repeated(services)
@@ -243,7 +259,7 @@ def make_options(cls: type[OptionsT], **values: Any) -> OptionsT:
         if name in ("token", "secret") and value == "":
             raise ValueError(f"{name}: expected something that is not empty")
         if infos[name].many:
-            items = [value] if isinstance(value, str) else value or ()
+            items = [value] if value and isinstance(value, str) else value or ()
             values[name] = tuple(_parse_one(name, infos[name], item) for item in items)
     return cls(**values)
 

@@ -52,10 +52,11 @@ def warn_about_secrets(runtime: Runtime[Any]) -> None:
         if identity.token_file and (may := say_open(identity.token_file)):
             log.warning("token-file %s: %s", identity.token_file, may)
     for name in PRIVATE_FILES:
-        path = getattr(options, name, "")
+        given = getattr(options, name, "")
         has_key_elsewhere = name.endswith("cert") and bool(getattr(options, name.replace("cert", "key"), ""))
-        if path and not has_key_elsewhere and (may := say_open(path)):
-            log.warning("--%s %s: %s", name.replace("_", "-"), path, may)
+        for path in given if isinstance(given, tuple) else [given]:
+            if path and not has_key_elsewhere and (may := say_open(path)):
+                log.warning("--%s %s: %s", name.replace("_", "-"), path, may)
 
 
 PRIVATE_FILES = (
@@ -87,6 +88,8 @@ def say_changes(before: Credentials, now: Credentials) -> Iterator[str]:
         yield f"rights of {', '.join(names[:8])}" + (" and others" if len(names) > 8 else "")
     if before.certificate != now.certificate:
         yield "the certificate"
+    if before.service_certificates != now.service_certificates:
+        yield "certificates of the service ports"
 
 
 class Relay(abc.ABC, Generic[OptionsT]):

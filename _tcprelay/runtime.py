@@ -6,7 +6,7 @@ import contextlib
 import logging
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Generic
 
@@ -24,6 +24,9 @@ from .watch import Places, Pulse, Splices
 if TYPE_CHECKING:  # by its own name: dataclasses would look into a module, which imports it
     from ssl import SSLContext
 
+    from .certificates import Offers
+    from .hello import Faces
+
 
 @dataclass(frozen=True)
 class Credentials:
@@ -32,17 +35,28 @@ class Credentials:
     token: bytes = field(default=b"", repr=False)
     links: SSLContext | None = None
     """For TLS on the links; ``None`` for plain ones."""
-    services: SSLContext | None = None
-    """For TLS on the service ports, or to the service."""
+    ports: Mapping[str, Faces] | None = None
+    """On a relay server: for TLS on the service ports, by services, "" for those that are not named; ``None`` for plain
+    ones."""
+    services: Offers | None = None
+    """On a relay client: for TLS to services; ``None`` for plain connections."""
     unverified: SSLContext | None = None
     """On a relay client: for TLS with a server whose certificate is not verified itself, since the token's proof covers
-    it (see `protocol.prove`); ``None`` where it has to be."""
+    it (see `protocol.prove`), or it is pinned; ``None`` where there is no such server."""
+    token_vouches: bool = False
+    """On a relay client: the former holds, for all servers that are not pinned."""
     rights: Rights | None = None
     """On a relay server: who may do what; ``None`` where all who may come may do all."""
     status_token: bytes = field(default=b"", repr=False)
     """What is asked for where the status is."""
     certificate: str = ""
     """The digest of the certificate that a relay server shows on its links, as a pin."""
+    service_certificates: tuple[str, ...] = ()
+    """Those of the certificates that it shows on its service ports."""
+
+    def faces_of(self, service: str) -> Faces | None:
+        """What the port of a service shows; ``None`` where it speaks no TLS."""
+        return self.ports.get(service, self.ports[""]) if self.ports else None
 
 
 class Runtime(Generic[OptionsT]):

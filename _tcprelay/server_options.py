@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from .addresses import Network, parse_host, parse_port
 from .options import Options, repeated
 from .values import (
-    PortRange, RateLimit, ServiceNetwork, ServicePort, option, parse_count, parse_flag, parse_heartbeat, parse_lease,
-    parse_network, parse_path, parse_ports, parse_rate_limit, parse_seconds, parse_service, parse_service_network,
+    PortRange, RateLimit, ServiceNetwork, ServicePort, ServiceProtocol, option, parse_count, parse_flag,
+    parse_heartbeat, parse_lease, parse_network, parse_path, parse_ports, parse_rate_limit, parse_seconds,
+    parse_service, parse_service_network, parse_service_protocol,
 )  # fmt: skip
 
 
@@ -72,13 +73,20 @@ class ServerOptions(Options):
     auth: bool = option(
         False, parse_flag, "ask relay clients for a certificate, verified against --ca-file; implies --tls",
         group="Trust", spelling="auth")  # fmt: skip
-    service_cert: str = option(
-        "", parse_path, "certificate for the service ports, PEM, if it is not to be --cert or --pfx",
-        group="TLS", metavar="FILE")  # fmt: skip
-    service_key: str = option(
-        "", parse_path, "its private key, PEM", group="TLS", metavar="FILE")  # fmt: skip
-    service_pfx: str = option(
-        "", parse_path, "both in one PFX file, with the same passphrase", group="TLS", metavar="FILE")  # fmt: skip
+    service_cert: tuple[str, ...] = option(
+        (), parse_path, "certificate for the service ports, PEM, if it is not to be --cert or --pfx; may be repeated: "
+        "service clients see the one with the name that they ask for, and else the first", group="TLS", metavar="FILE",
+        many=True)  # fmt: skip
+    service_key: tuple[str, ...] = option(
+        (), parse_path, "its private key, PEM; may be repeated, in the order of the certificates: one that has its key "
+        "in its own file needs none", group="TLS", metavar="FILE", many=True)  # fmt: skip
+    service_pfx: tuple[str, ...] = option(
+        (), parse_path, "both in one PFX file, with the same passphrase; may be repeated like --service-cert",
+        group="TLS", metavar="FILE", many=True)  # fmt: skip
+    service_alpn: tuple[ServiceProtocol, ...] = option(
+        (), parse_service_protocol, "protocols that TLS on the service ports agrees on with service clients (ALPN), "
+        "the best first, as in h2,http/1.1; of one service, as in web=h2,web=http/1.1; may be repeated",
+        group="TLS", metavar="[SERVICE=]PROTOCOL", many=True)  # fmt: skip
     state_dir: str = option(
         "", parse_path, "where the self-signed certificate and the token of a start with --tls alone are kept",
         group="TLS", metavar="DIRECTORY",
@@ -143,7 +151,14 @@ class ServerOptions(Options):
         yield self.service_cert and self.service_pfx, "give --service-cert or --service-pfx, not both"
         yield from self._useless("cert pfx", "--tls", bool(self.tls or self.auth))
         on_services = self.tls in ("both", "service")
-        yield from self._useless("service_cert service_key service_pfx", "--tls both or --tls service", on_services)
+        of_services = "service_cert service_key service_pfx service_alpn"
+        yield from self._useless(of_services, "--tls both or --tls service", on_services)
+        certificates, keys = len(self.service_cert), len(self.service_key)
+        yield (
+            keys > certificates,
+            f"--service-key is given {keys} times, and --service-cert {certificates}: each key is a certificate's",
+        )
+        yield from self._wrong_protocols(self.service_alpn, [service.name for service in services])
         yield from self._useless("ca_file", "--auth", self.auth)
 
     @classmethod

@@ -117,10 +117,15 @@ class Dialer:
         self._target = target
         self._timeout = timeout
         self._probing = probing
-        self._again = again
+        self.again = again
         self._name = Name(target.host, target.port)
         self._favourite: tuple[int, Any] | None = None
         """The address that was connected to last."""
+
+    @property
+    def favourite(self) -> tuple[int, Any] | None:
+        """The family and the socket address that was connected to last."""
+        return self._favourite
 
     def dial(self, stop: Stop | None = None, little: bool = False) -> socket.socket:
         """Connect, trying the addresses as RFC 8305 says, all within the time-out.
@@ -149,7 +154,7 @@ class Dialer:
         return self._connect(found, deadline, stop, little)
 
     def _connect(self, addresses: Addresses, deadline: Deadline, stop: Stop | None, little: bool) -> socket.socket:
-        race = Race(in_turns(addresses, self._favourite), deadline, stop, self._probing, self._again, little)
+        race = Race(in_turns(addresses, self._favourite), deadline, stop, self._probing, self.again, little)
         sock = race.run()
         self._favourite = race.winner
         return sock

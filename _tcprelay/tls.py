@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 from .addresses import name_in_certificate
+from .hello import Faces, HelloReader
 from .streams import BULK, Stream
-from .system import ssl
+from .system import ignore_oserror, ssl
 from .text import shown
 from .waiting import Deadline, Stop, wait_for
 
@@ -32,6 +33,8 @@ NOT_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "UNEXPECT
 """OpenSSL's reasons for a peer whose first bytes are no TLS handshake."""
 ACCESS_DENIED = b"\x15\x03\x03\x00\x02\x02\x31"
 """A TLS alert before the handshake: fatal, access_denied (RFC 8446, 6)."""
+NO_APPLICATION_PROTOCOL = b"\x15\x03\x03\x00\x02\x02\x78"
+"""Another one: no_application_protocol (RFC 7301, 3.2)."""
 
 
 def tls_fault(error: ssl.SSLError) -> OSError:
@@ -65,8 +68,10 @@ class TLSStream(Stream):
         peer: Any = None,
         server_hostname: str | None = None,
         server_side: bool = False,
+        faces: Faces | None = None,
     ) -> None:
         super().__init__(sock, name, peer)
+        self._faces = None if faces is None or faces.is_plain else faces  # where its first message decides what it gets
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         try:
             self.tls = context.wrap_bio(
@@ -91,12 +96,16 @@ class TLSStream(Stream):
         return self.recv_into, self.send
 
     def handshake(self, deadline: Deadline, stop: Stop | None = None) -> None:
-        """Shake hands.  Raises `ssl.SSLError` (an `OSError`), `TimeoutError`, `EOFError` and `Stopping`."""
+        """Shake hands.  Raises `ssl.SSLError` (an `OSError`), `TimeoutError`, `EOFError` and `Stopping`, and
+        `ConnectionError` on a service port, where there is no protocol that both sides speak."""
+        if self._faces is not None:
+            self._heed(self._faces, deadline, stop)
         while True:
             try:
                 with self._tls_lock:
                     self.tls.do_handshake()
                     self._fruitless = 0
+                self.protocol = self.tls.selected_alpn_protocol() or ""
                 return
             except ssl.SSLWantReadError:
                 pass
@@ -110,6 +119,26 @@ class TLSStream(Stream):
                 self._feed(count)
             if count == 0:
                 raise EOFError("the connection was closed during the TLS handshake")
+
+    def _heed(self, faces: Faces, deadline: Deadline, stop: Stop | None) -> None:
+        """Read the client's first message, for what it asks for, and have TLS begin with it.  Raises as `handshake`."""
+        reader, hello = HelloReader(), None
+        while hello is None:
+            wait_for(self.fd, select.POLLIN, deadline, stop)
+            count = self.sock.recv_into(self._raw, 0, socket.MSG_DONTWAIT)
+            if count == 0:
+                raise EOFError("the connection was closed during the TLS handshake")
+            if len(self.beginning) < 16:
+                self.beginning += bytes(self._raw[: min(count, 16)])
+            self._incoming.write(self._raw[:count])
+            hello = reader.feed(self._raw[:count])
+        if not faces.have_in_common(hello):
+            ignore_oserror(self.sock.send, NO_APPLICATION_PROTOCOL, socket.MSG_DONTWAIT)
+            self.close_normally()  # an RST might come before it has been read
+            wanted, spoken = shown(", ".join(hello.protocols)), ", ".join(faces.protocols)
+            raise ConnectionError(f"it would speak {wanted}, and --service-alpn has {spoken}")
+        if (context := faces.choose(hello)) is not faces.first:
+            self.tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
 
     def recv_into(self, view: memoryview) -> int:
         count = None if self._drained else self._decrypt(view)

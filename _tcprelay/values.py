@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .addresses import Endpoint, Network, parse_endpoint, parse_place, parse_port
+from .addresses import Endpoint, Network, parse_endpoint, parse_host, parse_place, parse_port
 from .text import has_controls, trim
 
 
@@ -25,6 +25,8 @@ class Option:
     """node-tcp-relay's name for it, where it has one."""
     many: bool
     secret: bool
+    public: Callable[[Any], str]
+    """Of a secret's value, what may be shown."""
     secures: bool
     """It restricts access.  A variable that is there and empty is then a mistake: where it was set, the default is not
     what is meant.  Other empty variables count as not given (Compose passes on what is not set as empty)."""
@@ -37,6 +39,15 @@ class Option:
     def is_flag(self) -> bool:
         """It may stand without a value."""
         return self.parse in (parse_flag, parse_tls)
+
+    def hides(self, value: Any) -> bool:
+        """Whether a secret stands in such a value."""
+        return self.secret and self.public(value) != value
+
+
+def show_nothing(value: Any) -> str:
+    """What is shown of most secrets."""
+    return "(not shown)"
 
 
 LONGEST_SECRET = 65536
@@ -54,6 +65,7 @@ def option(
     spelling: str = "",
     many: bool = False,
     secret: bool = False,
+    public: Callable[[Any], str] = show_nothing,
     secures: bool = False,
     shown_default: str | None = None,
     fixed: bool = False,
@@ -62,7 +74,7 @@ def option(
     if shown_default is None:
         shown_default = "" if default in (None, (), "") else str(default).lower().removesuffix(".0")
     secures = secures or group in ("Trust", "TLS")
-    info = Option(parse, help, group, metavar, spelling, many, secret, secures, shown_default, fixed)
+    info = Option(parse, help, group, metavar, spelling, many, secret, public, secures, shown_default, fixed)
     return field(default=default, repr=not secret, metadata={"option": info})
 
 
@@ -89,6 +101,7 @@ def seconds(least: float, most: float, accepted: str) -> Callable[[str], float]:
 
 parse_seconds = seconds(0, 2e6, "a number of seconds, 0 or more")  # poll takes no more milliseconds than that
 parse_heartbeat = seconds(0.05, 3600, "a number of seconds from 0.05 to 3600")
+parse_interval = seconds(0, 86_400, "a number of seconds from 0 to 86400")
 parse_lease = seconds(1, 2e6, "a number of seconds, 1 or more")
 parse_keepalive = seconds(1, 20_000, "a number of seconds from 1 to 20000")  # Linux takes up to 32,767
 
@@ -128,6 +141,13 @@ def parse_relay(text: str) -> str:
     if text.startswith("unix:"):
         raise ValueError("HOST or HOST:PORT; a relay server has no Unix socket")
     return parse_place(text)
+
+
+def parse_further_relay(text: str) -> Endpoint:
+    """A host with its port."""
+    if text.startswith("unix:"):
+        raise ValueError("HOST:PORT; a relay server has no Unix socket")
+    return parse_endpoint(text)
 
 
 def parse_status(text: str) -> Endpoint:
@@ -180,13 +200,26 @@ def parse_ports(text: str) -> PortRange:
     return ports
 
 
-def parse_pin(text: str) -> str:
-    """``sha256:`` and 64 hexadecimal digits, with or without colons between them."""
-    kind, _, digest = text.lower().partition(":")
+@dataclass(frozen=True)
+class Pin:
+    """The digest of the certificate that a relay server shows; of one of several, or where `relay` is "" of all."""
+
+    relay: str
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.relay}={self.digest}" if self.relay else self.digest
+
+
+def parse_pin(text: str) -> Pin:
+    """``sha256:`` and 64 hexadecimal digits, with or without colons between them; before that the relay server that it
+    is for, as in ``HOST:PORT=``, where there are several."""
+    relay, _, pin = text.rpartition("=")
+    kind, _, digest = pin.lower().partition(":")
     digest = digest.replace(":", "")
     if kind != "sha256" or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
         raise ValueError("sha256: and 64 hexadecimal digits, as tcprelays --tls prints it")
-    return f"sha256:{digest}"
+    return Pin(str(parse_endpoint(relay)) if relay else "", f"sha256:{digest}")
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
@@ -321,6 +354,54 @@ def parse_publication(text: str) -> Publication:
 
 
 @dataclass(frozen=True)
+class ServiceHost:
+    """The name that must stand in a service's certificate; service "" is every other one."""
+
+    service: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.service}={self.name}" if self.service else self.name
+
+
+def parse_service_host(text: str) -> ServiceHost:
+    """``[SERVICE=]NAME``.  Raises `ValueError` that says what is accepted."""
+    service, equals, name = text.rpartition("=")
+    return ServiceHost(parse_name(service) if equals else "", parse_host(name))
+
+
+@dataclass(frozen=True)
+class ServiceProtocol:
+    """A protocol that is spoken over TLS with service clients, or with a service (ALPN, RFC 7301); service "" is every
+    one that has none of its own."""
+
+    service: str
+    protocol: str
+
+    def __str__(self) -> str:
+        return f"{self.service}={self.protocol}" if self.service else self.protocol
+
+
+def parse_protocol(text: str) -> str:
+    """A protocol as ALPN calls it.  Raises `ValueError` that says what is accepted."""
+    if not 0 < len(text) <= 255 or not all("!" <= c <= "~" and c not in ",=" for c in text):
+        raise ValueError("a protocol as ALPN calls it, as in h2 or http/1.1, with a service before it as in web=h2")
+    return text
+
+
+def parse_service_protocol(text: str) -> ServiceProtocol:
+    """``[SERVICE=]PROTOCOL``.  Raises `ValueError` that says what is accepted."""
+    service, equals, protocol = text.rpartition("=")
+    return ServiceProtocol(parse_name(service) if equals else "", parse_protocol(protocol))
+
+
+def protocols_of(given: tuple[ServiceProtocol, ...], service: str) -> tuple[str, ...]:
+    """Those of a service, the best first."""
+    own = tuple(one.protocol for one in given if one.service == service)
+    return own or tuple(one.protocol for one in given if not one.service)
+
+
+@dataclass(frozen=True)
 class ProxyProtocol:
     """The version of the PROXY protocol in which a service is told of its clients; service "" is every other one."""
 
@@ -329,6 +410,25 @@ class ProxyProtocol:
 
     def __str__(self) -> str:
         return f"{self.service}=v{self.version}" if self.service else f"v{self.version}"
+
+
+@dataclass(frozen=True)
+class CheckPath:
+    """The path of a service's check over HTTP; service "" is every other one."""
+
+    service: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.service}={self.path}" if self.service else self.path
+
+
+def parse_check_path(text: str) -> CheckPath:
+    """``[SERVICE=]PATH``.  Raises `ValueError` that says what is accepted."""
+    service, equals, path = ("", "", text) if text.startswith("/") else text.partition("=")
+    if not path.startswith("/") or len(path) > 1024 or not all("!" <= c <= "~" for c in path):
+        raise ValueError("a path as it stands in a URL, /health say, with a service before it as in web=/health")
+    return CheckPath(parse_name(service) if equals else "", path)
 
 
 def parse_proxy_protocol(text: str) -> ProxyProtocol:

@@ -38,7 +38,8 @@ class Wakes(Protocol):
 
 
 class Stop:
-    """A flag that threads can wait for in ``poll``: its descriptor turns readable once, for all, for ever."""
+    """A flag that threads can wait for in ``poll``: its descriptor turns readable once, for all, and stays so, unless
+    it is taken back."""
 
     def __init__(self) -> None:
         self._reader, self._writer = socket.socketpair()
@@ -53,6 +54,14 @@ class Stop:
         """Set the flag and wake all that wait for it; any thread, any number of times."""
         self.requested = True
         self._writer.send(b"\0", socket.MSG_DONTWAIT)
+
+    def take_back(self) -> None:
+        """Let threads wait again.  Who has not heard of the request by now never does; a caller sees to it that nobody
+        requests at the same time."""
+        self.requested = False
+        with contextlib.suppress(BlockingIOError):
+            while self._reader.recv(4096, socket.MSG_DONTWAIT):
+                pass
 
     def wait(self, seconds: float) -> None:
         """Wait for the request, up to `seconds`."""

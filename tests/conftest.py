@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
+from _tcprelay.client.stock import Stock
 from tcprelay import Event, RelayClient, RelayServer
 
 from .certificates import Certificates, make_all
@@ -108,7 +109,8 @@ class Recorder:
 class Service:
     """A service on a free port, or at a Unix socket: calls `serve` with each connection, in a thread of its own."""
 
-    def __init__(self, serve: Callable[[socket.socket], object], path: str = "", address: str = "127.0.0.1") -> None:
+    def __init__(self, serve: Callable[[socket.socket], object], path: str = "", address: str = "127.0.0.1",
+                 port: int = 0) -> None:  # fmt: skip
         self._serve = serve
         self.port = 0
         if path:
@@ -116,7 +118,7 @@ class Service:
             self._listener.bind(path)
             self._listener.listen()
         else:
-            self._listener = socket.create_server((address, 0))
+            self._listener = socket.create_server((address, port))
             self.port = self._listener.getsockname()[1]
         self.connections = 0
         self._threads = [threading.Thread(target=self._accept)]
@@ -141,12 +143,16 @@ class Service:
             except OSError:
                 pass
 
-    def close(self) -> None:
+    def refuse(self) -> None:
+        """Take no further connection; those that live go on."""
         try:
             self._listener.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass  # closed before
         self._listener.close()
+
+    def close(self) -> None:
+        self.refuse()
         for thread in self._threads:
             thread.join(2 * PATIENCE)
 
@@ -208,6 +214,15 @@ def replace(monkeypatch: pytest.MonkeyPatch, name: str, value: object) -> None:
     assert rooms, f"no room has {name}"
     for module in rooms:
         monkeypatch.setattr(module, name, value)
+
+
+def stock_of(client: RelayClient) -> Stock:
+    """The links of a client to its first relay server, also where it has not been started."""
+    branches = client._branches
+    if not branches._all:
+        [relay, *_] = client.options.relays
+        branches._all.append(client._make_branch(relay, relay, branches))
+    return branches._all[0].stock
 
 
 def connect_from(bench: Bench, host: str, port: int) -> socket.socket:

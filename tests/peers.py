@@ -376,9 +376,9 @@ class Peers:
     def program(self, *command: str, **options: Any) -> Program:
         return self._stack.enter_context(Program(*command, **options))
 
-    def nginx(self, files: Path, certificate: str = "", key: str = "") -> int:
-        """nginx that gives the files of a directory and takes others by PUT, over TLS where it has a certificate;
-        returns its port."""
+    def nginx(self, files: Path, certificate: str = "", key: str = "", http2: bool = False) -> int:
+        """nginx that gives the files of a directory and takes others by PUT, over TLS where it has a certificate, and
+        at /protocol says what it is spoken to in; returns its port."""
         port, state = free_port(), self.path / "nginx"
         state.mkdir()
         user = "user root;" if os.geteuid() == 0 else ""  # the files are for the present user alone
@@ -393,7 +393,8 @@ class Peers:
             http {{
                 access_log off; sendfile on; {temporary}
                 server {{
-                    listen {HOST}:{port} {"ssl" if secure else ""}; {secure}
+                    listen {HOST}:{port} {"ssl" if secure else ""} {"http2" if http2 else ""}; {secure}
+                    location = /protocol {{ return 200 $server_protocol; }}
                     root {files}; client_max_body_size 0; dav_methods PUT;
                 }}
             }}

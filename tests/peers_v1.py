@@ -21,9 +21,9 @@ from .ends import send_data, send_end
 class FakeClient(Link):
     """A relay client's end of one link."""
 
-    def __init__(self, server: RelayServer) -> None:
+    def __init__(self, server: RelayServer, source: str = "") -> None:
         self.server = server
-        sock = connect(server.relay_address)
+        sock = connect(server.relay_address, source=source)
         sock.settimeout(None)
         super().__init__(Stream(sock, "the server"), CLIENT)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from _tcprelay.carried import SLOTS
 from _tcprelay.status.report import (
     MOST_CONNECTIONS, ClientStatus, ConnectionStatus, EventStatus, FailureStatus, HistogramStatus, PartyStatus,
-    ProcessStatus, ServiceStatus, Status,
+    ProcessStatus, RelayStatus, ServiceStatus, Status,
 )  # fmt: skip
 from _tcprelay.tally import DURATION_BOUNDS, PAIRING_BOUNDS
 
@@ -109,6 +109,10 @@ def client_status() -> Status:
         role="client", version="0.1.0", pid=815, address="relay.example.net:10080", started=NOW - 3600, time=NOW,
         problems=("service web has no link: the relay server refuses it: nas may not publish web",),
         services=(ssh, web), parties=(PartyStatus(service="default", opened=12, bytes_in=5_000, bytes_out=70_000),),
+        relays=(
+            RelayStatus(address="relay.example.net:10080", links_idle=7, links_busy=1, links_opening=1),
+            RelayStatus(address="192.0.2.80:10080", problem="connection refused; is the relay server running?"),
+        ),
         open=1, connections=(connection,), process=ProcessStatus(cpu_seconds=0.25, memory_bytes=20_000_000, threads=9),
     )  # fmt: skip
 

@@ -19,7 +19,8 @@ import tcprelay
 from _tcprelay.addresses import Endpoint
 from _tcprelay.client import stock as stock_room
 from _tcprelay.client.greeting import DIAL_AGAIN, RELAY_DIAL_TIMEOUT, Greeting
-from _tcprelay.client.stock import LAST_BACKOFF, Pace, Stock, Unreachable, longest_backoff
+from _tcprelay.client.refill import LAST_BACKOFF, Pace
+from _tcprelay.client.stock import Stock, Unreachable, longest_backoff
 from _tcprelay.telling import Events
 from _tcprelay.link import Link
 from _tcprelay.names import Addresses, Name, resolve
@@ -38,7 +39,7 @@ from tcprelay import (
     Unpublished,
 )  # fmt: skip
 
-from .conftest import PATIENCE, Bench, Service, connect, read_exactly, replace, unused_port, wait_until
+from .conftest import PATIENCE, connect, read_exactly, replace, stock_of, unused_port, wait_until, Bench, Service
 from .ends import send_data
 from .peers_v1 import FakeServer
 
@@ -291,7 +292,7 @@ def test_a_relay_that_is_not_there_is_told_once_and_found_later(bench: Bench) ->
     server.end()
     client = bench.enter(RelayClient("127.0.0.1", 1, "127.0.0.1", port, 2, on_event=bench.client_events))
     bench.client_events.wait(Unpublished)
-    service = client._stock.services[0]
+    service = stock_of(client).services[0]
     wait_until(lambda: service.failures >= 5)
     assert [event.reason for event in bench.client_events.of(Unpublished)] == [REFUSED_WORDS]
     again = bench.enter(RelayServer(port, 0))
@@ -339,18 +340,18 @@ def test_the_span_of_the_backoff_doubles_up_to_its_cap(
 def test_attempts_that_fail_together_count_once(bench: Bench, server: FakeServer) -> None:
     """Those that were under way when one failed say nothing new; and what took long has been waiting already."""
     client = RelayClient("127.0.0.1", 1, "127.0.0.1", server.port, 8)
-    [service] = client._stock.services
+    [service] = stock_of(client).services
     began = time.monotonic()
-    with client._stock._condition:
+    with stock_of(client)._condition:
         for _ in range(8):
-            client._stock._back_off(service, began)
+            stock_of(client)._back_off(service, began)
     assert service.failures == 1
-    with client._stock._condition:
-        client._stock._back_off(service, time.monotonic())
+    with stock_of(client)._condition:
+        stock_of(client)._back_off(service, time.monotonic())
     assert service.failures == 2
     service.failed_at = 0.0
-    with client._stock._condition:
-        client._stock._back_off(service, time.monotonic() - 2 * LAST_BACKOFF)
+    with stock_of(client)._condition:
+        stock_of(client)._back_off(service, time.monotonic() - 2 * LAST_BACKOFF)
     assert service.retry_at == service.failed_at, "tries again at once"
 
 
@@ -360,13 +361,13 @@ def test_the_span_follows_what_went_wrong(monkeypatch: pytest.MonkeyPatch) -> No
     for name, seconds in (("FIRST_BACKOFF", 1.0), ("LAST_BACKOFF", 4.0), ("REFUSED_BACKOFF", 30.0)):
         replace(monkeypatch, name, seconds)
     client = RelayClient("127.0.0.1", 1, "127.0.0.1", 1, 1)
-    [service] = client._stock.services
+    [service] = stock_of(client).services
     unreachable, lost = Unreachable("no route"), EOFError("the relay closed the link without a word")
     spans = []
     for error in [unreachable] * 9 + [lost] * 5 + [unreachable, lost]:
         service.failed_at = 0.0
-        with client._stock._condition:
-            client._stock._back_off(service, time.monotonic(), longest_backoff(error))
+        with stock_of(client)._condition:
+            stock_of(client)._back_off(service, time.monotonic(), longest_backoff(error))
         spans.append(service.span)
     assert spans == [1, 2, *[4] * 7, 8, 16, 30, 30, 30, 4, 8]
 
@@ -374,7 +375,7 @@ def test_the_span_follows_what_went_wrong(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_relay_that_cannot_be_reached_is_tried_soon(bench: Bench) -> None:
     """The reason is the system's, and the span stays short."""
     client = bench.enter(RelayClient("127.0.0.1", 1, "127.0.0.1", unused_port(), 1, on_event=bench.client_events))
-    [service] = client._stock.services
+    [service] = stock_of(client).services
     wait_until(lambda: service.failures >= 9)
     assert service.span <= LAST_BACKOFF
     assert {event.reason for event in bench.client_events.of(Unpublished)} == {REFUSED_WORDS}
@@ -384,21 +385,21 @@ def test_a_client_bounds_its_own_handshakes() -> None:
     """As many links are opened at once as every server takes; half as many after a failure, one more with each that
     is up.  Nobody who waits at the server is forgotten meanwhile."""
     client = RelayClient("127.0.0.1", 1, "127.0.0.1", 1, 8, max_conn=1000)
-    [service] = client._stock.services
+    [service] = stock_of(client).services
     service.trying = False
 
     def take() -> int:
-        return client._stock._take_missing(service, time.monotonic())[0]
+        return stock_of(client)._take_missing(service, time.monotonic())[0]
 
     service.asked, service.busy = 300, 100
     assert [take(), take()] == [256, 0]
-    client._stock.add(Mock(), service, waiting=300)
+    stock_of(client).add(Mock(), service, waiting=300)
     assert [take(), take()] == [1, 0]
-    client._stock.fail(service, time.monotonic(), "lost")
-    assert client._stock._handshakes == 128
+    stock_of(client).fail(service, time.monotonic(), "lost")
+    assert stock_of(client)._handshakes == 128
     for _ in range(100):
-        client._stock.add(Mock(), service, waiting=400)
-    assert client._stock._handshakes == 228
+        stock_of(client).add(Mock(), service, waiting=400)
+    assert stock_of(client)._handshakes == 228
     assert service.connecting == 155
     service.pace, service.retry_at = Pace(8), 0.0
     assert [take(), take()] == [228 - 155, 0]
@@ -408,9 +409,9 @@ def test_a_client_bounds_its_own_handshakes() -> None:
 def test_the_bound_delays_no_usual_burst(waiting: int) -> None:
     """The first links of a client, and those for a burst of service clients, are all opened in one go."""
     client = RelayClient("127.0.0.1", 1, "127.0.0.1", 1, 8, max_conn=1000)
-    [service] = client._stock.services
+    [service] = stock_of(client).services
     service.trying, service.asked, service.busy = False, waiting, 50
-    assert client._stock._take_missing(service, time.monotonic())[0] == 8 + waiting
+    assert stock_of(client)._take_missing(service, time.monotonic())[0] == 8 + waiting
     assert service.asked == 0
 
 
@@ -455,7 +456,7 @@ def test_a_lost_pool_is_filled_at_that_pace(bench: Bench, server: FakeServer) ->
         links.append(server.accept())
         server.welcome(links[-1])
     wait_until(lambda: client.counters["links_idle"] == 8)
-    client._stock.services[0].carried += 1  # as if they had been up for long
+    stock_of(client).services[0].carried += 1  # as if they had been up for long
     lost_at = time.monotonic()
     for link in links:
         link.wake()
@@ -525,7 +526,7 @@ def test_log_lines_of_a_connection_bear_its_id(
 def test_a_relay_that_welcomes_and_drops_is_backed_off_from(bench: Bench, server: FakeServer) -> None:
     """Links that are lost soon, or taken back, count as failures, unless they carried a connection."""
     client = client_of(bench, server, bench.service())
-    service = client._stock.services[0]
+    service = stock_of(client).services[0]
     for number in range(3):
         link = server.accept()
         server.welcome(link)
@@ -610,7 +611,7 @@ def test_an_unexpected_error_loses_no_count_of_links(
         next_frame(first)
     server.welcome(server.accept())
     wait_until(lambda: client.counters["links_idle"] == 1)
-    [service] = client._stock.services
+    [service] = stock_of(client).services
     assert (service.connecting, service.idle, service.busy) == (0, 1, 0)
 
 
@@ -669,7 +670,7 @@ def test_a_link_that_has_done_its_work_is_replaced_at_once(bench: Bench, server:
         links.pop(0).send(BYE, {"again": True})
         links.append(server.accept())
         server.welcome(links[-1])
-    assert client._stock.services[0].pace.level(time.monotonic()) == 4
+    assert stock_of(client).services[0].pace.level(time.monotonic()) == 4
 
 
 def test_a_link_that_leaves_counts_once(bench: Bench, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -683,7 +684,7 @@ def test_a_link_that_leaves_counts_once(bench: Bench, server: FakeServer, monkey
         gone.clear()
         link.send(START, {"id": "c1"})
         assert next_frame(link).kind == READY
-        [service] = client._stock.services
+        [service] = stock_of(client).services
         assert (service.idle, service.busy) == (0, 1)
         link.send(END)
         gone.set()
@@ -723,20 +724,20 @@ def test_a_start_that_is_read_late_dials_nobody(
 def test_who_waits_is_not_forgotten_while_links_are_bounded() -> None:
     """What could not be opened at once is opened later, without the server saying it again."""
     client = RelayClient("127.0.0.1", 1, "127.0.0.1", 1, 8, max_conn=1000)
-    [service] = client._stock.services
+    [service] = stock_of(client).services
     service.trying, service.asked, service.busy = False, 300, 100
-    assert client._stock._take_missing(service, time.monotonic())[0] == 256
-    client._stock._handshakes = 1000
-    assert client._stock._take_missing(service, time.monotonic())[0] == 8 + 300 - 256
-    assert client._stock._take_missing(service, time.monotonic())[0] == 0
+    assert stock_of(client)._take_missing(service, time.monotonic())[0] == 256
+    stock_of(client)._handshakes = 1000
+    assert stock_of(client)._take_missing(service, time.monotonic())[0] == 8 + 300 - 256
+    assert stock_of(client)._take_missing(service, time.monotonic())[0] == 0
 
 
 @pytest.mark.parametrize(("count", "number", "most"), [(4, 0, 64), (3, 0, 86), (3, 2, 85)])
 def test_workers_share_the_bound_of_handshakes_and_the_pace(count: int, number: int, most: int) -> None:
     client = RelayClient("127.0.0.1", 1, "127.0.0.1", 1, 8)
     client._become_one_of(number, count)
-    assert (client._stock._handshakes, client._stock._most_handshakes) == (most, most)
-    [service] = client._stock.services
+    assert (stock_of(client)._handshakes, stock_of(client)._most_handshakes) == (most, most)
+    [service] = stock_of(client).services
     for _ in range(8):
         service.pace.lose(100.0)
     assert service.pace.level(101.0) == pytest.approx(4.0 / count)
@@ -790,8 +791,10 @@ def test_a_relay_that_says_nothing(
 
 def test_the_relay_is_dialled_once_more_beside(server: FakeServer) -> None:
     """With the time-outs that protocol.md says."""
-    dialer = Greeting(RelayClient("127.0.0.1", 1, "127.0.0.1", server.port).runtime, 8, "id", 0)._dialer
-    assert (dialer._timeout, dialer._again) == (RELAY_DIAL_TIMEOUT, DIAL_AGAIN)
+    relay = Endpoint("127.0.0.1", server.port)
+    runtime = RelayClient("127.0.0.1", 1, "127.0.0.1", server.port).runtime
+    dialer = Greeting(runtime, relay, relay, 8, "id", 0)._way.dialer
+    assert (dialer._timeout, dialer.again) == (RELAY_DIAL_TIMEOUT, DIAL_AGAIN)
 
 
 def test_a_slow_path_is_told_when_the_relay_is_back(
@@ -851,15 +854,15 @@ def test_an_unexpected_error_as_a_connection_opens(
 def test_each_service_may_try_one_link() -> None:
     """However often handshakes fail, one that hangs for one service does not keep the others from trying."""
     client = RelayClient("127.0.0.1", 1, "127.0.0.1", 1, 8, publish=["web=127.0.0.1:2", "ssh=127.0.0.1:3"])
-    with client._stock._condition:
-        for service in client._stock.services * 10:
-            client._stock._back_off(service, time.monotonic())
-    assert client._stock._handshakes == 3
+    with stock_of(client)._condition:
+        for service in stock_of(client).services * 10:
+            stock_of(client)._back_off(service, time.monotonic())
+    assert stock_of(client)._handshakes == 3
 
 
 def make_stock(places: int = 8) -> tuple[Stock, stock_room.Service]:
     service = stock_room.Service(tcprelay.Publication("web", Endpoint("localhost", 1)), 4)
-    return Stock([service], 4, Places(places), 8), service
+    return Stock([service], 4, Places(places), 8, threading.Condition()), service
 
 
 @pytest.mark.parametrize("change", ["add", "use", "shift", "fail", "leave", "end"])
@@ -878,10 +881,11 @@ def test_the_keeper_is_woken(change: str) -> None:
 
 def test_nothing_is_waited_for_at_the_end() -> None:
     """The keeper has to go."""
-    stock, _ = make_stock(places=0)
-    stock._condition = condition = MagicMock()
-    stock.end()
-    stock.wait_for_missing(time.monotonic() + 1000)
+    client = RelayClient("127.0.0.1", 1, "127.0.0.1", 1)
+    branches = client._branches
+    branches.condition = condition = MagicMock()
+    branches.end()
+    assert branches._wait_for_missing(time.monotonic() + 1000) == []
     condition.wait.assert_not_called()
 
 
@@ -889,7 +893,7 @@ def test_a_link_that_is_gone_leaves_its_place_and_is_not_woken() -> None:
     """Its descriptor may already be another's."""
     stock, service = make_stock(places=1)
     link = Mock()
-    assert stock.wait_for_missing(0.0) == [(service, 1)]
+    assert stock.take_missing(0.0)[0] == [(service, 1)]
     assert not stock._places.enter()
     stock.add(link, service, 0)
     stock.wake_all()

@@ -144,6 +144,22 @@ def test_whether_all_is_well(bench: Bench) -> None:
         ender.join(PATIENCE)
 
 
+def test_whether_a_service_can_be_reached(bench: Bench) -> None:
+    """For a load balancer: a relay server that has just been started is well, and has no relay clients yet."""
+    server = bench.server(status="0")
+
+    def look(query: str) -> tuple[int, bytes]:
+        answer = ask(server.status_address, f"/healthz{query}")
+        return answer.status, body_of(answer)
+
+    assert look("") == (200, b"well\n")
+    assert look("?service=default") == (503, b"service default: no relay client is connected\n")
+    assert look("?x=y&service=nope") == (503, b"there is no service nope\n")
+    bench.client(server, bench.service().port)
+    wait_until(lambda: look("?service=default") == (200, b"well\n"))
+    assert look("?service=default&service=nope")[0] == 503
+
+
 @pytest.mark.parametrize(
     ("words", "status"),
     [

@@ -30,7 +30,7 @@ from tcprelay import (
 )  # fmt: skip
 
 from .certificates import Certificates, tls_context
-from .conftest import PATIENCE, Bench, connect, echo, read_exactly, replace, wait_until
+from .conftest import PATIENCE, Bench, connect, echo, read_exactly, replace, stock_of, wait_until
 from .peers import HOST, ROOT, Peers, free_port
 from .peers_v1 import FakeClient, FakeServer
 
@@ -974,11 +974,11 @@ def test_waiting_ends_with_the_client(bench: Bench, fake: FakeServer) -> None:
 def test_who_waits_is_woken() -> None:
     """When the last service is published, and not at the time-out."""
     client = RelayClient(HOST, 1, HOST, 1, 1)
-    [service] = client._stock.services
-    waiting = threading.Thread(target=client._stock.wait_until_published, args=(Deadline(6 * PATIENCE),))
+    [service] = stock_of(client).services
+    waiting = threading.Thread(target=client._branches.wait_until_published, args=(Deadline(6 * PATIENCE),))
     waiting.start()
-    wait_until(lambda: client._stock._condition._waiters)  # type: ignore[attr-defined]
-    client._stock.tell_up(service, "")
+    wait_until(lambda: stock_of(client)._condition._waiters)  # type: ignore[attr-defined]
+    stock_of(client).tell_up(service, "")
     waiting.join(PATIENCE)
     assert not waiting.is_alive()
 

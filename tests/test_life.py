@@ -29,7 +29,7 @@ from tcprelay import (
 )  # fmt: skip
 
 from .certificates import Certificates
-from .conftest import PATIENCE, Bench, connect, read_all, read_exactly, replace, wait_until
+from .conftest import PATIENCE, connect, read_all, read_exactly, replace, wait_until, Bench
 
 
 def test_the_reference_s_functions(bench: Bench) -> None:
@@ -481,7 +481,7 @@ with socket.create_server(("127.0.0.1", 0)) as service:
             have += len(sock.recv(1 << 16))
         far.close()
     wrong = RelayClient("localhost", 1, "localhost", 1, token="b", drain_timeout=0).start()
-    while not wrong._stock.services[0].failures:
+    while not wrong._branches._all[0].stock.services[0].failures:
         wrong.runtime.stop.wait(0.01)
     late = set(sys.modules) - before
     for relay in (wrong, client, server):

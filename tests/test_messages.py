@@ -37,6 +37,8 @@ UNSEEN = {
     "] token =": "the section that --add-client prints",
     "services =": "likewise",
     "more names were counted than there are rows for": "8,192 names, in a clients file that was changed all the time",
+    "the message is too short": "caught where a ClientHello is read, which then asks for nothing",
+    "no application protocol": "what OpenSSL says of an alert; it is said otherwise",
     "tcprelay link 1": "a part of what a proof is made of",
     "argument (--[a-z]+): ignored explicit": "what argparse says, and is said otherwise",
     "(while attempting": "what Python puts into an error, and is left out",
@@ -52,6 +54,7 @@ UNSEEN = {
     "frame-ancestors 'none'": "likewise",
     "require-trusted-types-for 'script'": "likewise",
     "trusted-types 'none'": "likewise",
+    "User-Agent: tcprelay Connection: close": "a part of what a service is asked",
     "text/html; charset=utf-8": "a type of what is answered over HTTP",
     "text/plain; charset=utf-8": "likewise",
     "tcprelay server|client|status [options]: the commands tcprelays and tcprelayc, and what those that run are doing; "

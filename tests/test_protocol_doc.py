@@ -23,7 +23,11 @@ from _tcprelay.events import FAILURES
 from _tcprelay.client import stock
 from _tcprelay.client.greeting import LINK_TIMEOUT, RELAY_DIAL_TIMEOUT
 from _tcprelay.client.links import BYE_TIMEOUT
-from _tcprelay.client.stock import FIRST_BACKOFF, LAST_BACKOFF, REFILL_RATE, REFILL_TIME, REFUSED_BACKOFF
+from _tcprelay.client.refill import (
+    EAGER_SPAN, EAGER_TIME, FIRST_BACKOFF, LAST_BACKOFF, REFILL_RATE, REFILL_TIME, REFUSED_BACKOFF, WITHDRAWN_AGAIN,
+    WITHDRAWN_TIME,
+)  # fmt: skip
+from _tcprelay.client.wandering import PROOF_TIME
 from _tcprelay.protocol import (
     CLIENT, CLOSED, FRAME_NAMES, MAX_CONTROL, MAX_DATA, REFUSED, SERVER, SILENCE, TRANSITIONS, LinkMachine,
     encode_frame, encode_header,
@@ -32,6 +36,7 @@ from _tcprelay.server.clients import EARLY_BYTES
 from _tcprelay.server.greeting import HANDSHAKE_STEP, HANDSHAKE_TIMEOUT
 from _tcprelay.server.limits import LEAST_HANDSHAKES, MOST_HANDSHAKES
 from _tcprelay.server.links import SURPLUS_TIME
+from _tcprelay.server.withdrawals import LONGEST
 from _tcprelay.sockets import DIAL_TIMEOUT
 from _tcprelay.streams import FLUSH_TIMEOUT, PIPE_SIZE
 from _tcprelay.tcp import Probing
@@ -163,9 +168,12 @@ def test_the_examples_are_one_connection() -> None:
         if name != "DATA":
             ahead = {"server_nonce", "proof"} if body is bodies["HELLO"] else set()
             assert set(FIELDS[name]) - set(body) <= {
+                "down",
+                "doubtful",
                 "certificate",
                 "service_port",
                 "had_port",
+                "alpn",
                 *ahead,
             }  # plain, and for services that the server has
             assert set(body) <= set(FIELDS[name])
@@ -200,6 +208,10 @@ def test_the_numbers() -> None:
         f"a random moment within {FIRST_BACKOFF:g} s",
         f"up to {LAST_BACKOFF:g} s; up to {REFUSED_BACKOFF:g} s where it was refused",
         f"at {REFILL_RATE:g} a second, or within {REFILL_TIME:g} s",
+        f"within {EAGER_SPAN:g} s, for {EAGER_TIME:g} s",
+        f"within {PROOF_TIME:g} s of WELCOME",
+        f"says {WITHDRAWN_TIME:g}, and says it again after {WITHDRAWN_AGAIN:g} s",
+        f"at most {LONGEST:g} s",
         f"`--pair-timeout`, {ServerOptions.pair_timeout:g} s",
         f"0.05 to 3600 s, {ServerOptions.heartbeat:g} by default",
     ):
@@ -258,6 +270,7 @@ class Wire:
         types = {"string": str, "number": (int, float), "boolean": bool, "list": list}
         assert [key for key, value in fields.items() if not isinstance(value, types[FIELDS[name][key]])] == []  # type: ignore[arg-type]
         optional = {"proof", "passed", "again", "nonces", "server_nonce", "certificate", "service_port", "had_port"}
+        optional |= {"alpn", "down", "doubtful"}
         assert set(FIELDS.get(name, ())) - set(fields) <= optional
         return fields
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from _tcprelay.values import parse_publication
 from _tcprelay.watch import Places
 from tcprelay import ConnectionClosed, ConnectionFailed, LinkDown, Published, RelayClient, RelayServer, Unpublished
 
-from .conftest import Bench, connect, echo, read_exactly, unused_port, wait_until
+from .conftest import Bench, connect, echo, read_exactly, stock_of, unused_port, wait_until
 from .peers import HOST, Peers, RelayProcess
 
 TOKEN = "the token of all the tests"
@@ -278,8 +279,8 @@ def test_max_conn(bench: Bench) -> None:
 
 def test_stock_tells_nothing_of_what_is_gone() -> None:
     service = Service(parse_publication("web=1"), 1)
-    stock = Stock([service], 1, Places(9), 1)
-    stock.begin(service)
+    stock = Stock([service], 1, Places(9), 1, threading.Condition())
+    service.begin()
     service.connecting = 1
     stock.replace([], [])
     assert not stock.fail(service, time.monotonic(), "why")
@@ -294,10 +295,10 @@ def test_a_reload_that_fails_late(bench: Bench, monkeypatch: pytest.MonkeyPatch)
     def fail(publication: Any) -> Any:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(client, "_make_service", fail)
+    monkeypatch.setattr(client._branches, "_make_services", fail)
     assert not client.reload(publish="web=1", token="another token of the tests")
     assert (client.options, client.runtime.credentials) == before
-    assert client._stock.services[0].name == "default" and len(client._stock.services) == 1
+    assert stock_of(client).services[0].name == "default" and len(stock_of(client).services) == 1
 
 
 def test_max_pending(bench: Bench) -> None:

@@ -94,8 +94,9 @@ ORIGINS = dict(zip(SOURCES, ("command line", "environment variable TCPRELAY_", "
 BOTH = """token secret token_file tls cert key pfx passphrase passphrase_file ca_file tls_min status_token
     status_token_file"""
 SERVERS = """hostname clients auth max_per_address max_links_per_address service_cert service_key service_pfx state_dir
-    allow_unauthenticated allow deny deny_file allow_links deny_links accept_proxy_protocol"""
-CLIENTS = "reject_unauthorized tls_server_name pin service_ca_file service_insecure"
+    service_alpn allow_unauthenticated allow deny deny_file allow_links deny_links accept_proxy_protocol"""
+CLIENTS = """via reject_unauthorized tls_server_name pin service_ca_file service_insecure service_server_name
+    service_alpn"""
 SECURING = {"server": f"{BOTH} {SERVERS}".split(), "client": f"{BOTH} {CLIENTS}".split()}
 OTHERS = {role: [n for n, _ in options_of(CLASSES[role]) if n not in SECURING[role]] for role in SECURING}
 

@@ -89,6 +89,9 @@ GOLDEN_CLIENT = """\
 relay client: tcprelayc 0.1.0, process 815, to relay.example.net:10080, up 1 h
 NOT HEALTHY: service web has no link: the relay server refuses it: nas may not
   publish web
+  relay.example.net:10080: 7 links idle, 1 busy
+  192.0.2.80:10080: 0 links idle, 0 busy; PROBLEM: connection refused; is the
+      relay server running?
 
                               links    connections               bytes
                          idle  busy   open  so far        in       out

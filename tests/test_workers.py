@@ -1224,10 +1224,10 @@ def test_a_relay_client_is_there_while_a_worker_has_links_of_it(parent: tuple[Se
 def test_a_suspicion_is_passed_on_to_the_others(parent: tuple[ServerWorkers, Recorder]) -> None:
     """Who has it needs no message."""
     made, _ = parent
-    made.hear(made.workers[0], {"suspect": "id"}, b"", [])
+    made.hear(made.workers[0], {"suspect": "id", "why": "sleeps"}, b"", [])
     orders: list[Any] = [worker.order for worker in made.workers]
     orders[0].assert_not_called()
-    orders[1].assert_called_once_with(encode_message({"suspect": "id"}))
+    orders[1].assert_called_once_with(encode_message({"suspect": "id", "why": "sleeps"}))
 
 
 def test_a_queue_is_full_while_others_are_served(parent: tuple[ServerWorkers, Recorder]) -> None:

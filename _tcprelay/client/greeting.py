@@ -8,25 +8,28 @@ from __future__ import annotations
 import socket
 from collections import deque
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..addresses import Endpoint
-from ..certificates import pin_of
+from ..certificates import make_context, pin_of, trust
 from ..link import AnyLink, Link, RawLink
 from ..client_options import ClientOptions
 from ..protocol import (
     AUTH, CHALLENGE, CLIENT, HELLO, PROTOCOL_VERSION, REFUSED, SERVER, Frame, LinkFault, guess_protocol, is_proof,
     new_nonce, prove,
 )  # fmt: skip
-from ..runtime import SHORTEST_TOKEN, Runtime
-from ..sockets import Dialer
+from ..runtime import SHORTEST_TOKEN, Credentials, Runtime
 from ..streams import Stream
 from ..system import ssl
 from ..tcp import round_trip, say_path, unsent_bytes
 from ..text import is_tls_error, say_error, shown
 from ..tls import NOT_TLS, TLSStream
-from ..waiting import Deadline
+from ..tunnel import ProxyFault
+from ..waiting import Deadline, Stopping
+from .offers import load_offers
+from .refill import EAGER_SPAN
 from .stock import RefusedByServer, Service, Unreachable
+from .wayout import WayOut, say_proxy_of_environment
 
 RELAY_DIAL_TIMEOUT, DIAL_AGAIN = 15.0, 5.0
 """Seconds to reach the relay server, and after how many without an answer it is tried once more beside the first
@@ -46,25 +49,65 @@ CLOCK = "; is this host's clock right?"
 WHY_NO_WORD = "does it use --wire raw, or TLS, or is this a service port?"
 
 
-class Greeting:
-    """Opens links to the relay server.
+def load_credentials(options: ClientOptions) -> Credentials:
+    """What a relay client's options name, for the links and for services.  Raises `OSError` and `ValueError`."""
+    token = options.read_token()
+    links = unverified = None
+    vouches = False
+    if options.tls in ("relay", "both"):
+        own = options.cert, options.key, options.pfx
+        links = make_context(options, False, *own)
+        pinned = [bool(options.pin_of(relay)) for relay in options.relays]
+        if all(pinned) or not options.reject_unauthorized:
+            links.check_hostname, links.verify_mode = False, ssl.CERT_NONE
+        else:
+            trust(links, options.ca_file)
+            named = options.ca_file or options.tls_server_name or options.wire == "raw"
+            vouches = len(token) >= SHORTEST_TOKEN and not named
+            if vouches or any(pinned):
+                unverified = make_context(options, False, *own)
+                unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
+    return Credentials(token, links, services=load_offers(options), unverified=unverified, token_vouches=vouches)
 
-    Parameters: the runtime; how many idle links this process keeps for each service; and its number, of several.
+
+class Greeting:
+    """Opens links to one relay server.
+
+    Parameters: the runtime; where the relay server is, and what it is called in the options: the same, or the name
+    behind which this is one address; how many idle links this process keeps for each service; the relay client's id;
+    and the number of this process, of several.
     """
 
-    def __init__(self, runtime: Runtime[ClientOptions], most_idle: int, id: str, worker: int) -> None:
-        options = runtime.options
+    def __init__(
+        self, runtime: Runtime[ClientOptions], relay: Endpoint, called: Endpoint, most_idle: int, id: str, worker: int
+    ) -> None:
         self._runtime = runtime
         self._most_idle = most_idle
         self._id = id
         self.worker = worker
-        self.relay = Endpoint(options.relay_host, options.relay_port or 0)
-        self._dialer = Dialer(self.relay, RELAY_DIAL_TIMEOUT, runtime.probing, DIAL_AGAIN)
+        self.relay = relay
+        self._called = called
+        options = runtime.options
+        self._way = WayOut(self.relay, options.proxy, RELAY_DIAL_TIMEOUT, runtime.probing, DIAL_AGAIN)
+        self.beyond = self.relay if options.via else None
+        """The relay server, where links lead to a proxy that is before it."""
+        self._told_of_proxy = bool(options.via) or worker != 0 or called != options.relays[0]
         self._nonces: deque[str] = deque(maxlen=MOST_NONCES)
         self._is_bound = False
         """The server's proofs covered its certificate on the last link, so they do where its nonces are used."""
         self._must_verify = False
         """They did not, and its certificate alone can show who it is."""
+        self.in_doubt = 0.0
+        """When it was found that the other links may be dead, so that a new one has them prove themselves; 0 is not."""
+
+    @property
+    def place(self) -> tuple[int, Any] | None:
+        """The family and the socket address by which the relay server was reached last."""
+        return self._way.dialer.favourite
+
+    def hurry(self, eager: bool) -> None:
+        """Where it is `eager`, dial once more soon where nothing answers: see `EAGER_SPAN`."""
+        self._way.dialer.again = EAGER_SPAN if eager else DIAL_AGAIN
 
     def connect(self, service: Service, doubt: Callable[[str], object]) -> tuple[AnyLink, str, int]:
         """Dial the relay server and bring a link to its idle state; with the service's address there, and how many
@@ -82,8 +125,9 @@ class Greeting:
         """The same; with TLS the server's certificate is verified by itself where that is asked for, or the token's
         proof need not cover it.  Raises `NotBound`, too, where the proof would have to and does not."""
         deadline, credentials = Deadline(None), self._runtime.credentials
-        verify = verify or credentials.unverified is None
-        context = credentials.links if verify else credentials.unverified
+        pinned = bool(self._runtime.options.pin_of(self._called))
+        verify = verify or pinned or not credentials.token_vouches
+        context = credentials.links if verify and not (pinned and credentials.unverified) else credentials.unverified
         stream, options = self._dial(context, deadline, doubt), self._runtime.options
         try:
             if options.wire == "raw":
@@ -109,20 +153,26 @@ class Greeting:
         connection.  Raises `OSError`, `EOFError`; `Unreachable` where there is none."""
         runtime, options = self._runtime, self._runtime.options
         try:
-            sock = self._dialer.dial(runtime.stop)
+            sock, before = self._way.dial(runtime.stop)
+        except ProxyFault as fault:
+            raise (RefusedByServer if fault.lasting else Unreachable)(str(fault)) from fault
         except OSError as error:
+            self._tell_of_proxy(error)
             refused = isinstance(error, ConnectionRefusedError)
             hint = "; is the relay server running, and is this its relay port?" if refused else ""
             raise Unreachable(f"{say_error(error)}{hint}") from error
         deadline.shorten(LINK_TIMEOUT)
         name = f"link with relay {self.relay}"
         if context is None:
-            return Stream(sock, name)
+            stream = Stream(sock, name)
+            stream.received = before
+            return stream
         try:
-            stream = TLSStream(sock, name, context, server_hostname=options.tls_server_name or options.relay_host)
+            stream = TLSStream(sock, name, context, server_hostname=options.tls_server_name or self._called.host)
+            stream.received = before
             self._patiently(lambda until: stream.handshake(until, runtime.stop), sock, deadline, doubt)
             found = certificate_of(stream)
-            if options.pin and found != options.pin:
+            if (pin := options.pin_of(self._called)) and found != pin:
                 if options.wire != "raw":  # there it would be bytes of a connection
                     Link(stream, CLIENT).refuse("pin", "this server's certificate is not the one in --pin")
                 raise RefusedByServer(
@@ -141,6 +191,14 @@ class Greeting:
                 raise ConnectionResetError(f"the relay reset the link without a word; {WHY_NO_WORD}") from None
             raise
         return stream
+
+    def _tell_of_proxy(self, error: OSError) -> None:
+        """The relay server cannot be reached straight: say once that there may be another way."""
+        if self._told_of_proxy or isinstance(error, Stopping):
+            return
+        self._told_of_proxy = True
+        if said := say_proxy_of_environment(self.relay.host):
+            self._runtime.log.warning("%s", said)
 
     def _patiently(
         self, step: Callable[[Deadline], ResultT], sock: socket.socket, deadline: Deadline,
@@ -182,6 +240,8 @@ class Greeting:
                  "name": name[:64], "idle": self._most_idle, "nonce": nonce, "token": bool(token)}  # fmt: skip
         if service.port is not None:
             hello |= {"service_port": service.port, "had_port": service.had}
+        if self.in_doubt:
+            hello["doubtful"] = True
         bound = self._is_bound
         if token and (bound or verified) and (ahead := self._take_nonce()):
             parts = (nonce, ahead, service.name, self._id, certificate if bound else "")
@@ -302,12 +362,3 @@ def explain_tls(error: BaseException) -> str:
             "A service port answers as its service does"
         )
     return ""
-
-
-def explain_service(error: Exception) -> str:
-    """What is wrong where a TLS handshake with a service has failed, and what to change."""
-    if is_tls_error(error) and isinstance(error, ssl.SSLCertVerificationError):
-        return f"{say_error(error)}; give --service-ca-file, or --service-insecure"
-    if is_tls_error(error) and error.reason in NOT_TLS:
-        return "the service does not speak TLS: say --tls instead of --tls both"
-    return f"no TLS handshake with the service: {say_error(error)}; does it speak TLS?"

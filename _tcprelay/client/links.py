@@ -1,12 +1,11 @@
 """A relay client's links, each in a thread of its own from dialling to its end:
 
-    keeper ─▶ run: Greeting.connect (dial, HELLO … WELCOME)
+    keeper ─▶ open ─▶ run: Greeting.connect (dial, HELLO … WELCOME)
                 _serve_idle: PING ─▶ PONG
                              START ─▶ _serve: dial the service, READY, Splice.run ─▶ idle again
                              BYE, silence, loss ─▶ closed; the keeper opens another
 
-The keeper is one thread more; it waits on the stock's condition, opens links where some are missing, and sweeps over
-the connections.  An idle link's thread blocks in ``poll`` on its link and on `Runtime.stop`.
+An idle link's thread blocks in ``poll`` on its link and on the `stop` of its service.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import select
-import threading
 import time
+from collections.abc import Callable
 
 from ..addresses import Endpoint
 from ..events import (
@@ -29,14 +28,18 @@ from ..runtime import Runtime
 from ..sockets import DIAL_TIMEOUT
 from ..splice import Splice
 from ..streams import Stream
-from ..tcp import is_near, say_path
+from ..tcp import is_near, round_trip, say_path
 from ..text import connection_id, say_error, shown
-from ..tls import TLSStream
 from ..waiting import Deadline, Stop, Stopping, wait_for
-from .greeting import Greeting, explain_service, refused
+from .greeting import Greeting, refused
 from .loops import OwnConnections, RelayPlace, Way, ends_of
+from .offers import choose_offer, secure
+from .refill import WITHDRAWN_TIME
 from .stock import RefusedByServer, Service, Stock, longest_backoff
+from .wandering import Doubts, Whereabouts
 
+LOOK_TIME = 0.5
+"""Seconds between two looks whether this host has slept or moved."""
 BYE_TIMEOUT = 2.0
 """Seconds that the server has to close a link after BYE; meanwhile a START that crossed it is still served."""
 
@@ -45,7 +48,7 @@ LOOP = "that is a port of the relay's own, and leads back here; name the port of
 
 
 class Links:
-    """Opens links, answers on them, and connects them to services.
+    """Opens links to one relay server, answers on them, and connects them to services.
 
     Parameters: the runtime; the stock that counts them; what opens one; this relay client's id; and its connections to
     services, in all its processes.
@@ -60,32 +63,38 @@ class Links:
         self._greeting = greeting
         self._relay = str(greeting.relay)
         self._id = id
-        self.keeper = runtime.own_thread(self._keep, "keeper", runtime.cut)
-        """The thread that opens links, once it is started; it lives as long as the client."""
-        self.opens_none = threading.Event()
-        """It opens no further links: the end has begun."""
+        self._whereabouts, self._doubts = Whereabouts(), Doubts()
+        self._next_look = 0.0
+        """When the keeper looks for the former again."""
+        self.told_unreachable: Callable[[Service], object] = lambda service: None
+        """Called where a connection to a service could not be made."""
 
-    def _keep(self) -> None:
-        """Open the links that are missing, and look at the time every so often, until `Runtime.stop` is requested; from
-        then on only the latter, until `Runtime.cut` is."""
-        runtime, splices = self._runtime, self._runtime.splices
-        next_sweep = time.monotonic() + splices.interval
-        while not runtime.stop.requested:
-            runtime.pulse.keep("keeper")
-            for service, count in self._stock.wait_for_missing(next_sweep):
-                for _ in range(count):
-                    self._open(service)
-            if time.monotonic() >= next_sweep:
-                splices.sweep()
-                runtime.emit.tell_floods()
-                next_sweep = time.monotonic() + splices.interval
-        self.opens_none.set()
-        while not runtime.cut.requested:  # while connections drain, their time-outs still count
-            runtime.pulse.keep("keeper")
-            runtime.cut.wait(splices.interval)
-            splices.sweep()
+    def withdraw(self, key: str, reason: str) -> None:
+        """Withdraw the service whose publication reads like that; or have it back, without a reason."""
+        if reason:
+            self._stock.withdraw(key, reason)
+        else:
+            self._stock.restore(key)
 
-    def _open(self, service: Service) -> None:
+    def look_around(self) -> float:
+        """Where this host has slept or moved have idle links prove that they live, and give up those that have not;
+        returns when to look again."""
+        now = time.monotonic()
+        if now >= self._next_look or not self._whereabouts.is_known:
+            self._next_look = now + LOOK_TIME
+            if why := self._whereabouts.look(self._greeting.place):
+                count = self._doubts.doubt_all()
+                self._greeting.in_doubt = now
+                self._stock.hasten()
+                self._runtime.log.info(
+                    "%s: its %d idle links with the relay at %s are replaced unless they show that they live", why,
+                    count, self._relay,
+                )  # fmt: skip
+            self._greeting.hurry(self._stock.is_eager)
+        return min(self._next_look, self._doubts.give_up())
+
+    def open(self, service: Service) -> None:
+        """Open a link, which counts as connecting, and has a place."""
         try:
             self._runtime.threads.start(self.run, service)
         except (RuntimeError, MemoryError) as error:
@@ -113,6 +122,7 @@ class Links:
         try:
             problem: Exception
             link, problem, began = None, RuntimeError("unexpected error"), time.monotonic()
+            doubt = self._greeting.in_doubt
             try:
                 link, address, waiting = self._greeting.connect(service, functools.partial(self._doubt, service))
             except (OSError, EOFError) as error:
@@ -121,6 +131,10 @@ class Links:
                 if link is None:
                     self._note_failure(service, began, problem)
             if link is not None:
+                if doubt:
+                    self._doubts.begin(round_trip(link.sock))
+                    if self._greeting.in_doubt == doubt:
+                        self._greeting.in_doubt = 0.0
                 self._use(link, service, address, waiting)
         finally:
             self._stock.leave()
@@ -129,6 +143,7 @@ class Links:
         """A link from its first idle moment to its end."""
         since, carried, idle, reason = time.monotonic(), service.carried, True, "unexpected error"
         self._stock.add(link, service, waiting)
+        self._doubts.settle(link)
         try:
             self._tell_up(link, service, address)
             if isinstance(link, RawLink):
@@ -141,6 +156,8 @@ class Links:
         except (OSError, EOFError) as error:
             reason = say_error(error)
         finally:
+            if self._doubts.leave(link):
+                reason, idle = "this host has slept or moved, and nothing has come on it since", False
             self._stock.remove(link, service, since, carried, idle)
             link.close()
             down = LinkDown(service=service.name, peer=self._relay, client=self._id, reason=reason)
@@ -154,7 +171,8 @@ class Links:
             where = str(Endpoint(self._greeting.relay.host, int(port)))
         if self._stock.tell_up(service, where):
             emit(Published(service=service.name, target=str(service.target), relay=self._relay, address=where))
-            if self._runtime.options.try_service and self._greeting.worker == 0:
+            options = self._runtime.options
+            if options.try_service and not options.check_service and self._greeting.worker == 0:
                 with contextlib.suppress(RuntimeError, MemoryError):  # it is only a look
                     self._runtime.threads.start(self._try, service)
             if remark := say_path(link.sock):
@@ -164,8 +182,7 @@ class Links:
     def _try(self, service: Service) -> None:
         """Reach for a service that has just been published, so that a wrong port is told before anybody needs it."""
         try:
-            # Where a PROXY protocol header is waited for, one that says nothing makes less noise than none.
-            stream = self._dial_service(service, self._runtime.stop, False, self._header(service))
+            stream = self.reach(service)
             stream.close_normally()
             stream.close()
             self._runtime.log.info("service %s: something listens at %s", service.name, service.target)
@@ -175,6 +192,11 @@ class Links:
             reason = say_error(error)
             self._runtime.emit(ServiceUnreachable(service=service.name, target=str(service.target), reason=reason))
 
+    def reach(self, service: Service) -> Stream:
+        """A connection to a service that is for no service client.  Raises `OSError`, `EOFError`, and `Stopping`."""
+        # Where a PROXY protocol header is waited for, one that says nothing makes less noise than none.
+        return self._dial_service(service, self._runtime.stop, False, self._header(service))
+
     def _serve_idle(self, link: Link, service: Service) -> tuple[str, bool]:
         """Answer on an idle link, and carry connections on it, until it ends in peace; returns why it did, and
         whether it was idle then.
@@ -182,16 +204,20 @@ class Links:
         Raises `OSError`, `EOFError`, `LinkFault`, `TimeoutError` where it is lost while it is idle.
         """
         patience = SILENCE * link.heartbeat
-        settled, place = True, RelayPlace(link.sock)
+        settled, place = True, RelayPlace(link.sock, self._greeting.beyond)
         while True:
             try:
                 frame = link.receive(Deadline(patience), service.stop)
                 settled = True
             except Stopping:
+                if service.stop is not None and not service.stop.requested:
+                    continue  # the service was withdrawn for a moment
                 ending = self._runtime.stop.requested
                 reason = "the relay client is ending" if ending else "it publishes this service no more"
-                self._say_bye(link, service, Deadline(BYE_TIMEOUT if settled else None), reason=reason)
-                return reason, True
+                down = 0 if ending else WITHDRAWN_TIME * bool(service.down)
+                reason = service.down if down else reason
+                self._say_bye(link, service, Deadline(BYE_TIMEOUT if settled else None), reason=reason, down=down)
+                return reason, not down
             except TimeoutError:
                 if settled:
                     raise
@@ -200,13 +226,16 @@ class Links:
             if frame.kind == PING:
                 self._greeting.keep_nonces(frame)
                 link.send_now(PONG)
+                self._doubts.settle(link)
             elif frame.kind == START:
+                self._doubts.leave(link)
                 if not self._serve(link, frame, service, place):
                     return "its connection was broken off", False
                 if link.spent:
                     self._leave_to_server(link, service)
                     return "it has lost packets, and a new one will be faster", False
                 settled = False
+                self._doubts.settle(link, False)
             elif frame.kind == BYE:
                 return "the relay server said BYE", frame.fields.get("again") is not True
             else:
@@ -224,16 +253,19 @@ class Links:
         finally:
             self._stock.shift(service, idle=1)
 
-    def _say_bye(self, link: Link, service: Service, deadline: Deadline, idle: int = 1, reason: str = "") -> None:
-        """Give a link up, and wait for the server to close it: a START that crosses BYE is still served."""
-        cut = self._runtime.cut
+    def _say_bye(
+        self, link: Link, service: Service, deadline: Deadline, idle: int = 1, reason: str = "", down: int = 0
+    ) -> None:
+        """Give a link up, and wait for the server to close it: a START that crosses BYE is still served.  The service
+        is `down`, which holds for so many seconds; 0 where it is not."""
+        cut, fields = self._runtime.cut, {"reason": shown(reason, 400)} if reason else {}
         try:
-            out = bytearray(link.pack_control(BYE, {"reason": reason} if reason else None))
+            out = bytearray(link.pack_control(BYE, fields | {"down": down} if down else fields))
             while not link.stream.send_now(out):
                 wait_for(link.fd, select.POLLOUT, deadline, cut)
             while (frame := link.receive(deadline, cut)).kind != START:
                 pass
-            self._serve(link, frame, service, RelayPlace(link.sock), idle)
+            self._serve(link, frame, service, RelayPlace(link.sock, self._greeting.beyond), idle)
         except (OSError, EOFError):
             pass  # the server has closed it, as BYE asks it to
 
@@ -250,7 +282,8 @@ class Links:
                 raise EOFError("the link was lost before its connection began")
             port = shown(start.text("port"), 64)
             times = self._own.times(record["peer"], port) if place.shares(port) else 0
-            if stream := self._dial(service, link, record, began, way := Way(place, port, times)):
+            way, agreed = Way(place, port, times), start.text("alpn")
+            if stream := self._dial(service, link, record, began, way, agreed):
                 held = self._own.hold(*way.ends, times) if place.may_return(*way.ends) else None
                 del way  # many connections last, and need it no more
                 try:
@@ -284,15 +317,18 @@ class Links:
         return "its connection is over"
 
     def _dial(
-        self, service: Service, link: AnyLink, record: dict[str, str], began: float, way: Way | None = None
-    ) -> Stream | None:
-        """Connect to the service for a link, on which a service client has come that `way`.  ``None`` where that cannot
-        be done: which is told, and the server too.  Raises `OSError` where the link is lost over that."""
+        self, service: Service, link: AnyLink, record: dict[str, str], began: float, way: Way | None = None,
+        agreed: str = "",
+    ) -> Stream | None:  # fmt: skip
+        """Connect to the service for a link, on which a service client has come that `way`, and has `agreed` with the
+        relay server on a protocol.  ``None`` where that cannot be done: which is told, and the server too.  Raises
+        `OSError` where the link is lost over that."""
         try:
-            if way and way.times >= len(self._stock.services):
+            if way and way.times >= len(self._stock.services) * len(self._runtime.options.relays):
                 raise ConnectionError(LOOP)
             header = self._header(service, record["peer"], way.port if way else "")
-            stream = self._dial_service(service, self._runtime.cut, not is_near(link.sock), header)
+            is_far = self._greeting.beyond is not None or not is_near(link.sock)  # a near proxy says nothing of that
+            stream = self._dial_service(service, self._runtime.cut, is_far, header, agreed)
             if way:
                 way.ends = ends_of(stream.sock)
                 if way.place.is_at(way.ends[1], way.port):
@@ -303,6 +339,7 @@ class Links:
             reason = f"cannot reach {service.target}: {say_error(error)}"
             took = time.monotonic() - began
             self._runtime.emit(ConnectionFailed(code="unreachable", reason=reason, seconds=took, **record))
+            self.told_unreachable(service)
             link.fail(reason, self._runtime.cut)
         return None
 
@@ -312,13 +349,13 @@ class Links:
         version = self._runtime.options.proxy_version(service.name)
         return encode_proxy_header(version, client, port) if version else b""
 
-    def _dial_service(self, service: Service, stop: Stop, little: bool, header: bytes) -> Stream:
+    def _dial_service(self, service: Service, stop: Stop, little: bool, header: bytes, agreed: str = "") -> Stream:
         """The same, with the header before everything else, and TLS where it is asked for.  Raises `OSError`,
         `EOFError`, and `Stopping`."""
         deadline = Deadline(DIAL_TIMEOUT)
+        offer = choose_offer(self._runtime, service, agreed)
         sock = service.dialer.dial(stop, little=little)
-        name, context = f"service {service.target}", self._runtime.credentials.services
-        stream = Stream(sock, name)
+        stream = Stream(sock, f"service {service.target}")
         stream.reset_on_close()
         if header:
             try:
@@ -326,18 +363,7 @@ class Links:
             except BaseException:
                 sock.close()
                 raise
-        if context is None:
-            return stream
-        try:
-            secure = TLSStream(sock, name, context, server_hostname=service.target.host or None)
-            secure.reset_on_close()
-            secure.handshake(deadline, stop)
-        except BaseException as error:
-            sock.close()
-            if isinstance(error, (OSError, EOFError)) and not isinstance(error, Stopping):
-                raise ConnectionError(explain_service(error)) from error
-            raise
-        return secure
+        return stream if offer is None else secure(stream, offer, deadline, stop)
 
     def _splice(
         self,

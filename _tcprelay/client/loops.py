@@ -17,12 +17,14 @@ service, but not again and again.
 
 from __future__ import annotations
 
+import ipaddress
 import mmap
 import socket
 import zlib
 from typing import Any
 
-from ..addresses import host_of, is_loopback, show_address
+from ..addresses import Endpoint, host_of, is_loopback, show_address
+from ..names import resolve_here
 
 
 class OwnConnections:
@@ -68,8 +70,13 @@ def _mark(near: str, far: str) -> tuple[int, int]:
 class RelayPlace:
     """Where the relay server is, as a link shows it; made once for each."""
 
-    def __init__(self, link: socket.socket) -> None:
+    def __init__(self, link: socket.socket, beyond: Endpoint | None = None) -> None:
+        """With the relay server itself where that is `beyond` the link's far end, a proxy: by its address; of a name
+        only the proxy can know where it leads, so that nothing is known here then.  Loopback is the proxy's."""
         here, relay = ends_of(link)
+        if beyond is not None and isinstance(relay, tuple):
+            [(_, found), *_] = resolve_here(beyond.host, beyond.port) or [(0, None)]
+            relay = (*relay[:1], beyond.port, *relay[2:]) if found and is_loopback(found) else found
         if not (isinstance(relay, tuple) and isinstance(here, tuple)):  # the link is lost
             relay = here = "", 0
         self._host, self._port = host_of(relay), relay[1]
@@ -98,9 +105,19 @@ class RelayPlace:
         """
         if not isinstance(far, tuple):
             return False
+        if not self._host:  # beyond a proxy: what the internet knows by one address is one port
+            return show_address(far) == address and is_public(far)
         if far[1] == self._port and (host_of(far) == self._host or (self._is_loopback and is_loopback(far))):
             return True
         return not self._is_here and host_of(far) == self._host and str(far[1]) == address.rpartition(":")[2]
+
+
+def is_public(address: Any) -> bool:
+    """Whether a socket address is one that is the same host's everywhere."""
+    try:
+        return ipaddress.ip_address(host_of(address)).is_global
+    except ValueError:
+        return False
 
 
 class Way:

@@ -9,33 +9,23 @@ Any thread; one condition is over all of it, and the keeper waits on that.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 
 from ..link import AnyLink
 from ..sockets import Dialer
-from ..status.report import ServiceStatus
+from ..status.report import WITHDRAWN, ServiceStatus
 from ..system import random_fraction
 from ..values import Publication
-from ..waiting import Deadline, Stop
+from ..waiting import Stop
 from ..watch import Places
+from .refill import (
+    EAGER_SPAN, EAGER_TIME, FIRST_BACKOFF, GROWTH, LAST_BACKOFF, REFUSED_BACKOFF, WITHDRAWN_AGAIN, Pace,
+)  # fmt: skip
 
-FIRST_BACKOFF = 1.0
-"""Seconds of the span after a first failure; a random moment within it is taken, and each further one doubles it."""
-LAST_BACKOFF = 4.0
-"""Seconds at which that span stops growing while the relay server cannot be reached: a single packet every few
-seconds is no burden, and when the way is free again the service is back soon."""
-REFUSED_BACKOFF = 30.0
-"""The same where the relay server refuses: a setting has to be changed first.  And where a link is lost in its
-handshake: the server may have more of them than it can do, and trying again soon would keep that up."""
-REFILL_TIME, REFILL_RATE = 5.0, 4.0
-"""Idle links that were lost are replaced within so many seconds, at so many a second where that is faster."""
 MOST_HANDSHAKES = 256
 """Links that are being opened at once: as many handshakes as each relay server takes."""
-GROWTH = 24
-"""Links that may be opened at once for each one in use, beyond the idle ones, where the server says that more service
-clients wait: 200 that come together have theirs after one round from a pool of 8, as with relays that open one for
-each; and a number that is not true opens three pools more for each connection that is real."""
 MOST_REASONS = 16
 """Reasons that are remembered as told."""
 STABLE_TIME = 10.0
@@ -69,35 +59,6 @@ def longest_backoff(error: BaseException) -> float:
     passing = isinstance(error, (Unreachable, RuntimeError, MemoryError))
     passing = passing or (isinstance(error, RefusedByServer) and error.passing)
     return LAST_BACKOFF if passing else REFUSED_BACKOFF
-
-
-class Pace:
-    """How many idle links there should be: all, or after losses one, and from then on more at a measured pace."""
-
-    def __init__(self, most: int, workers: int = 1) -> None:
-        """`most` is one worker's share, of so many."""
-        self._most = most
-        self._first = 1.0 / workers
-        self._rate = max(REFILL_RATE / workers, most / REFILL_TIME)
-        self._level, self._since = float(most), 0.0
-
-    def level(self, now: float) -> float:
-        return min(self._most, self._level + self._rate * (now - self._since))
-
-    def wanted(self, now: float) -> tuple[int, float]:
-        """How many there should be, and the moment from which on it is one more."""
-        level = self.level(now)
-        if level == self._most:
-            return self._most, float("inf")
-        return max(1, int(level)), now + (1 - level % 1) / self._rate + 0.001
-
-    def lose(self, now: float) -> None:
-        """An idle link is lost: it is to be replaced, but not at once."""
-        self._level, self._since = max(0.0, self.level(now) - 1), now
-
-    def begin(self, now: float) -> None:
-        """The first link is up again."""
-        self._level, self._since = self._first, now
 
 
 class Service:
@@ -138,26 +99,39 @@ class Service:
         """Why it got no further links, as far as that was told."""
         self.is_known = False
         """A link of it has been up: the relay is where it was looked for."""
+        self.down = ""
+        """Why it is withdrawn: its check fails.  It has no idle links then, and none is opened."""
+        self.down_again = 0.0
+        """When the relay server is to be told so once more."""
+        self.is_probing = False
+        """One link is to be opened at once, whatever else is under way."""
+
+    def begin(self) -> None:
+        """Make what its links wait on.  Raises `OSError`."""
+        self.stop = Stop()
 
 
 class Stock:
-    """The services and their links.
+    """The services and their links to one relay server.
 
-    Parameters: the services; how many idle links each should have; the places that there are for links; and how many
-    may be opened at once.
+    Parameters: the services; how many idle links each should have; the places that there are for links; how many may be
+    opened at once; and the condition that is over all of it, and that all relay servers' stocks share.
     """
 
-    def __init__(self, services: list[Service], most_idle: int, places: Places, handshakes: int) -> None:
+    def __init__(
+        self, services: list[Service], most_idle: int, places: Places, handshakes: int, condition: threading.Condition
+    ) -> None:
         self.services = services
         self._most_idle = most_idle
         self._places = places
         self._most_handshakes = handshakes
-        self._condition = threading.Condition()  # over the services' states and what follows
+        self._condition = condition  # over the services' states and what follows
         self._handshakes = handshakes
         """Links that may be opened at once: half as many after a failure, and with each that is up one more."""
         self._links: set[AnyLink] = set()
         self._leaving: list[Service] = []
         """Services that are published no more, and may have links still."""
+        self._eager_until = 0.0
         self._ending = False
 
     def count_idle(self) -> int:
@@ -172,15 +146,11 @@ class Stock:
             return tuple(
                 ServiceStatus(
                     name=service.name, address=service.address if service.told == "" else "",
-                    target=str(service.target), problem=service.told or "", links_idle=service.idle,
+                    target=str(service.target), problem=say_problem(service), links_idle=service.idle,
                     links_busy=service.busy, links_opening=service.connecting,
                 )
                 for service in self.services
             )  # fmt: skip
-
-    def begin(self, service: Service) -> None:
-        """Make what the service's links wait on.  Raises `OSError`."""
-        service.stop = Stop()
 
     def missing(self, publications: list[Publication]) -> list[Publication]:
         """Those of them that are not published yet."""
@@ -204,20 +174,72 @@ class Stock:
                 self._forget(service)
             self._condition.notify_all()
 
+    # Services that cannot be reached, and hosts that move
+
+    def withdraw(self, key: str, reason: str) -> None:
+        """The service whose publication reads like that is down: it is to have no links until it is back."""
+        with self._condition:
+            for service in self._published_as(key):
+                service.down_again = time.monotonic() + WITHDRAWN_AGAIN
+                was_down, service.down = service.down, reason  # first: links that are woken look at it
+                if not was_down and service.stop is not None and not self._ending:
+                    service.stop.request()
+            self._condition.notify_all()
+
+    def restore(self, key: str) -> None:
+        """It is back: all its links are wanted at once."""
+        with self._condition:
+            for service in self._published_as(key):
+                if service.down and service.stop is not None and not self._ending:
+                    service.stop.take_back()
+                service.down = ""
+                service.pace.fill()
+            self._condition.notify_all()
+
+    def _published_as(self, key: str) -> list[Service]:
+        return [service for service in self.services if str(service.publication) == key]
+
+    def hasten(self) -> None:
+        """This host may have lost its links, and its network may not be back yet: open one link of each service at
+        once, and try again soon for a while."""
+        with self._condition:
+            self._eager_until = time.monotonic() + EAGER_TIME
+            for service in self.services:
+                service.is_probing, service.retry_at, service.span = not service.down, 0.0, 0.0
+            self._condition.notify_all()
+
+    @property
+    def is_eager(self) -> bool:
+        """It tries again soon."""
+        return time.monotonic() < self._eager_until
+
     # For the keeper
 
-    def wait_for_missing(self, until: float) -> list[tuple[Service, int]]:
-        """How many links of each service are to be opened now, which count as connecting from here on; waits until
-        some are, or for the moment `until`, or the end."""
-        now = time.monotonic()
-        with self._condition:
-            missing = [(service, *self._take_missing(service, now)) for service in self.services]
-            if not (self._ending or any(count for _, count, _ in missing)):
-                self._condition.wait(max(0.0, min([until, *(moment for *_, moment in missing)]) - now))
-        return [(service, count) for service, count, _ in missing]
+    def take_missing(self, now: float) -> tuple[list[tuple[Service, int]], float]:
+        """How many links of each service are to be opened now, which count as connecting from here on, and when to look
+        again; under the condition."""
+        if self._ending:
+            return [], math.inf
+        missing = [(service, *self._take_missing(service, now)) for service in self.services]
+        moment = min([moment for *_, moment in missing], default=math.inf)
+        return [(service, count) for service, count, _ in missing if count], moment
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no link, and none to come; under the condition."""
+        return not (self.services or self._leaving)
 
     def _take_missing(self, service: Service, now: float) -> tuple[int, float]:
         """How many links to open now, and when to look again."""
+        if service.down and now >= service.down_again:
+            service.down_again = now + WITHDRAWN_AGAIN
+            service.is_probing = not service.busy
+        if service.is_probing and self._places.enter():
+            service.is_probing = False
+            service.connecting += 1
+            return 1, now
+        if service.down:
+            return 0, service.down_again
         if now < service.retry_at:
             return 0, service.retry_at
         wanted, moment = service.pace.wanted(now)
@@ -252,7 +274,7 @@ class Stock:
 
     def _should_tell(self, service: Service, reason: str) -> bool:
         """Whether the state of a service is to be told that has no link for this reason; then it counts as told."""
-        if service.idle + service.busy or reason in service.reasons:
+        if service.idle + service.busy or service.down or reason in service.reasons:
             return False
         if len(service.reasons) >= MOST_REASONS:
             service.reasons.clear()
@@ -276,7 +298,7 @@ class Stock:
             self._handshakes = min(self._most_handshakes, self._handshakes + 1)
             service.idle += 1
             service.asked = max(0, waiting - 1)  # this one serves the first
-            if service.trying and service.failures:
+            if service.trying and service.failures and not self.is_eager:
                 service.pace.begin(time.monotonic())
             service.trying = False
             self._condition.notify_all()
@@ -284,6 +306,8 @@ class Stock:
     def tell_up(self, service: Service, address: str) -> bool:
         """Whether it is to be told that the service can be reached at this address."""
         with self._condition:
+            if service.down:
+                return False  # this link says so, and is given up
             tell = service in self.services and (service.told != "" or service.address != address)
             service.told = ""
             service.address = address
@@ -291,18 +315,6 @@ class Stock:
             service.reasons.clear()
             self._condition.notify_all()  # who waits until all is published
             return tell
-
-    def wait_until_published(self, deadline: Deadline) -> tuple[str, str] | None:
-        """Wait until all services have links; at the deadline or the end returns one that has none, and why."""
-        with self._condition:
-            while (missing := [service for service in self.services if service.told != ""]) or self._ending:
-                left = deadline.remaining()
-                if self._ending:
-                    return (missing or self.services)[0].name, "the relay client is ending"
-                if left == 0:
-                    return missing[0].name, missing[0].told or "no answer from the relay yet"
-                self._condition.wait(left)
-        return None
 
     def use(self, service: Service, waiting: int, idle: int = 1) -> None:
         """A link, which counts as so many `idle` ones, begins to carry a connection; so many service clients wait."""
@@ -330,8 +342,8 @@ class Stock:
             if was_idle:
                 service.pace.lose(time.monotonic())
             # A relay that takes links and drops them is no better than one that refuses them; but a link
-            # that was lost with a connection says nothing about the relay.
-            if time.monotonic() - since >= STABLE_TIME or service.carried != carried:
+            # that was lost with a connection, or given up here, says nothing about the relay.
+            if time.monotonic() - since >= STABLE_TIME or service.carried != carried or not was_idle:
                 service.failures, service.retry_at = 0, 0.0
             else:
                 self._back_off(service, since)
@@ -350,7 +362,9 @@ class Stock:
             service.failed_at = time.monotonic()
             service.failures += 1
             self._handshakes = max(len(self.services), self._handshakes // 2)  # each service may try one
-            service.span = FIRST_BACKOFF if service.failures == 1 else min(longest, 2 * service.span)
+            service.span = FIRST_BACKOFF if service.failures == 1 else min(longest, 2 * service.span or FIRST_BACKOFF)
+            if self.is_eager and longest <= LAST_BACKOFF:
+                service.span = EAGER_SPAN
             # Measured from its beginning: one that took long to fail has been waiting already.
             service.retry_at = max(service.failed_at, began + service.span * random_fraction())
             service.trying = True
@@ -384,3 +398,8 @@ class Stock:
         with self._condition:  # a link is closed after it has left the set
             for link in self._links:
                 link.wake()
+
+
+def say_problem(service: Service) -> str:
+    """Why a service has no links, as far as that is known."""
+    return f"{WITHDRAWN}: {service.down}" if service.down else service.told or ""

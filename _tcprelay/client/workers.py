@@ -9,13 +9,14 @@ from typing import Any
 
 from ..client_options import ClientOptions
 from ..events import Published, Unpublished
+from ..messages import encode_message
 from ..processes import WorkerProcess, Workers
 from ..role import Relay
 from .stock import MOST_REASONS
 
 
 class ClientWorkers(Workers):
-    """The parent of a relay client's workers.
+    """The parent of a relay client's workers.  What it knows is of each service at each relay server.
 
     Parameters: the client; how many workers; and what has a new process be one of them, with its number and the count.
     """
@@ -23,44 +24,53 @@ class ClientWorkers(Workers):
     def __init__(self, client: Relay[ClientOptions], count: int, become_one_of: Callable[[int, int], None]) -> None:
         super().__init__(client, count)
         self._become_one_of = become_one_of
-        self._published: dict[str, set[int]] = {service.name: set() for service in client.options.services}
-        """Which workers have links of each service."""
-        self._told: dict[str, set[str]] = {name: set() for name in self._published}
-        """What was told of each service since it was published, or "" where it is: each reason once."""
-        self._addresses: dict[str, str] = {}
-        """Where each was last told to be."""
+        self._published: dict[tuple[str, str], set[int]] = {}
+        """Which workers have links."""
+        self._told: dict[tuple[str, str], set[str]] = {}
+        """What was told since it was published, or "" where it is: each reason once."""
+        self._addresses: dict[tuple[str, str], str] = {}
+        """Where it was last told to be."""
 
     def become(self, worker: WorkerProcess, intake: socket.socket) -> None:
         self._become_one_of(worker.number, len(self.workers))
 
     def renewed(self) -> None:
-        names = {service.name for service in self.role.options.services}
+        names = self._names
         for table in (self._published, self._told, self._addresses):
-            for name in table.keys() - names:
-                del table[name]
-        for name in names:
-            self._published.setdefault(name, set())
-            self._told.setdefault(name, set())
+            for key in [key for key in table if key[0] not in names]:
+                del table[key]
+
+    @property
+    def _names(self) -> set[str]:
+        return {service.name for service in self.role.options.services}
+
+    def hear(self, worker: WorkerProcess, message: dict[str, Any], payload: bytes, descriptors: list[int]) -> None:
+        """A service is withdrawn, or is back: one of the workers checks them for all."""
+        if "withdrawn" in message:
+            self.role.obey(message)
+            for other in self.workers:
+                if other.pid and other is not worker:
+                    other.send(encode_message(message))
 
     def lost(self, worker: WorkerProcess) -> None:
         for numbers in self._published.values():
             numbers.discard(worker.number)
 
     def tell(self, event: str, fields: dict[str, Any], worker: WorkerProcess) -> None:
-        """A service is published while one of the workers has links for it."""
-        service, reason = fields["service"], fields.get("reason", "")
-        if service not in self._published:
+        """A service is published at a relay server while one of the workers has links for it there."""
+        key, reason = (fields["service"], fields["relay"]), fields.get("reason", "")
+        if fields["service"] not in self._names:
             return  # published no more
-        moved = not reason and fields["address"] != self._addresses.get(service)
+        moved = not reason and fields["address"] != self._addresses.get(key)
+        published, told = self._published.setdefault(key, set()), self._told.setdefault(key, set())
         if event == "Published":
-            self._published[service].add(worker.number)
+            published.add(worker.number)
         else:
-            self._published[service].discard(worker.number)
-            if self._published[service]:
+            published.discard(worker.number)
+            if published:
                 return
-        told = self._told[service]
         if reason not in told or moved:
             few = told - {""} if reason and len(told) < MOST_REASONS else set()
-            self._told[service] = few | {reason}
-            self._addresses[service] = fields.get("address", "")
+            self._told[key] = few | {reason}
+            self._addresses[key] = fields.get("address", "")
             self.emit(Unpublished(**fields) if reason else Published(**fields))

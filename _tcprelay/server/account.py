@@ -49,6 +49,9 @@ class Account:
         self._numbers = memoryview(mmap.mmap(-1, 8 * size)).cast("q")
         self._held: list[Counter[tuple[Shares, Any]]] = [Counter() for _ in range(workers)]
         """What each worker has of the addresses' shares."""
+        self.withdrawn: dict[str, str] = {}
+        """Of services that a relay client has withdrawn: why all have, or "" where not all have.  Workers that are
+        there already hear of it by a message."""
 
     def open(self, kind: str, number: int | None = None) -> int:
         """Have a row for a service that there was not before, in a worker that of this number; returns the number."""
@@ -139,6 +142,7 @@ class WorkerAccount:
         self._lock = threading.Lock()  # over what is added to
         self.workers = account.workers
         self.open, self.close = account.open, account.close
+        self.withdrawn = account.withdrawn
 
     def settle(self, kind: str) -> None:
         """A service client, or a link, needs no link any more."""

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from ..addresses import show_address
+from ..hello import Faces
 from ..link import Link
 from ..protocol import ABORT
 from ..proxy_header import begins_header, may_begin_header
@@ -50,17 +51,20 @@ class NoLinkHere(Exception):
 NOBODY: frozenset[str] = frozenset()
 
 
-def make_stream(sock: socket.socket, name: str, address: Any, context: ssl.SSLContext | None) -> Stream:
-    """The stream over an accepted socket, with TLS where there is a context; before its handshake."""
+def make_stream(
+    sock: socket.socket, name: str, address: Any, context: ssl.SSLContext | None, faces: Faces | None = None
+) -> Stream:
+    """The stream over an accepted socket, with TLS where there is a context; before its handshake.  What it asks for
+    first may choose another one, where it is to see one of several `faces`."""
     if context is None:
         return Stream(sock, name, address)
-    return TLSStream(sock, name, context, address, server_side=True)
+    return TLSStream(sock, name, context, address, server_side=True, faces=faces)
 
 
 class ServiceClient:
     """A service client until its service has answered: its stream, and the bytes that it sent early."""
 
-    def __init__(self, service: str, sock: socket.socket, address: Any, context: ssl.SSLContext | None = None) -> None:
+    def __init__(self, service: str, sock: socket.socket, address: Any, faces: Faces | None = None) -> None:
         self.id = connection_id()
         self.service = service
         self.address = address
@@ -72,7 +76,7 @@ class ServiceClient:
         self.is_wary = False
         """A PROXY protocol header would be a fault, and nothing has ruled it out yet."""
         self.peer = show_address(address)
-        self.stream = make_stream(sock, f"service client {self.peer}", address, context)
+        self.stream = make_stream(sock, f"service client {self.peer}", address, faces.first if faces else None, faces)
         self.early = bytearray()
         self.ended = False
         """It has ended its direction: all that it sends is in `early`."""

@@ -206,6 +206,7 @@ class Greeting:
         pooled.proof = f"certificate {shown(proven, 64)}" if proven else vouched
         pooled.known_as = name if pooled.proof else ""
         pooled.worker = int(hello.number("worker", 0, 1e6))
+        pooled.is_doubtful = hello.fields.get("doubtful") is True
         pooled.wanted = self._intake.own_share(int(hello.number("idle", 1, 1e6)))
         welcome = {
             "heartbeat": runtime.options.heartbeat,

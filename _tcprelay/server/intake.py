@@ -44,7 +44,7 @@ from ..text import connection_id, say_error
 from ..threads import JOIN_TIMEOUT, Threads, join
 from ..waiting import Bell, Deadline
 from .account import LINKS, WorkerAccount
-from .leases import Ask, Leases
+from .leases import Ask, Leases, name_in
 from .clients import NoLinkHere, Refusal, ServiceClient
 from .listeners import Listeners
 from .pool import ENDING, Pool, unreachable
@@ -130,8 +130,15 @@ class Intake:
         """A service client is about to wait: tell where no relay client is connected.  In a worker the parent has done
         so: who comes here has had a link."""
 
-    def suspect(self, client: str) -> None:
+    def suspect(self, client: str, why: str) -> None:
         """A relay client seems to be out of reach."""
+
+    def withdraw(self, service: str, client: str, seconds: float, reason: str) -> None:
+        """A relay client has withdrawn its service, which holds for so many seconds."""
+        self._pool.withdraw(service, client, seconds, reason)
+
+    def note_back(self, service: str, client: str) -> None:
+        """A relay client has a new link for a service."""
 
 
 class PortIntake(Intake):
@@ -207,7 +214,7 @@ class PortIntake(Intake):
         if not service:
             threads.start(self.serve_link, sock, address)
             return
-        client = ServiceClient(service, sock, address, self._runtime.credentials.services)
+        client = ServiceClient(service, sock, address, self._runtime.credentials.faces_of(name_in(service)))
         if self.is_ready(client):
             self.arrive(client)
         try:
@@ -235,6 +242,9 @@ class ParentIntake(Intake):
         self._asked: dict[int, queue.SimpleQueue[dict[str, Any]]] = {}
         """Where the answers go to what the parent was asked."""
         self._questions = itertools.count(1)
+        self._withdrawn = account.withdrawn
+        """Of services that a relay client has withdrawn: why all have, or "" where not all have."""
+        pool.why_withdrawn = lambda service: self._withdrawn.get(service, "")
         pool.show, pool.count_waiting_elsewhere = account.show, account.count_waiting_elsewhere
         pool.show_members = account.show_members
 
@@ -278,8 +288,15 @@ class ParentIntake(Intake):
         client.passed_on = True
         raise NoLinkHere
 
-    def suspect(self, client: str) -> None:
-        self._runtime.tell_parent({"suspect": client})
+    def suspect(self, client: str, why: str) -> None:
+        self._runtime.tell_parent({"suspect": client, "why": why})
+
+    def withdraw(self, service: str, client: str, seconds: float, reason: str) -> None:
+        self._runtime.tell_parent({"withdraw": service, "client": client, "seconds": seconds, "reason": reason})
+
+    def note_back(self, service: str, client: str) -> None:
+        if service in self._withdrawn:
+            self._runtime.tell_parent({"back": service, "client": client})
 
     def ask(self, ask: Ask) -> str:
         number, answers = next(self._questions), queue.SimpleQueue[dict[str, Any]]()
@@ -303,6 +320,11 @@ class ParentIntake(Intake):
             self._note_answer(order)
         elif "given_back" in order:
             self._give_back(order["given_back"])
+        elif "withdrawn" in order:
+            self._withdrawn.clear()
+            self._withdrawn.update(order["withdrawn"])
+            for service in self._withdrawn:
+                self._pool.withdraw(service)
         else:
             return False
         return True
@@ -380,7 +402,7 @@ class ParentIntake(Intake):
                 served = True
                 self.serve_link(sock, address)
                 return
-            client = ServiceClient(service, sock, address, self._runtime.credentials.services)
+            client = ServiceClient(service, sock, address, self._runtime.credentials.faces_of(name_in(service)))
             client.resume(fields, early)
             client.unsettled = served = True
             if not self.is_ready(client):

@@ -9,6 +9,7 @@ A link out of the pool is owned by the thread that took it: a service client's, 
 
 from __future__ import annotations
 
+import logging
 import selectors
 import socket
 import time
@@ -34,6 +35,8 @@ from .pool import GONE, Pool
 from .pooled import PooledLink
 from .proxies import Proxies, Unsaid
 
+SILENT = "acknowledges nothing"
+"""Why a relay client is suspected whose host has not acknowledged a START."""
 REVOKE_TIMEOUT = 10.0
 """Seconds that what has lost its right is waited for; a thread that sends looks up within one."""
 SURPLUS_TIME = 60.0
@@ -94,6 +97,10 @@ class Links:
                 self._intake.leave("", address)
         if pooled is not None:
             pooled.address = address  # by which it was counted in
+            if pooled.is_doubtful or pooled.moved:
+                why = "has slept or moved" if pooled.is_doubtful else f"comes from {pooled.host} now"
+                self.suspect(pooled.client, why)
+                self._intake.suspect(pooled.client, why)
             self.give_back(pooled)
 
     def _join(self, pooled: PooledLink) -> None:
@@ -113,6 +120,7 @@ class Links:
         try:
             if first:
                 self._runtime.emit(ClientUp(name=pooled.name, peer=pooled.host, **where))
+            self._intake.note_back(pooled.service, pooled.client)
             self._runtime.emit(LinkUp(peer=pooled.peer, **where))
         except BaseException as error:
             self._forget(pooled, say_error(error))
@@ -161,6 +169,9 @@ class Links:
                 self._intake.offer(pooled.service)
             elif pooled.revoked:
                 self._say_revoked(pooled)
+            elif link.leaving and pooled.down:
+                self._intake.withdraw(pooled.service, pooled.client, pooled.down, pooled.farewell)
+                self.drop(pooled, pooled.farewell)
             elif link.spent:
                 self._retire(pooled, "it has lost packets, and a new one will be faster", again=True)
             else:
@@ -268,13 +279,14 @@ class Links:
         if splice and pooled.revoked:
             splice.break_off(pooled.revoked, hurry=True, close_link=True)
 
-    def suspect(self, client: str) -> None:
+    def suspect(self, client: str, why: str) -> None:
         """A relay client may be out of reach: have each of its idle links answer a PING before it is used."""
         doubtful = self._pool.hold_all(client)
         if doubtful:
-            self._runtime.log.warning(
-                "relay client %s at %s acknowledges nothing: its %d idle links are not used before they answer",
-                doubtful[0].name, doubtful[0].host, len(doubtful),
+            self._runtime.log.log(
+                logging.WARNING if why == SILENT else logging.INFO,
+                "relay client %s at %s %s: its %d idle links are not used before they answer",
+                doubtful[0].name, doubtful[0].host, why, len(doubtful),
             )  # fmt: skip
         for pooled in doubtful:
             pooled.unproven = True

@@ -28,7 +28,7 @@ from .greeting import HANDSHAKE_STEP
 from .intake import Intake
 from .leases import name_in
 from .limits import TOO_MANY_HANDSHAKES, Handshakes
-from .links import Links
+from .links import SILENT, Links
 from .pool import Pool
 from .pooled import PooledLink
 from .proxies import Proxies, Unsaid
@@ -187,6 +187,8 @@ class Pairing:
         cut, stream = self._runtime.cut, link.stream
         fields = {"id": client.id, "client": client.peer, "port": show_own(client.stream.sock),
                   "waiting": self._intake.count_waiting(client.service)}  # fmt: skip
+        if client.stream.protocol:
+            fields["alpn"] = client.stream.protocol
         out = bytearray(link.pack_control(START, fields))
         client.pass_early(link, out, 0)
         ready: dict[int, int] = {}
@@ -237,8 +239,8 @@ class Pairing:
         """
         sock = pooled.link.sock
         if path_is_dead(sock, SUSPICION) and is_resent(sock):
-            self._links.suspect(pooled.client)
-            self._intake.suspect(pooled.client)
+            self._links.suspect(pooled.client, SILENT)
+            self._intake.suspect(pooled.client, SILENT)
             if not client.early:
                 raise Unacknowledged("START is not acknowledged")
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from ..waiting import Deadline
 from .clients import NoLinkHere, Refusal
 from .pooled import Member, Origin, PooledLink
+from .withdrawals import Withdrawals, has_other
 
 STANDSTILL = 5.0
 """Seconds without a link for anybody after which a service counts as not served, where service clients wait."""
@@ -37,7 +38,10 @@ class Pool:
         """Likewise, with how many links there are, idle or not."""
         self.count_waiting_elsewhere: Callable[[str], int] = lambda service: 0
         """How many service clients wait in other processes."""
+        self.why_withdrawn: Callable[[str], str] = lambda service: self._withdrawals.why(service, self._members)
+        """Why a service is withdrawn by all relay clients, "" where it is not; called under the lock."""
         self._lock = threading.Lock()  # over all that follows
+        self._withdrawals = Withdrawals()
         self._waiting: dict[str, deque[_Waiter]] = {name: deque() for name in services}
         self._idle: dict[str, OrderedDict[Origin, OrderedDict[PooledLink, None]]] = {n: OrderedDict() for n in services}
         self._idle_counts = dict.fromkeys(services, 0)
@@ -80,6 +84,7 @@ class Pool:
             for table in (self._idle, self._idle_counts, self._expected, self._given_at):
                 del table[service]
             self._told.discard(service)
+            self._withdrawals.forget(service)
             return left
 
     def join(self, pooled: PooledLink) -> bool:
@@ -95,6 +100,8 @@ class Pool:
             if first:
                 self._members[key] = pooled.member
             pooled.member = self._members[key]
+            pooled.moved = not first and all(other.host != pooled.host for other in pooled.member.links)
+            self._withdrawals.forget(*key)
             pooled.member.links.add(pooled)
             self._count_members(pooled.service, 1)
             self._told.discard(pooled.service)
@@ -113,7 +120,23 @@ class Pool:
             if member.links:
                 return False
             del self._members[key]
+            self._withdrawals.leave(*key)
             return True
+
+    def withdraw(self, service: str, client: str = "", seconds: float = 0.0, reason: str = "") -> None:
+        """A relay client says that its service is down, which holds for so many seconds; where all have said so those
+        who wait are turned away.  Without a client the latter alone."""
+        with self._lock:
+            if client:
+                self._withdrawals.note(service, client, seconds, reason)
+            if self.why_withdrawn(service):
+                for waiter in self._waiting.get(service, ()):
+                    waiter.condition.notify()
+
+    def say_withdrawn(self, service: str) -> str:
+        """As `why_withdrawn`, without the lock."""
+        with self._lock:
+            return self.why_withdrawn(service)
 
     def members(self) -> list[PooledLink]:
         """All links, idle or not."""
@@ -125,7 +148,7 @@ class Pool:
         told, as it could before."""
         with self._lock:
             tell = bool(problem) and not pooled.member.problem
-            pooled.member.problem = problem
+            pooled.member.note(problem)
             return tell
 
     def survey(self) -> tuple[list[tuple[Member, list[PooledLink]]], set[PooledLink], dict[str, int]]:
@@ -186,8 +209,8 @@ class Pool:
     ) -> tuple[PooledLink, bool]:
         """An idle link of a relay client that is not in `failed`, waited for until the deadline; and whether it was.
 
-        There is no waiting after a failure: `reason` says why the last link failed.  A service client that had a
-        link before, in vain, is `first` in the queue.  Raises `Refusal`, and without `wait` `NoLinkHere`.
+        After a failure, of which `reason` says why, only relay clients that are there are waited for.  A service client
+        that had a link before, in vain, is `first` in the queue.  Raises `Refusal`, and without `wait` `NoLinkHere`.
         """
         with self._lock:
             if self._closed:
@@ -198,8 +221,10 @@ class Pool:
                 return pooled, False
             if not wait:
                 raise NoLinkHere
-            if failed and not any(p.service == service and p.client not in failed for p in self._aside):
+            if failed and not has_other(service, failed, self._members):
                 raise unreachable(reason)
+            if why := self.why_withdrawn(service):
+                raise unreachable(why)
             waiting = len(self._waiting[service]) + self.count_waiting_elsewhere(service)
             if waiting >= self.max_pending and not (first or self._is_served(service)):
                 raise TOO_MANY_WAIT.apart()
@@ -209,7 +234,10 @@ class Pool:
             self._waiting[service].insert(0 if first else len(self._waiting[service]), waiter)
             self._count(service, 0)
             try:
-                waiter.condition.wait_for(lambda: waiter.pooled or self._closed or waiter.is_gone, deadline.remaining())
+                waiter.condition.wait_for(
+                    lambda: waiter.pooled or self._closed or waiter.is_gone or self.why_withdrawn(service),
+                    deadline.remaining(),
+                )
                 if waiter.pooled is not None:
                     return waiter.pooled, True
                 if waiter.is_gone:
@@ -220,13 +248,15 @@ class Pool:
                     self._count(service, 0)
             if self._closed:
                 raise Refusal(ENDING, "draining")
+            if why := self.why_withdrawn(service):
+                raise unreachable(why)
             raise no_link(self._has_client(service))
 
     def is_unserved(self, service: str) -> bool:
         """Whether it is to be told that no relay client is connected for a service: once, until one is."""
         with self._lock:
             tell = service not in self._told and not self._closed and not self._has_client(service)
-            if tell:
+            if tell := tell and not self.why_withdrawn(service):
                 self._told.add(service)
             return tell
 
@@ -344,12 +374,12 @@ class Pool:
         return idle + list(self._aside)
 
     def _pick(self, service: str, failed: frozenset[str]) -> PooledLink | None:
-        """The best link of the next origin in turn; one that still owes a PONG only if there is no other."""
+        """The best link of the next origin in turn; one that owes a PONG, or has just failed, only as the last one."""
         origins, last_resort = self._idle[service], None
         for origin, links in origins.items():
             if origin[0] not in failed:
                 pooled = next(reversed(links))
-                if not pooled.pongs_due:
+                if not (pooled.pongs_due or pooled.member.is_shunned):
                     break
                 last_resort = last_resort or pooled
         else:

@@ -14,10 +14,15 @@ from ..splice import Splice
 from ..text import shown
 
 
+SHUN_TIME = 1.0
+"""Seconds for which a relay client that could not reach its service is asked last, so that not every service client has
+to find that out anew."""
+
+
 class Member:
     """A relay client as far as it has links for one service."""
 
-    __slots__ = ("carried", "links", "problem", "since")
+    __slots__ = ("_shunned_until", "carried", "links", "problem", "since")
 
     def __init__(self) -> None:
         self.links: set[PooledLink] = set()
@@ -26,6 +31,17 @@ class Member:
         """What was carried on links that are no more."""
         self.problem = ""
         """Why it could not reach the service when it was last asked to."""
+        self._shunned_until = 0.0
+
+    def note(self, problem: str) -> None:
+        """It has answered: it cannot reach the service, for this reason, or "" can."""
+        self.problem = problem
+        self._shunned_until = time.monotonic() + SHUN_TIME if problem else 0.0
+
+    @property
+    def is_shunned(self) -> bool:
+        """Others are to be asked first."""
+        return bool(self.problem) and time.monotonic() < self._shunned_until
 
 
 class PooledLink:
@@ -69,6 +85,12 @@ class PooledLink:
         self.settling = False
         """Unproven since its connection is over here, but the relay client has not shown that it has passed all bytes
         on: to a service that reads slowly, say, and hears nothing else meanwhile.  Silence says nothing then."""
+        self.down = 0.0
+        """Seconds for which its relay client has withdrawn the service, where it has said so in BYE."""
+        self.is_doubtful = False
+        """Its relay client has had it opened since the others may be dead."""
+        self.moved = False
+        """None of those of its relay client comes from the same host."""
         self.farewell = "the relay client gave it up"
         """Why it is given up, where the relay client has said BYE."""
         self.member = Member()
@@ -105,7 +127,8 @@ class PooledLink:
         would keep the keeper busy."""
         self.hear()
         if frame.kind == BYE:
-            self.farewell = shown(frame.text("reason")) or self.farewell
+            self.farewell = shown(frame.text("reason"), 400) or self.farewell
+            self.down = frame.number("down", 0, 3600)
         elif frame.kind == PONG:
             self.pongs_due -= 1
             if self.pongs_due < 0:

@@ -34,7 +34,11 @@ def survey_pool(pool: Pool, known: Status) -> tuple[Status, dict[str, str]]:
     members, idle, waiting = pool.survey()
     vias: dict[str, str] = {}
     clients = tuple(show_client(member, links, idle, vias) for member, links in members if links)
-    rows = [ServiceStatus(name=name, waiting=count) for name, count in waiting.items()]
+    rows = [
+        ServiceStatus(name=name, waiting=count, problem=f"withdrawn by its relay client: {why}" if why else "")
+        for name, count in waiting.items()
+        for why in [pool.say_withdrawn(name)]
+    ]
     rows += [
         ServiceStatus(name=client.service, links_idle=client.links_idle, links_busy=client.links_busy)
         for client in clients

@@ -21,6 +21,7 @@ from ..system import ssl
 from ..text import is_tls_error, random_id, say_error
 from ..tls import NOT_TLS
 from .clients import Refusal
+from .faces import load_faces
 
 REJECTIONS = ("TLSV1_ALERT_UNKNOWN_CA", "SSLV3_ALERT_BAD_CERTIFICATE", "SSLV3_ALERT_CERTIFICATE_UNKNOWN",
               "SSLV3_ALERT_CERTIFICATE_EXPIRED")  # fmt: skip
@@ -58,7 +59,6 @@ def load_credentials(options: ServerOptions) -> Credentials:
         if not (token or open_to_all):
             path = private_file(os.path.join(directory, "token"), lambda: random_id(32).encode() + b"\n")
             token = read_secret("--state-dir", path)
-    on_port: ssl.SSLContext | None = None
     links, shown = None, ""
     if on_links:
         links = make_context(options, True, cert, key, options.pfx)
@@ -66,12 +66,8 @@ def load_credentials(options: ServerOptions) -> Credentials:
     if links is not None and options.auth:
         trust(links, options.ca_file)
         links.verify_mode = ssl.CERT_REQUIRED
-    if on_services:
-        files, prefix = (cert, key, options.pfx), "--"
-        if options.service_cert or options.service_pfx:
-            files, prefix = (options.service_cert, options.service_key, options.service_pfx), "--service-"
-        on_port = make_context(options, True, *files, prefix=prefix)
-    return Credentials(token, links, on_port, rights=rights, certificate=shown)
+    ports, digests = load_faces(options, cert, key) if on_services else (None, ())
+    return Credentials(token, links, ports, rights=rights, certificate=shown, service_certificates=digests)
 
 
 def invitation(options: ServerOptions, credentials: Credentials, port: int, with_secrets: bool) -> str:

@@ -33,6 +33,7 @@ from .leases import MOST_LEASES, Ask, Leases
 from .listeners import Listeners
 from .pool import ENDING, GONE, TOO_MANY_WAIT, are_links_given, no_link, unreachable
 from .proxies import glance
+from .withdrawals import Withdrawals, has_other
 
 
 class Visitor:
@@ -90,6 +91,9 @@ class ServerWorkers(Workers):
         self._given_at = dict.fromkeys(services, 0.0)
         """When a service client was last sent to a worker that has a link for it."""
         self._next_give_up = 0.0
+        self._next_retry = 0.0
+        """When those who wait after a failure may go again where there was nothing for them."""
+        self._withdrawals = Withdrawals()
         listeners.hand_on, listeners.is_full = self._receive_connection, self._is_full
 
     @property
@@ -165,6 +169,9 @@ class ServerWorkers(Workers):
         if options.max_connections and self._count_clients() >= options.max_connections:
             self._refuse(visitor, TOO_MANY_CONNECTIONS)
         elif queue or not self._send(visitor):
+            if why := self._account.withdrawn.get(visitor.service):
+                self._refuse(visitor, unreachable(why))
+                return
             self._note_unserved(visitor)
             if len(queue) >= options.max_pending:
                 self._refuse(visitor, TOO_MANY_WAIT)
@@ -218,11 +225,33 @@ class ServerWorkers(Workers):
 
     def _serve_queue(self, service: str) -> None:
         """Pair waiting service clients with idle links; the queue's length is shown before the account is read."""
-        queue = self._queues[service]
+        queue, at = self._queues[service], 0
         self._account.show_queue(service, len(queue))
-        while queue and self._send(queue[0]):
-            queue.popleft()
-            self._account.show_queue(service, len(queue))
+        while at < len(queue):
+            if self._send(queue[at]):
+                del queue[at]
+                self._account.show_queue(service, len(queue))
+            elif queue[at].visited:
+                at += 1  # others may go where there is nothing for this one
+            else:
+                return
+
+    # Services that relay clients have withdrawn
+
+    def _note_withdrawn(self) -> None:
+        """Tell the workers where it is another service, or for another reason, that is withdrawn by all, and turn away
+        those who wait for it here."""
+        services = [service for service in self._withdrawals.services() if service in self._queues]
+        withdrawn = {service: self._withdrawals.why(service, self._present) for service in services}
+        if withdrawn == self._account.withdrawn:
+            return
+        self._account.withdrawn.clear()
+        self._account.withdrawn.update(withdrawn)
+        for worker in self._living():
+            worker.send(encode_message({"withdrawn": withdrawn}))
+        for service, why in withdrawn.items():
+            while why and (visitor := self._next(service)):
+                self._refuse(visitor, unreachable(why))
 
     def _next(self, service: str) -> Visitor | None:
         queue = self._queues[service]
@@ -269,6 +298,7 @@ class ServerWorkers(Workers):
         for table in (self._queues, self._given_at):
             table.pop(key, None)
         self._told.discard(key)
+        self._withdrawals.forget(key)
         self._account.close(key)
         for worker in self._living():
             worker.send(encode_message({"given_back": key}))
@@ -294,6 +324,12 @@ class ServerWorkers(Workers):
             for other in self._living():
                 if other is not worker:
                     other.order(encode_message(message))
+        elif "withdraw" in message:
+            self._withdrawals.note(message["withdraw"], message["client"], message["seconds"], message["reason"])
+            self._note_withdrawn()
+        elif "back" in message:
+            self._withdrawals.forget(message["back"], message["client"])
+            self._note_withdrawn()
         elif "ask" in message:
             self._answer(worker, message["ask"], message["for"])
         elif "left" in message:
@@ -328,8 +364,13 @@ class ServerWorkers(Workers):
         if state["failed"]:
             visitor.visited.add(worker.number)
             state["visited"] = list(visitor.visited)
-            if not self._send(visitor):
+            if self._send(visitor):
+                return
+            if not has_other(visitor.service, state["failed"], self._present):
                 self._refuse(visitor, unreachable(state["reason"]))
+                return
+        if why := self._account.withdrawn.get(visitor.service):
+            self._refuse(visitor, unreachable(why))
             return
         self._note_unserved(visitor)
         queue = self._queues[visitor.service]  # where it has its place by the moment at which it came
@@ -345,6 +386,8 @@ class ServerWorkers(Workers):
                 self._told.discard(key[0])
                 self.emit(self._present[key][0])
             self._present[key][1].add(worker.number)
+            self._withdrawals.forget(*key)
+            self._note_withdrawn()
         elif key in self._present:
             self._absent(key, worker, fields["reason"])
 
@@ -353,6 +396,8 @@ class ServerWorkers(Workers):
         numbers.discard(worker.number)
         if not numbers:
             del self._present[key]
+            self._withdrawals.leave(*key)
+            self._note_withdrawn()
             self.emit(ClientDown(service=up.service, client=up.client, name=up.name, peer=up.peer, reason=reason))
 
     def lost(self, worker: WorkerProcess) -> None:
@@ -366,7 +411,12 @@ class ServerWorkers(Workers):
         self.leases.look()
         wait, now = min(1.0, self._listeners.look()), time.monotonic()
         self.emit.tell_floods()
+        self._note_withdrawn()
+        retry = now >= self._next_retry
+        self._next_retry = now + self.LOOK_AGAIN if retry else self._next_retry
         for service, queue in list(self._queues.items()):
+            for visitor in queue if retry else ():
+                visitor.visited, visitor.state = set(), visitor.state | ({"visited": []} if visitor.state else {})
             while queue and queue[0].deadline <= now:  # first of all: they leave whatever goes wrong with the queue
                 self._refuse(queue.popleft(), no_link(self._has_client(service)))
             self._serve_queue(service)

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 from ..carried import SLOT
 from ..tally import DURATION_BOUNDS, MOST_EVENTS, PAIRING_BOUNDS
 
+WITHDRAWN = "withdrawn, since its check fails"
+"""How the problem of a service begins that a relay client has withdrawn."""
 MOST_CONNECTIONS = 200
 """Connections that are shown: half of them the newest, and half those that have carried most."""
 
@@ -150,6 +152,18 @@ class ClientStatus:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RelayStatus:
+    """On a relay client: a relay server, and the links to it."""
+
+    address: str = _told()
+    links_idle: int = _sum()
+    links_busy: int = _sum()
+    links_opening: int = _sum()
+    problem: str = _told()
+    """Why there is no link to it for one of the services; "" where there are."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PartyStatus:
     """What has been carried for a service by the relay clients of one name, since the start: for the metrics."""
 
@@ -270,6 +284,8 @@ class Status:
     """The numbers of those that have not answered: what they do is left out."""
     services: tuple[ServiceStatus, ...] = _rows(ServiceStatus, _by("name"))
     clients: tuple[ClientStatus, ...] = _rows(ClientStatus, _by("service", "id"))
+    relays: tuple[RelayStatus, ...] = _rows(RelayStatus, _by("address"))
+    """On a relay client: the relay servers."""
     parties: tuple[PartyStatus, ...] = _rows(PartyStatus, _by("service", "name"))
     open: int = _sum()
     """How many connections are open."""

@@ -22,7 +22,7 @@ from ..splice import Splice
 from ..tally import Histogram, Recent, Tally
 from .report import (
     ClientStatus, ConnectionStatus, EventStatus, FailureStatus, HistogramStatus, PartyStatus, ProcessStatus,
-    ServiceStatus, Status, merge, pick_connections,
+    WITHDRAWN, ServiceStatus, Status, merge, pick_connections,
 )  # fmt: skip
 
 
@@ -169,10 +169,13 @@ def concluded(status: Status) -> Status:
         problem = ""
         if status.role == "server":
             clients = by_service.get(service.name, [])
-            if not clients:
-                problem = "no relay client is connected"
+            if service.problem or not clients:
+                problem = service.problem or "no relay client is connected"
             elif all(client.problem for client in clients):
                 problem = clients[0].problem
+        elif service.problem.startswith(WITHDRAWN):
+            problem = service.problem  # connections that live may have links still
+            problems.append(f"service {service.name} is {problem}")
         elif not (service.links_idle or service.links_busy):
             problem = service.problem or "no answer from the relay yet"
             problems.append(f"service {service.name} has no link: {problem}")

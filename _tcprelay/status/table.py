@@ -88,6 +88,17 @@ def _say_relay(page: _Page, status: Mapping[str, Any]) -> None:
         numbers = ", ".join(map(str, missing))
         text = f"{len(missing)} of {_count(status, 'workers')} workers did not answer (number {numbers})"
         page.say(f"{text}: that part is left out below", style="yellow")
+    _say_relays(page, status)
+
+
+def _say_relays(page: _Page, status: Mapping[str, Any]) -> None:
+    """On a relay client the relay servers, where there are several: which of them it has links to."""
+    rows = _rows(status, "relays")
+    for row in rows if len(rows) > 1 else ():
+        links = f"{_many(_count(row, 'links_idle'), 'link')} idle, {_count(row, 'links_busy')} busy"
+        problem = _text(row, "problem")
+        text = f"{_text(row, 'address')}: {links}" + (f"; PROBLEM: {problem}" if problem else "")
+        page.say(text, 2, 4, "red" if problem else "")
 
 
 def _say_service(

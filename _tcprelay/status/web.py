@@ -3,7 +3,7 @@
     GET /               the page for people
     GET /status.json    the status, as `report.as_dict` has it
     GET /metrics        the metrics, in the format that is asked for
-    GET /healthz        whether the role does its work: 200 or 503
+    GET /healthz        whether the role does its work: 200 or 503; with ?service=NAME also whether that can be reached
 
 All of it is read-only.  Over TCP a browser on this host could be led here by any page that it shows: so requests must
 name this host by an address (a name could be made to mean it: DNS rebinding), or know the token; those that another
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 
 from ..protocol import is_same
-from ..text import random_id
+from ..text import random_id, shown
 from .metrics import content_type, render
 from .page import page, security_policy
 from .report import Status, as_dict
@@ -42,6 +42,8 @@ class Request:
     path: str
     headers: Mapping[str, str] = field(default_factory=dict)
     """By their names in lower case."""
+    services: tuple[str, ...] = ()
+    """Those that are asked for: ?service=NAME."""
 
 
 class Wrong(Exception):
@@ -73,7 +75,9 @@ def parse(head: bytes) -> Request:
         if not colon or not name or name != name.strip() or twice:
             raise Wrong(HTTPStatus.BAD_REQUEST, "This port speaks HTTP/1.1.")
         headers[name] = ", ".join(filter(None, [headers.get(name), value.strip()]))
-    return Request(words[0], words[1].partition("?")[0], headers)
+    path, _, query = words[1].partition("?")
+    asked = (word.partition("=") for word in query.split("&"))
+    return Request(words[0], path, headers, tuple(value for name, _, value in asked if name == "service"))
 
 
 def admit(request: Request, token: bytes, is_local: bool) -> bool:
@@ -131,9 +135,10 @@ def is_address(host: str) -> bool:
 def answer(request: Request, status: Status, sees_all: bool) -> bytes:
     """The answer to a request that may have one."""
     if request.path == "/healthz":
-        code = HTTPStatus.OK if status.is_healthy else HTTPStatus.SERVICE_UNAVAILABLE
-        said = list(status.problems) if sees_all else []
-        text = "\n".join(said or ["well" if status.is_healthy else "not well"]) + "\n"
+        problems = [*status.problems, *(why for name in request.services if (why := say_unreachable(status, name)))]
+        code = HTTPStatus.SERVICE_UNAVAILABLE if problems else HTTPStatus.OK
+        said = problems if sees_all else []
+        text = "\n".join(said or ["not well" if problems else "well"]) + "\n"
         whole = encode(code, "text/plain; charset=utf-8", text.encode())
     elif request.path == "/metrics":
         kind, is_open = content_type(request.headers.get("accept", ""))
@@ -145,6 +150,15 @@ def answer(request: Request, status: Status, sees_all: bool) -> bytes:
         policy = {"Content-Security-Policy": security_policy(nonce)}
         whole = encode(HTTPStatus.OK, "text/html; charset=utf-8", page(nonce), policy)
     return whole if request.method == "GET" else whole.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
+
+
+def say_unreachable(status: Status, name: str) -> str:
+    """Why service clients of a service cannot be served, "" where they can: for what stands before several relay
+    servers, of which one that has just been started has no relay clients yet."""
+    service = next((service for service in status.services if service.name == name), None)
+    if service is None:
+        return f"there is no service {shown(name, 64)}"
+    return f"service {service.name}: {service.problem}" if service.problem else ""
 
 
 def encode(status: HTTPStatus, kind: str, body: bytes, more: Mapping[str, str] | None = None) -> bytes:

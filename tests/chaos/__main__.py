@@ -19,7 +19,9 @@ from typing import NoReturn
 import pytest
 
 from ..watch import WATCH
-from . import hostile, limits, load, mayhem, network, pairing, paths, rate, rights, storm, streams  # noqa: F401 - they register
+from . import (  # noqa: F401 - they register
+    flaps, fleet, hostile, limits, load, mayhem, network, pairing, paths, rate, rights, storm, streams,
+)  # fmt: skip
 from .suite import CASES, Case, Figure, read_figures, running, write_figures
 
 GRACE = 30.0

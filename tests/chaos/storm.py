@@ -27,6 +27,7 @@ from _tcprelay.protocol import (
 )  # fmt: skip
 from tcprelay import Publication, RelayClient
 
+from ..conftest import stock_of
 from ..peers import HOST, RelayProcess
 from .relays import TOKEN, Legs
 from .suite import Run, case
@@ -292,8 +293,8 @@ class DistantClient:
     def _fail(self, error: Exception) -> None:
         """An attempt has failed: try again when the product's own client would."""
         self._crowd.lost += self._connected and not self._up
-        with self._crowd.rules._stock._condition:
-            self._crowd.rules._stock._back_off(self._service, self.since, longest_backoff(error))
+        with stock_of(self._crowd.rules)._condition:
+            stock_of(self._crowd.rules)._back_off(self._service, self.since, longest_backoff(error))
         self._again()
 
     def _again(self) -> None:
