@@ -89,8 +89,8 @@ class RelayClient(Relay[ClientOptions]):
         super().__init__(Runtime("tcprelay.client", checked, checked.max_conn, on_event))
         self._id = random_id(8)
         self._own = OwnConnections()
-        self._refused_by: set[str] = set()
-        """The relay servers that refuse this client."""
+        self._refuses: dict[str, bool] = {}
+        """Whether each relay server refuses this client, as far as it has been told of."""
         self._checks = Checks(self.runtime)
         self.runtime.emit.listener = self._obey_refusal
         self._become_one_of(0, 1)
@@ -123,10 +123,10 @@ class RelayClient(Relay[ClientOptions]):
     def _apply(self, options: ClientOptions, credentials: Credentials) -> None:
         names = {service.name for service in options.services}
         gone = [service.name for service in self.options.services if service.name not in names]
-        serves = self._started and not self._closed
-        fresh = self._branches.missing(options.services) if serves else []
-        super()._apply(options, credentials)
-        self._branches.replace(options.services, fresh)
+        with self._branches.changing:
+            fresh = self._branches.missing(options.services) if self._started and not self._closed else []
+            super()._apply(options, credentials)
+            self._branches.replace(options.services, fresh)
         self._checks.renew()
         self.runtime.places.most = self._share(options.max_conn) if options.max_conn else from_descriptor_limit()
         if not self.runtime.is_worker:
@@ -144,7 +144,9 @@ class RelayClient(Relay[ClientOptions]):
     def _survey(self) -> tuple[Status, dict[str, str]]:
         services, relays = self._branches.survey()
         if not services:  # before the start, and in the parent of workers
-            services = tuple(ServiceStatus(name=one.name, target=str(one.target)) for one in self.options.services)
+            services = tuple(
+                ServiceStatus(name=one.name, target=str(one.target), is_published=True) for one in self.options.services
+            )
         return Status(role=self.ROLE, address=self._say_relays(), services=services, relays=relays), {}
 
     def _say_relays(self) -> str:
@@ -161,11 +163,10 @@ class RelayClient(Relay[ClientOptions]):
 
     def _obey_refusal(self, event: Event) -> None:
         """For the command: end where all relay servers refuse this client, and that is asked for."""
-        if isinstance(event, Published):
-            self._refused_by.discard(event.relay)
-        elif isinstance(event, Unpublished):
-            (self._refused_by.add if event.lasting else self._refused_by.discard)(event.relay)
-        refused = self.options.exit_on_refusal and len(self._refused_by) >= len(self.options.relays)
+        if isinstance(event, (Published, Unpublished)):
+            self._refuses[event.relay] = isinstance(event, Unpublished) and event.lasting
+        most = max(len(self.options.relays), self._branches.count())
+        refused = all(self._refuses.values()) and len(self._refuses) >= most and self.options.exit_on_refusal
         if refused and self.signals is not None and not self.signals.status:
             self.runtime.log.error("ending, since no link can be had before something is changed (--exit-on-refusal)")
             self.signals.give_up(REFUSED_STATUS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import gc
 import math
@@ -49,12 +50,13 @@ class WorkerProcess:
         """Reloads that it has not done yet."""
 
     def order(self, message: bytes) -> bool:
-        """Send it a signal's number or a message, unless it has died or its channel is full: False."""
+        """Send it a signal's number or a message, unless it has died or its channel is full: False.  One that is too
+        long for any channel is left out: what comes behind it must not wait for ever."""
         try:
             self.channel.send(message, socket.MSG_DONTWAIT)
             return True
-        except OSError:
-            return False
+        except OSError as error:
+            return error.errno == errno.EMSGSIZE
 
     def send(self, message: bytes) -> None:
         """Send it a message that must not be lost, behind those that are to be sent."""

@@ -127,6 +127,7 @@ class Runtime(Generic[OptionsT]):
     def become_worker(self, channel: socket.socket) -> None:
         """Have a parent at the other end of the channel: it hears of the events that are about the role as a whole."""
         self._channel = channel
+        self.emit.begin_anew()
         self.emit.pass_on = lambda event: self.tell_parent({"event": type(event).__name__, "fields": asdict(event)})
 
     def tell_parent(self, message: dict[str, Any]) -> None:

@@ -45,6 +45,8 @@ class Splice:
         self.service = service
         self.peer = peer
         self.name = name
+        self.party = service, name
+        """Under what it is counted: see `Splices`."""
         self.stream = stream
         self.link = link
         self.to_link = Flow(stream, link.sink, first)

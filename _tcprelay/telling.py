@@ -36,6 +36,10 @@ class Events:
         self._lock = threading.Lock()  # over the next
         self._floods: dict[type[Event], tuple[float, int]] = {}  # since when, how many
 
+    def begin_anew(self) -> None:
+        """In a process that has just been forked: what was counted is its parent's."""
+        self.tally, self._lock, self._floods = Tally(), threading.Lock(), {}
+
     def __call__(self, event: Event) -> None:
         if event.of_all and self.pass_on is not None:
             self.pass_on(event)

@@ -118,8 +118,9 @@ class Splices:
         self._half_close_timeout = half_close_timeout
         self._dead_path = dead_path
         self._probing = probing or Probing()
-        self._condition = threading.Condition()  # over the next two
+        self._condition = threading.Condition()  # over the next three
         self._all: set[Splice] = set()
+        self._parties: set[Party] = set()
         self._over: dict[Party, Carried] = {}
         """What those have carried that are over."""
         self.history = History()
@@ -133,18 +134,22 @@ class Splices:
         return len(self._all)
 
     def add(self, splice: Splice) -> None:
-        """Watch a connection from now on."""
+        """Watch a connection from now on, and count it for its service and relay client as long as there are not too
+        many of these; the pair is chosen once, so that no count becomes less."""
         with self._condition:
+            party = splice.service, splice.name
+            if party not in self._parties and len(self._parties) >= MOST_PARTIES:
+                full = (splice.service, OTHERS) not in self._parties and len(self._parties) >= 2 * MOST_PARTIES
+                party = (OTHERS if full else splice.service), OTHERS
+            self._parties.add(party)
+            splice.party = party
             self._all.add(splice)
 
     def remove(self, splice: Splice) -> None:
         """A connection is over; from here on it counts among those that were."""
-        party = splice.service, splice.name
         with self._condition:
             self._all.discard(splice)
-            over = self._over.get(party)
-            if over is None:
-                over = self._over.setdefault(party if len(self._over) < MOST_PARTIES else (OTHERS, OTHERS), Carried())
+            over = self._over.setdefault(splice.party, Carried())
             over.add(splice)
             over.broken += bool(splice.reason)
             self._condition.notify_all()
@@ -162,10 +167,9 @@ class Splices:
             living = list(self._all)
         for batch in in_batches(living):
             for splice in batch:
-                party = splice.service, splice.name
-                found = carried.get(party)
+                found = carried.get(splice.party)
                 if found is None:
-                    found = carried.setdefault(party if len(carried) < MOST_PARTIES else (OTHERS, OTHERS), Carried())
+                    found = carried[splice.party] = Carried()
                 found.add(splice)
                 found.open += 1
         return carried

@@ -29,7 +29,7 @@ def waves(most: int) -> tuple[int, ...]:
 def server_status() -> Status:
     """Of a relay server with three services, two of which are served."""
     ssh = ServiceStatus(
-        name="ssh", address="[::]:2222", links_idle=13, links_busy=3, open=3, opened=1041, broken=2,
+        name="ssh", address="[::]:2222", is_published=True, links_idle=13, links_busy=3, open=3, opened=1041, broken=2,
         failed={"unreachable": 4, "no-link": 1}, failures_hour=2,
         last_failure=FailureStatus(time=NOW - 130, reason="no link was idle in time (--pair-timeout)"),
         bytes_in=10_433_221, bytes_out=5_368_709_120, rate_in=1_204.5, rate_out=1_843_200.0,
@@ -37,12 +37,13 @@ def server_status() -> Status:
         duration=duration(0, 10, 300, 500, 200, 20, 6, 2, sum=86_400.25),
     )  # fmt: skip
     web = ServiceStatus(
-        name="web", address="203.0.113.7:8080", links_idle=8, opened=20, bytes_in=4_000, bytes_out=1_234_567,
+        name="web", address="203.0.113.7:8080", is_published=True,
+        links_idle=8, opened=20, bytes_in=4_000, bytes_out=1_234_567,
         history_in=waves(10), history_out=waves(1000), pairing=pairing(20, sum=0.011),
         duration=duration(3, 17, sum=1.5),
     )  # fmt: skip
     nas = ServiceStatus(
-        name="backup@20001", address="[::]:20001", waiting=2, problem="no relay client is connected",
+        name="backup@20001", address="[::]:20001", is_published=True, waiting=2, problem="no relay client is connected",
         history_in=(0,) * SLOTS, history_out=(0,) * SLOTS, failed={"no-link": 17}, failures_hour=17,
         last_failure=FailureStatus(
             time=NOW - 3, reason="no link was idle in time (--pair-timeout); no relay client is connected"
@@ -95,12 +96,14 @@ def server_status() -> Status:
 def client_status() -> Status:
     """Of a relay client with two services, one of which is published."""
     ssh = ServiceStatus(
-        name="default", address="relay.example.net:2222", target="localhost:22", links_idle=7, links_busy=1,
+        name="default", address="relay.example.net:2222", is_published=True,
+        target="localhost:22", links_idle=7, links_busy=1,
         links_opening=1, open=1, opened=12, bytes_in=5_000, bytes_out=70_000, rate_in=10.0, rate_out=250.5,
         history_in=waves(20), history_out=waves(500), pairing=pairing(12, sum=0.004), duration=duration(0, 11, sum=3.0),
     )  # fmt: skip
     web = ServiceStatus(
-        name="web", target="unix:/run/web.sock", problem="the relay server refuses it: nas may not publish web",
+        name="web", target="unix:/run/web.sock", is_published=True,
+        problem="the relay server refuses it: nas may not publish web",
         history_in=(0,) * SLOTS, history_out=(0,) * SLOTS,
     )  # fmt: skip
     connection = ConnectionStatus(id="0badcafe", service="default", peer="192.0.2.1:50311", via="localhost:22",

@@ -92,8 +92,8 @@ class Load:
 
     AT_ONCE = 4
 
-    def __init__(self, port: int) -> None:
-        self._port = port
+    def __init__(self, port: int, patience: float = SLOW) -> None:
+        self._port, self._patience = port, patience
         self.errors: list[float] = []
         self.served = 0
         self._lock = threading.Lock()  # over both
@@ -104,8 +104,8 @@ class Load:
         while not self._over.is_set():
             began = time.monotonic()
             try:
-                with socket.create_connection((HOST, self._port), SLOW) as sock:
-                    sock.settimeout(SLOW)
+                with socket.create_connection((HOST, self._port), self._patience) as sock:
+                    sock.settimeout(self._patience)
                     sock.sendall(b"hello")
                     read_exactly(sock, 5)
                 with self._lock:
@@ -199,7 +199,7 @@ def test_a_relay_server_that_is_stopped(front: Front) -> None:
 @pytest.mark.peer("haproxy")
 def test_a_relay_server_that_is_drained_loses_none(front: Front) -> None:
     """HAProxy is told first; then it ends when its connections have, and is started anew: no service client notices."""
-    with ExitStack() as stack, Load(front.port) as load:
+    with ExitStack() as stack, Load(front.port, PATIENCE) as load:
         held = [stack.enter_context(socket.create_connection((HOST, front.port), PATIENCE)) for _ in range(8)]
         for sock in held:
             sock.sendall(b"x")

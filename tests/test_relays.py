@@ -7,7 +7,6 @@ import socket
 import ssl
 import subprocess
 import sys
-import time
 from typing import Any
 
 import pytest
@@ -16,8 +15,8 @@ from _tcprelay.addresses import Endpoint
 from _tcprelay.client import branches as branches_room
 from _tcprelay.names import Addresses, Name
 from tcprelay import (
-    ClientDown, ClientOptions, ConnectionClosed, LinkRefused, Published, RelayClient, RelayServer, ServiceStatus,
-    Unpublished,
+    ClientDown, ClientOptions, ConnectionClosed, LinkRefused, Published, RelayClient, RelayServer, ServiceBack,
+    ServiceDown, ServiceStatus, Unpublished,
 )  # fmt: skip
 
 from .certificates import Certificates
@@ -170,7 +169,7 @@ def test_each_has_its_own_pin(bench: Bench, certificates: Certificates) -> None:
     right, wrong, vouched = servers
     pins = [f"{relay_of(right)}={pin}", f"{relay_of(wrong)}=sha256:{'0' * 64}"]
     client_of(bench, *servers, token=TOKEN, tls="relay", pin=pins)
-    [refused] = bench.server_events.wait(LinkRefused)
+    [refused, *_] = bench.server_events.wait(LinkRefused)
     assert "--pin" in refused.reason
     assert answers(bench, right) and answers(bench, vouched)
     [down] = bench.client_events.wait(Unpublished)
@@ -296,17 +295,6 @@ def test_addresses_appear_and_vanish(bench: Bench, found: Found) -> None:
     wait_until(lambda: other.counters["links_idle"] == 2)
 
 
-def test_a_name_server_that_is_silent_takes_nothing_away(bench: Bench, found: Found) -> None:
-    port, servers = start_servers(bench, "127.0.0.1", "127.0.0.2")
-    found.hosts = list(servers)
-    client_of(bench, f"relay.example:{port}", relay_all=True, token=TOKEN)
-    wait_until(lambda: all(server.counters["links_idle"] == 2 for server in servers.values()))
-    found.hosts, looked = None, time.monotonic()
-    wait_until(lambda: time.monotonic() - looked > 1.5)  # the keeper looks once a second
-    assert all(server.counters["links_idle"] == 2 for server in servers.values())
-    assert not bench.server_events.of(ClientDown)
-
-
 def test_a_name_that_nobody_knows_is_told(bench: Bench, found: Found, monkeypatch: pytest.MonkeyPatch) -> None:
     """The name itself is dialled then, which says why; once there are addresses they take its place."""
     monkeypatch.setattr(branches_room, "FIRST_LOOK", 0.1)
@@ -388,3 +376,89 @@ def test_the_end_at_a_refusal(peers: Peers, refusing: int) -> None:
         finally:
             process.kill()
     assert process.returncode == (3 if refusing == 2 else 0)
+
+
+def test_the_pin_is_that_of_the_name(bench: Bench, found: Found, certificates: Certificates) -> None:
+    """It counts for all addresses behind it: what is not told for an address is no leave to take anybody."""
+    port = unused_port()
+    files: dict[str, Any] = {
+        "cert": certificates.path("server.pem"),
+        "key": certificates.path("server.key"),
+        "tls": "relay",
+    }
+    server = bench.enter(RelayServer(port, 0, hostname="127.0.0.2", token=TOKEN, drain_timeout=0,
+                                     on_event=bench.server_events, **files))  # fmt: skip
+    found.hosts, name = ["127.0.0.2"], f"relay.example:{port}"
+    wrong = client_of(bench, name, relay_all=True, token=TOKEN, tls="relay", pin=f"{name}=sha256:{'0' * 64}")
+    [refused, *_] = bench.server_events.wait(LinkRefused)
+    assert "--pin" in refused.reason and server.counters["links_idle"] == 0
+    wrong.end(0)
+    client_of(bench, name, relay_all=True, token=TOKEN, tls="relay", pin=f"{name}=sha256:{digest_of(certificates)}")
+    wait_until(lambda: server.counters["links_idle"] == 2)
+
+
+def test_a_name_server_that_is_silent_takes_nothing_away(
+    bench: Bench, found: Found, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor once it is so late that the name itself would be dialled."""
+    monkeypatch.setattr(branches_room, "FIRST_LOOK", 0.0)
+    port, servers = start_servers(bench, "127.0.0.1", "127.0.0.2")
+    found.hosts = list(servers)
+    client = client_of(bench, f"relay.example:{port}", relay_all=True, token=TOKEN)
+    wait_until(lambda: all(server.counters["links_idle"] == 2 for server in servers.values()))
+    looks = count_looks(client, monkeypatch)
+    found.hosts = None
+    wait_until(lambda: len(looks) > 1)  # the first may have begun before
+    assert [row.address for row in client.status().relays] == [f"{host}:{port}" for host in servers]
+    assert not bench.client_events.of(Unpublished)
+
+
+def test_an_address_that_has_vanished_is_shown_while_connections_live(bench: Bench, found: Found) -> None:
+    port, servers = start_servers(bench, "127.0.0.1", "127.0.0.2")
+    other = servers["127.0.0.2"]
+    found.hosts = list(servers)
+    client = client_of(bench, f"relay.example:{port}", relay_all=True, token=TOKEN)
+    wait_until(lambda: all(server.counters["links_idle"] == 2 for server in servers.values()))
+    with socket.create_connection(other.service_addresses["default"], PATIENCE) as sock:
+        sock.sendall(b"x")
+        assert read_exactly(sock, 1) == b"x"
+        found.hosts = ["127.0.0.1"]
+        wait_until(lambda: other.counters["links_idle"] == 0)
+        assert [row.address for row in client.status().relays] == [f"{host}:{port}" for host in servers]
+    wait_until(lambda: [row.address for row in client.status().relays] == [f"127.0.0.1:{port}"])
+
+
+def test_a_relay_server_that_appears_while_a_service_is_down(
+    bench: Bench, found: Found, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hears so at once, and gets no links until the service is back."""
+    port, servers = start_servers(bench, "127.0.0.1", "127.0.0.2")
+    found.hosts, target, other = ["127.0.0.1"], unused_port(), servers["127.0.0.2"]
+    client = bench.enter(
+        RelayClient(
+            HOST, target, relay=[f"relay.example:{port}"], relay_all=True, token=TOKEN, num_conn=2,
+            check_service=0.1, drain_timeout=0, on_event=bench.client_events,
+        )
+    )  # fmt: skip
+    bench.client_events.wait(ServiceDown)
+    found.hosts = list(servers)
+    wait_until(lambda: other.status().services[0].problem.startswith("withdrawn by its relay client"))
+    looks = count_looks(client, monkeypatch)
+    wait_until(lambda: len(looks) > 1)
+    wait_until(lambda: not other.status().clients)
+    assert not any(row.links_idle or row.links_opening for row in client.status().relays)
+    with socket.create_server((HOST, target)):
+        bench.client_events.wait(ServiceBack)
+        wait_until(lambda: other.counters["links_idle"] == 2)
+
+
+def count_looks(client: RelayClient, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One for each time that it has looked for addresses since."""
+    looks, look = list[int](), client._branches._look
+
+    def count() -> None:
+        look()
+        looks.append(1)
+
+    monkeypatch.setattr(client._branches, "_look", count)
+    return looks

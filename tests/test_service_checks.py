@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from tcprelay import ConnectionFailed, RelayClient, ServiceBack, ServiceDown, Se
 
 from .conftest import PATIENCE, Bench, Service, connect, echo, read_all, read_exactly, replace, wait_until
 from .peers import HOST, Peers, RelayProcess, workers_of
+from .test_desk import status_of
 
 SOON = 2.0
 """Seconds that are clearly less than the 20 for which a service client waits for a link."""
@@ -256,16 +257,6 @@ def test_a_new_worker_knows_what_is_withdrawn(peers: Peers, switch: Switch) -> N
             assert refused_within(server.service_port) < SOON
     switch.start()
     wait_until(lambda: is_served(server.service_port))
-    wait_until(lambda: all(links_of(client, pid) for pid in workers_of(client)))
-
-
-def links_of(client: RelayProcess, pid: int) -> int:
-    """How many sockets of a process have an address."""
-    count = 0
-    for number in os.listdir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(OSError):
-            count += os.readlink(f"/proc/{pid}/fd/{number}").startswith("socket:")
-    return count
 
 
 # --- The checks -----------------------------------------------------------------------------------------------
@@ -456,8 +447,9 @@ def test_a_withdrawn_service_gets_no_links_but_tells_again(monkeypatch: pytest.M
     monkeypatch.setattr("_tcprelay.client.stock.time.monotonic", lambda: now[0])
     service.stop = Stop()
     try:
-        service.trying = False
+        service.trying, service.idle = False, 1
         stock.withdraw("web=localhost:80", "refused")
+        service.idle = 0  # it has said so
         assert service.stop.requested
         assert stock._take_missing(service, now[0])[0] == 0
         now[0] += 300
@@ -493,3 +485,45 @@ def test_what_is_no_path(text: str) -> None:
 def test_options_that_do_not_fit(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         RelayClient("localhost", 80, "relay", 1, **options)
+
+
+def test_workers_know_what_is_withdrawn_and_what_is_back(peers: Peers, workers: str, switch: Switch) -> None:
+    """While a connection lives its relay client is there all the time; /healthz says how it is, from every worker."""
+    server = peers.server("--status", "0")
+    client = peers.client(server.relay_port, switch.port, *OFTEN)
+    with ExitStack() as stack:
+        for _ in range(4):  # in each worker some
+            sock = stack.enter_context(peers.connect(server.service_port))
+            sock.sendall(b"x")
+            assert read_exactly(sock, 1) == b"x"
+        switch.stop()
+        client.wait_event("ServiceDown")
+        wait_until(lambda: refused_within(server.service_port) < SOON)
+
+        def problem() -> str:
+            return str(status_of(server)["services"][0]["problem"])
+
+        wait_until(lambda: problem().startswith("withdrawn by its relay client"))
+        assert not server.events("ClientDown")
+        switch.start()
+        client.wait_event("ServiceBack")
+        wait_until(lambda: is_served(server.service_port))
+        wait_until(lambda: not problem())  # of what was noted before, too: a load balancer looks at it
+        sock.sendall(b"y")
+        assert read_exactly(sock, 1) == b"y"
+
+
+def test_a_new_worker_opens_no_links_of_a_service_that_is_down(peers: Peers, switch: Switch) -> None:
+    """Whether it is the one that checks for all, or another."""
+    server = peers.server("--workers", "0", "--status", "0")
+    client = peers.client(server.relay_port, switch.port, *OFTEN, "--workers", "2", "--num-conn", "4")
+    client.expected_error = "worker "
+    switch.stop()
+    client.wait_event("ServiceDown")
+    wait_until(lambda: status_of(server)["clients"] == [])
+    for pid in workers_of(client):
+        os.kill(pid, signal.SIGKILL)
+        wait_until(partial(has_replaced, client, pid))
+        opened = time.monotonic() + 1.5  # long enough to open links that nobody should have
+        wait_until(lambda opened=opened: time.monotonic() > opened)  # type: ignore[misc]
+        wait_until(lambda: status_of(server)["clients"] == [])  # one may just be saying that it is withdrawn

@@ -795,3 +795,10 @@ def test_protocols_change_by_a_reload(bench: Bench, certs: Certificates) -> None
     assert agreed() == "h2"
     assert server.reload(service_alpn=["http/1.1"])
     assert agreed() == "http/1.1"
+
+
+def test_names_in_certificates_have_any_case() -> None:
+    contexts = [tls_context(True) for _ in range(3)]
+    faces = Faces(zip(contexts, [["first.example"], ["Second.Example"], ["*.Wild.example"]], strict=True))
+    assert faces.choose(Hello("second.example")) is contexts[1]
+    assert faces.choose(Hello("any.wild.example")) is contexts[2]

@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import FrozenInstanceError, replace
 from types import SimpleNamespace
@@ -16,7 +16,9 @@ import pytest
 
 from _tcprelay.carried import MOST_PARTIES, SLOT, SLOTS, Carried, History, current_slot
 from _tcprelay.events import FAILURES
+from _tcprelay.messages import decode_message
 from _tcprelay.splice import Splice
+from _tcprelay.status.asking import Asking, answers
 from _tcprelay.status.report import (
     MOST_CONNECTIONS, ConnectionStatus, ServiceStatus, Status, as_dict, counted, from_dict, merge, pick_connections,
 )  # fmt: skip
@@ -142,17 +144,20 @@ def test_what_was_carried_never_becomes_less() -> None:
 
 
 def test_names_without_end_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each service, and none becomes less when a connection ends."""
     put(monkeypatch, "MOST_PARTIES", 4)
-    splices = Splices(0, 0)
-    for number in range(10):
-        one: Splice = splice(name=f"n{number}", to_link=1)
+    splices, living, seen = Splices(0, 0), [], list[int]()
+    for number in range(20):
+        living.append(one := splice(name=f"n{number}", to_link=1))
         splices.add(one)
         if number % 2:
-            splices.remove(one)
-    carried = splices.carried()
-    assert len(carried) == 5 and OTHERS in [name for _, name in carried]
-    assert sum(one.opened for one in carried.values()) == sum(one.to_link for one in carried.values()) == 10
-    assert sum(one.open for one in carried.values()) == 5
+            splices.remove(living.pop(0))
+        seen.append(sum(found.opened for (service, _), found in splices.carried().items() if service == "web"))
+    assert seen == list(range(1, 21))
+    assert set(splices.carried()) == {*(("web", f"n{number}") for number in range(4)), ("web", OTHERS)}
+    for number in range(20):
+        splices.add(splice(service=f"s{number}", name="nas"))
+    assert len(splices.carried()) <= 2 * 4 + 1 and splices.carried()[OTHERS, OTHERS].opened > 0
     assert MOST_PARTIES >= 1000  # what is meant
 
 
@@ -261,6 +266,70 @@ def test_why_a_service_cannot_be_reached() -> None:
     assert client.problems == (f"service web has no link: {client.services[1].problem}",)
     ending = concluded(replace(server, is_ending=True, missing=(3,)))
     assert ending.problems == ("the relay server is ending", "worker 3 does not answer")
+
+
+def test_a_service_that_was_taken_out_is_no_problem() -> None:
+    """While a connection of it lives it is shown; afterwards it is not, whatever a dead worker knew of it."""
+    left = ServiceStatus(name="old", open=1, opened=3)
+    client = concluded(replace(client_status(), problems=(), services=(client_status().services[0], left)))
+    assert client.is_healthy and [service.name for service in client.services] == ["default", "old"]
+    gone = concluded(replace(client, services=(client.services[0], replace(left, open=0))))
+    assert [service.name for service in gone.services] == ["default"]
+
+
+def asking(own: Status, count: int = 2) -> tuple[Asking, list[Status], Callable[[int, Status], None]]:
+    """What asks so many workers, the statuses that it has concluded, and what has a worker answer."""
+    told: list[Status] = []
+    one = Asking(count, lambda last: own, lambda question: list(range(count)))
+
+    def answer(worker: int, status: Status) -> None:
+        for message in answers(one._number, status):
+            one.hear(worker, *decode_message(message))
+
+    return one, told, answer
+
+
+def counting(opened: int) -> Status:
+    return Status(services=(ServiceStatus(name="web", opened=opened, failures_hour=1),), version="x")
+
+
+def test_a_worker_that_answers_and_dies_is_counted_once() -> None:
+    """Also where the others have not answered yet; and its successor begins at nothing."""
+    own = Status(role="server", services=(ServiceStatus(name="web", is_published=True),))
+    one, told, answer = asking(own)
+    for counts in ((10, 100), (11, 100)):
+        one.ask(told.append)
+        answer(0, counting(counts[0]))
+        answer(1, counting(counts[1]))
+    one.ask(told.append)
+    answer(0, counting(12))
+    one.lose(0)
+    answer(1, counting(100))
+    one.ask(told.append)
+    answer(0, counting(1))
+    answer(1, counting(101))
+    assert [status.services[0].opened for status in told] == [110, 111, 112, 114]
+    assert told[2].missing == (0,)
+    assert told[3].services[0].failures_hour == 2  # an hour passes for a dead one, too
+
+
+def test_an_answer_in_many_pieces_and_one_that_is_late() -> None:
+    own = Status(role="server", services=(ServiceStatus(name="web", is_published=True),))
+    one, told, answer = asking(own, 1)
+    one.ask(told.append)
+    big = replace(
+        server_status(), services=tuple(replace(server_status().services[0], name=f"s{n}") for n in range(300))
+    )
+    assert len(answers(1, big)) > 2
+    answer(0, big)
+    assert told[0].open == big.open
+    one.ask(told.append)
+    late = answers(one._number - 1, big)
+    for message in late:
+        one.hear(0, *decode_message(message))
+    assert len(told) == 1
+    answer(0, Status())
+    assert len(told) == 2
 
 
 # --- Of real relays ---------------------------------------------------------------------------------------------
@@ -457,7 +526,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from _tcprelay.watch import Pulse
 
     monkeypatch.setattr(Pulse, "EVERY", 0.1)
-    monkeypatch.setattr(Pulse, "LATE", 1.3)  # the keepers look once a second
+    monkeypatch.setattr(Pulse, "LATE", 4.0)  # the keepers look once a second
     yield
 
 
@@ -487,7 +556,7 @@ def test_an_acceptor_that_hangs(bench: Bench, impatient: None, monkeypatch: pyte
 def test_idle_threads_are_not_late(bench: Bench, impatient: None) -> None:
     """With nothing to do they say that they live, longer than they may be silent."""
     server, since = bench.relay(echo, token=TOKEN), time.monotonic()
-    wait_until(lambda: server.status().is_healthy is False or time.monotonic() - since > 2.0)
+    wait_until(lambda: server.status().is_healthy is False or time.monotonic() - since > 5.0)
     assert server.status().is_healthy
 
 
@@ -500,3 +569,58 @@ def test_an_event_is_told_as_before(bench: Bench) -> None:
     events: list[Event] = bench.server_events.wait(ConnectionFailed, 3)
     assert [event.code for event in events] == ["no-link"] * 3  # type: ignore[attr-defined]
     assert service_of(server).failed == {"no-link": 3}
+
+
+def test_a_client_whose_links_are_all_busy_is_healthy(bench: Bench) -> None:
+    """It does all that it may, and is not to be restarted for that."""
+    server = bench.server()
+    client = bench.client(server, bench.service().port, num_conn=1, max_conn=1)
+    sock = bench.connect(server)
+    sock.sendall(b"x")
+    assert read_exactly(sock, 1) == b"x"
+    [service] = client.status().services
+    assert (service.links_idle, service.links_busy, service.problem) == (0, 1, "")
+    assert client.status().is_healthy
+
+
+def test_connections_that_were_broken_off(bench: Bench) -> None:
+    """They count for the service and for the relay client, among the failures of the hour, and with their reason."""
+    server = bench.relay(token=TOKEN, idle_timeout=0.2)
+    with bench.connect(server) as sock:
+        sock.sendall(b"x")
+        assert read_exactly(sock, 1) == b"x"
+        with pytest.raises(ConnectionResetError):
+            sock.recv(1)
+    service = wait_until(lambda: (one := service_of(server)).failures_hour and not one.open and one)
+    assert (service.opened, service.broken, service.failures_hour, service.failed) == (1, 1, 1, {})
+    assert "idle" in service.last_failure.reason
+    status = wait_until(lambda: (one := server.status()).clients[0].broken and one)
+    assert [party.broken for party in status.parties] == [client.broken for client in status.clients] == [1]
+    assert server.counters["broken"] == 1
+
+
+def test_who_waits_is_shown(bench: Bench) -> None:
+    server = bench.server()
+    with bench.connect(server) as one, bench.connect(server) as other:
+        one.sendall(b"x")
+        other.sendall(b"x")
+        wait_until(lambda: service_of(server).waiting == 2)
+    client = bench.client(server, bench.service().port)
+    wait_until(lambda: service_of(server).waiting == 0)
+    assert client.status().services[0].waiting == 0
+
+
+def test_what_went_over_links_that_are_no_more_counts(bench: Bench) -> None:
+    """For the relay client as long as it is there: idle links come and go."""
+    server = bench.server()
+    bench.client(server, bench.service().port)
+    sock = bench.connect(server)
+    sock.sendall(b"hello")
+    assert read_exactly(sock, 5) == b"hello"
+    sock.close()
+    wait_until(lambda: server.counters["open"] == 0 and any(one.carried.opened for one in server._pool.members()))
+    [used] = [pooled for pooled in server._pool.members() if pooled.carried.opened]
+    wait_until(lambda: server._pool.hold(used))
+    server._links.drop(used, "for once")
+    [row] = server.status().clients
+    assert (row.opened, row.bytes_in, row.bytes_out) == (1, 5, 5)

@@ -7,6 +7,8 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +21,10 @@ from _tcprelay.streams import Stream
 from tcprelay import LinkDown, LinkUp, RelayClient, RelayServer
 
 from .conftest import Bench, Recorder, Service, echo, wait_until
+from .peers import HOST, Peers
 from .peers_v1 import FakeClient
 from .rigs import tcp_pair
+from .test_desk import status_of
 from .test_server_links import pooled
 from .wire import CLIENT, SERVER, Host, Way, Wire
 
@@ -189,7 +193,7 @@ def test_after_sleep_behind_a_nat_that_has_forgotten(far: Far, monkeypatch: pyte
     assert far.serve_one() < 1
     far.wait_until_whole()
     took = time.monotonic() - began
-    assert took < 3, took
+    assert took < 10, took  # and not the twenty seconds of --pair-timeout
     assert all("slept or moved" in event.reason for event in far.events.of(LinkDown)[:4])
     assert [far.serve_one() < 1 for _ in range(4)] == [True] * 4
 
@@ -208,7 +212,7 @@ def test_the_network_takes_a_while_to_be_back(far: Far, monkeypatch: pytest.Monk
     assert far.serve_one() < 1
     far.wait_until_whole()
     took = time.monotonic() - began
-    assert took < 3, took
+    assert took < 10, took  # and not the twenty seconds of --pair-timeout
 
 
 def move(host: Host, old: str, new: str) -> None:
@@ -265,3 +269,79 @@ def test_an_address_that_is_known_proves_nothing(bench: Bench) -> None:
 
 def select_now(link: FakeClient) -> bool:
     return bool(select.select([link.sock], [], [], 0)[0])
+
+
+def test_doubts_after_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was passed on last may be under way still: such a link is closed, and not reset."""
+    now = [100.0]
+    monkeypatch.setattr("_tcprelay.client.wandering.time.monotonic", lambda: now[0])
+    pairs = [tcp_pair(), tcp_pair()]
+    doubts, links = Doubts(), [RawLink(Stream(near, "link")) for near, _ in pairs]
+    for link in links:
+        link.stream.close_normally()  # as what is dialled
+    doubts.settle(links[0])
+    doubts.settle(links[1], False)
+    doubts.doubt_all()
+    doubts.begin(0.0)
+    now[0] += PROOF_TIME
+    doubts.give_up()
+    for link in links:
+        link.stream.sock.close()
+    with pytest.raises(ConnectionResetError):
+        pairs[0][1].recv(1)
+    assert pairs[1][1].recv(1) == b""
+    for _, far in pairs:
+        far.close()
+
+
+def test_old_links_are_proven_in_all_workers(peers: Peers, bench: Bench) -> None:
+    """Whichever of them the new link has come to."""
+    server = peers.server("--workers", "2", "--status", "0")
+    place: Any = SimpleNamespace(relay_address=(HOST, server.relay_port))
+    old = [bench.enter(FakeClient(place)) for _ in range(4)]
+    for number, link in enumerate(old, 1):
+        assert link.hello(idle=8, client="me").kind == WELCOME
+        wait_until(partial(has_idle, server, number))
+    new = bench.enter(FakeClient(place))
+    assert new.hello(idle=8, client="me", doubtful=True).kind == WELCOME
+    for link in old:
+        assert link.next().kind == PING
+        link.send(PONG)
+
+
+def has_idle(server: Any, count: int) -> bool:
+    return bool(status_of(server)["services"][0]["links_idle"] == count)
+
+
+def test_a_link_whose_last_bytes_may_be_under_way_is_not_to_be_reset(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right after its connection: to a service that reads slowly, say."""
+    server = bench.server()
+    client = bench.client(server, bench.service().port)
+    [links], settled = client._branches.links(), list[bool]()
+    settle = links._doubts.settle
+
+    def note(link: Any, reset: bool = True) -> None:
+        settled.append(reset)
+        settle(link, reset)
+
+    monkeypatch.setattr(links._doubts, "settle", note)
+    with bench.connect(server) as sock:
+        sock.sendall(b"x")
+        assert sock.recv(1) == b"x"
+        sock.shutdown(socket.SHUT_WR)
+        assert sock.recv(1) == b""
+    wait_until(lambda: False in settled)
+
+
+def test_links_are_asked_for_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first link after a sleep asks for a proof of the others, and none after it."""
+    from .test_wandering import Clock
+
+    clock, server = Clock(monkeypatch), bench.server()
+    client = bench.client(server, bench.service().port)
+    [links], before = client._branches.links(), len(bench.client_events.wait(LinkUp, 2))
+    clock.sleep(60)
+    bench.client_events.wait(LinkUp, before + 1)
+    assert not links._greeting.in_doubt

@@ -64,6 +64,8 @@ class Branches:
         self._leaving: list[Branch] = []
         """Those that are no more, and may have links still."""
         self._ending = False
+        self.changing = threading.Lock()
+        """Held while a relay server is added, and while what is published changes: it would be added with what was."""
         self._names = {relay: Name(relay.host, relay.port) for relay in runtime.options.relays}
         self.told_of: Callable[[Links], object] = lambda links: None
         """Called with the links to each further relay server, before any is opened."""
@@ -88,24 +90,27 @@ class Branches:
         """The services of these that there are not yet, for each relay server.  Raises `OSError`."""
         with self.condition:
             branches = list(self._all)
-        return self._missing_at(branches, publications)
-
-    def _missing_at(
-        self, branches: list[Branch], publications: list[Publication]
-    ) -> list[tuple[Branch, list[Service]]]:
         fresh = [(branch, self._make_services(branch.stock.missing(publications))) for branch in branches]
-        for _, services in fresh:
-            for service in services:
+        made: list[Service] = []
+        try:
+            for service in itertools.chain(*(services for _, services in fresh)):
                 service.begin()
+                made.append(service)
+        except BaseException:
+            for service in made:
+                service.close()
+            raise
         return fresh
 
     def replace(self, publications: list[Publication], fresh: list[tuple[Branch, list[Service]]]) -> None:
         """Publish these from now on, of which some are `fresh`, at all relay servers: see `Stock.replace`."""
-        known = [branch for branch, _ in fresh]
-        with self.condition:
-            come = [branch for branch in self._all if branch not in known]  # an address that has appeared meanwhile
-        for branch, services in [*fresh, *self._missing_at(come, publications)]:
+        for branch, services in fresh:
             branch.stock.replace(publications, services)
+
+    def count(self) -> int:
+        """How many relay servers there are."""
+        with self.condition:
+            return len(self._all)
 
     def links(self) -> list[Links]:
         """Of each relay server."""
@@ -245,21 +250,24 @@ class Branches:
         return list(dict.fromkeys(Endpoint(host_of(address), called.port) for _, address in found))
 
     def _add(self, relay: Endpoint, called: Endpoint) -> None:
-        branch = self._make(relay, called, self)
-        for service in branch.stock.services:
-            service.begin()
-        self.told_of(branch.links)
+        with self.changing:
+            branch = self._make(relay, called, self)
+            for service in branch.stock.services:
+                service.begin()
+            with self.condition:
+                if self._ending:
+                    branch.stock.end()
+                self._all.append(branch)  # only the keeper opens links of it, and that is this thread
+            self.told_of(branch.links)
         with self.condition:
-            if self._ending:
-                branch.stock.end()
-            self._all.append(branch)
             self.condition.notify_all()
         if relay != called:
             self._runtime.log.info("%s is at %s, too: links are kept to it", called, relay)
 
     def _give_up(self, branch: Branch) -> None:
-        with self.condition:
-            self._all.remove(branch)
-            self._leaving.append(branch)
-        branch.stock.replace([], [])
+        with self.changing:
+            with self.condition:
+                self._all.remove(branch)
+                self._leaving.append(branch)
+            branch.stock.replace([], [])
         self._runtime.log.info("%s is no more at %s: its links are given up", branch.called, branch.relay)

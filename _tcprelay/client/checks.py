@@ -70,6 +70,9 @@ class Checks:
         that it forks."""
         self._is_own = False
         """They are checked in this process."""
+        self._order = threading.RLock()
+        """Held from what is decided of a service to its withdrawal or return, so that the last word counts; the next
+        one, and those of the links, are taken under it."""
         self._changed = threading.Condition()  # over all that follows
         self._checks: dict[Publication, Check] = {}
         self._is_running = False
@@ -87,36 +90,39 @@ class Checks:
     def _join(self, links: Links) -> None:
         """Links to a further relay server are about to be opened."""
         links.told_unreachable = self.suspect
-        with self._changed:
-            down = {str(one): check.reason for one, check in self._checks.items() if check.down_since}
-        for key, reason in {**self._withdrawn, **down}.items():
-            links.withdraw(key, reason)
+        with self._order:
+            with self._changed:
+                down = {str(one): check.reason for one, check in self._checks.items() if check.down_since}
+            for key, reason in {**self._withdrawn, **down}.items():
+                links.withdraw(key, reason)
 
     def obey(self, order: dict[str, Any]) -> None:
         """Another worker has withdrawn a service, or has it back."""
-        self._withdrawn[order["withdrawn"]] = order["reason"]
-        self._withdraw(order["withdrawn"], order["reason"])
+        with self._order:
+            self._withdrawn[order["withdrawn"]] = order["reason"]
+            self._withdraw(order["withdrawn"], order["reason"])
 
     def renew(self) -> None:
         """Check the services that there are now, by the options that are in force."""
         if not self._is_own:
             return
-        with self._changed:
-            options = self._runtime.options
-            publications = options.services if options.check_service else []
-            gone = [self._checks.pop(one) for one in list(self._checks) if one not in publications]
-            for publication in publications:
-                # A worker that has died may have found it down, and the others wait for it to be back.
-                was_down = self._withdrawn.pop(str(publication), "")
-                self._checks.setdefault(publication, Check(Service(publication, 1), was_down))
-            begin = bool(self._checks) and not self._is_running and not self._ended
-            self._is_running = self._is_running or begin
-            self._changed.notify_all()
-        for check in gone:
-            if check.down_since:
-                self._apply(check.service.publication, "")
+        with self._order:
+            with self._changed:
+                options = self._runtime.options
+                publications = options.services if options.check_service else []
+                gone = [self._checks.pop(one) for one in list(self._checks) if one not in publications]
+                for publication in publications:
+                    # A worker that has died may have found it down, and the others wait for it to be back.
+                    was_down = self._withdrawn.pop(str(publication), "")
+                    self._checks.setdefault(publication, Check(Service(publication, 1), was_down))
+                left = [key for key, reason in self._withdrawn.items() if reason]  # by that worker, and unchecked now
+                begin = bool(self._checks) and not self._is_running and not self._ended
+                self._changed.notify_all()
+            for key in [*(str(check.service.publication) for check in gone if check.down_since), *left]:
+                self._withdrawn.pop(key, None)
+                self._apply(key, "")
         if begin:
-            self._runtime.threads.start(self._run)
+            self._runtime.threads.start(self._run)  # looks for itself whether it is alone
 
     def end(self) -> None:
         """Begin no further check."""
@@ -134,6 +140,10 @@ class Checks:
 
     def _run(self) -> None:
         """Have checks made when they are due, as long as there are any."""
+        with self._changed:
+            if self._is_running:
+                return
+            self._is_running = True
         while due := self._wait():
             for check in due:
                 try:
@@ -208,6 +218,22 @@ class Checks:
 
     def _note(self, check: Check, problem: str | None) -> None:
         """A check is over, with this problem, "" for none; ``None`` where it came to nothing."""
+        publication = check.service.publication
+        what = {"service": publication.name, "target": str(publication.target)}
+        with self._order:
+            goes, seconds = self._judge(check, problem)
+            if goes:
+                self._apply(str(publication), problem or "")
+            elif seconds:
+                self._apply(str(publication), "")
+        if goes:
+            self._runtime.emit(ServiceDown(reason=problem or "", **what))
+        elif seconds:
+            self._runtime.emit(ServiceBack(seconds=seconds, **what))
+
+    def _judge(self, check: Check, problem: str | None) -> tuple[bool, float]:
+        """Whether a service is to be withdrawn after this check, or else how long it was down that is back; 0 where
+        neither."""
         publication, interval = check.service.publication, self._runtime.options.check_service
         with self._changed:
             check.is_running = False
@@ -218,25 +244,18 @@ class Checks:
             check.due = time.monotonic() + interval * (1 - JITTER * random_fraction())
             self._changed.notify_all()
             if problem is None or self._ended or self._checks.get(publication) is not check:
-                return
-            goes = check.failures == FAILURES
-            since = check.down_since
+                return False, 0.0
+            goes, since = check.failures == FAILURES, check.down_since
             back = bool(since) and not problem
             if goes or back:
                 check.down_since, check.reason = (time.monotonic(), problem) if goes else (0.0, "")
-        what = {"service": publication.name, "target": str(publication.target)}
-        if goes:
-            self._apply(publication, problem)
-            self._runtime.emit(ServiceDown(reason=problem, **what))
-        elif back:
-            self._apply(publication, "")
-            self._runtime.emit(ServiceBack(seconds=time.monotonic() - since, **what))
+            return goes, time.monotonic() - since if back else 0.0
 
-    def _apply(self, publication: Publication, reason: str) -> None:
-        """Withdraw a service, or have it back, here and in all other workers."""
-        self._withdraw(str(publication), reason)
+    def _apply(self, key: str, reason: str) -> None:
+        """Withdraw the service of this publication, or have it back, here and in all other workers."""
+        self._withdraw(key, reason)
         if self._runtime.is_worker:
-            self._runtime.tell_parent({"withdrawn": str(publication), "reason": reason})
+            self._runtime.tell_parent({"withdrawn": key, "reason": reason})
 
     def _withdraw(self, key: str, reason: str) -> None:
         for links in self._links():

@@ -44,6 +44,7 @@ BYE_TIMEOUT = 2.0
 """Seconds that the server has to close a link after BYE; meanwhile a START that crossed it is still served."""
 
 
+LOST_BEFORE = "the link was lost before its connection began"
 LOOP = "that is a port of the relay's own, and leads back here; name the port of the service itself"
 
 
@@ -228,7 +229,6 @@ class Links:
                 link.send_now(PONG)
                 self._doubts.settle(link)
             elif frame.kind == START:
-                self._doubts.leave(link)
                 if not self._serve(link, frame, service, place):
                     return "its connection was broken off", False
                 if link.spent:
@@ -278,8 +278,10 @@ class Links:
         began = time.monotonic()
         self._stock.use(service, int(start.number("waiting", 0, 1e6)), idle)
         try:
-            if is_lost(link):  # START was read late: its service client has been refused, and must not be served now
-                raise EOFError("the link was lost before its connection began")
+            # START was read late: its service client has been refused, and must not be served now.  And from here on it
+            # is no idle link, which could be given up.
+            if self._doubts.leave(link) or is_lost(link):
+                raise EOFError(LOST_BEFORE)
             port = shown(start.text("port"), 64)
             times = self._own.times(record["peer"], port) if place.shares(port) else 0
             way, agreed = Way(place, port, times), start.text("alpn")
@@ -307,6 +309,8 @@ class Links:
             raise EOFError("the relay closed it")
         record = {"id": connection_id(), "service": service.name, "peer": f"relay {self._relay}"}
         began = time.monotonic()
+        if self._doubts.leave(link):
+            raise EOFError(LOST_BEFORE)
         self._stock.use(service, waiting=0)
         link.stream.reset_on_close()
         try:

@@ -110,6 +110,11 @@ class Service:
         """Make what its links wait on.  Raises `OSError`."""
         self.stop = Stop()
 
+    def close(self) -> None:
+        """Give that back."""
+        if self.stop is not None:
+            self.stop.close()
+
 
 class Stock:
     """The services and their links to one relay server.
@@ -146,10 +151,10 @@ class Stock:
             return tuple(
                 ServiceStatus(
                     name=service.name, address=service.address if service.told == "" else "",
-                    target=str(service.target), problem=say_problem(service), links_idle=service.idle,
-                    links_busy=service.busy, links_opening=service.connecting,
+                    target=str(service.target), is_published=service in self.services, problem=say_problem(service),
+                    links_idle=service.idle, links_busy=service.busy, links_opening=service.connecting,
                 )
-                for service in self.services
+                for service in (*self.services, *self._leaving)
             )  # fmt: skip
 
     def missing(self, publications: list[Publication]) -> list[Publication]:
@@ -180,7 +185,8 @@ class Stock:
         """The service whose publication reads like that is down: it is to have no links until it is back."""
         with self._condition:
             for service in self._published_as(key):
-                service.down_again = time.monotonic() + WITHDRAWN_AGAIN
+                has_links = service.idle or service.busy or service.connecting  # which tell the relay server of it
+                service.down_again = time.monotonic() + WITHDRAWN_AGAIN * bool(has_links)
                 was_down, service.down = service.down, reason  # first: links that are woken look at it
                 if not was_down and service.stop is not None and not self._ending:
                     service.stop.request()

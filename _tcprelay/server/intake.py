@@ -321,9 +321,11 @@ class ParentIntake(Intake):
         elif "given_back" in order:
             self._give_back(order["given_back"])
         elif "withdrawn" in order:
-            self._withdrawn.clear()
-            self._withdrawn.update(order["withdrawn"])
-            for service in self._withdrawn:
+            service, why = order["withdrawn"], order["why"]
+            if why is None:
+                self._withdrawn.pop(service, None)
+            else:
+                self._withdrawn[service] = why
                 self._pool.withdraw(service)
         else:
             return False

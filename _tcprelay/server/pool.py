@@ -127,7 +127,7 @@ class Pool:
         """A relay client says that its service is down, which holds for so many seconds; where all have said so those
         who wait are turned away.  Without a client the latter alone."""
         with self._lock:
-            if client:
+            if client and service in self._idle:
                 self._withdrawals.note(service, client, seconds, reason)
             if self.why_withdrawn(service):
                 for waiter in self._waiting.get(service, ()):

@@ -13,16 +13,18 @@ from ..rights import Identity
 from ..splice import Splice
 from ..text import shown
 
-
 SHUN_TIME = 1.0
 """Seconds for which a relay client that could not reach its service is asked last, so that not every service client has
 to find that out anew."""
+PROBLEM_TIME = 5.0
+"""Seconds for which the status says so: a load balancer that sends nobody here because of it keeps the relay from
+finding out that the service can be reached again."""
 
 
 class Member:
     """A relay client as far as it has links for one service."""
 
-    __slots__ = ("_shunned_until", "carried", "links", "problem", "since")
+    __slots__ = ("_noted_at", "carried", "links", "problem", "since")
 
     def __init__(self) -> None:
         self.links: set[PooledLink] = set()
@@ -31,17 +33,22 @@ class Member:
         """What was carried on links that are no more."""
         self.problem = ""
         """Why it could not reach the service when it was last asked to."""
-        self._shunned_until = 0.0
+        self._noted_at = 0.0
 
     def note(self, problem: str) -> None:
         """It has answered: it cannot reach the service, for this reason, or "" can."""
         self.problem = problem
-        self._shunned_until = time.monotonic() + SHUN_TIME if problem else 0.0
+        self._noted_at = time.monotonic()
 
     @property
     def is_shunned(self) -> bool:
         """Others are to be asked first."""
-        return bool(self.problem) and time.monotonic() < self._shunned_until
+        return bool(self.problem) and time.monotonic() < self._noted_at + SHUN_TIME
+
+    @property
+    def recent_problem(self) -> str:
+        """The problem, as long as it says something of now."""
+        return self.problem if time.monotonic() < self._noted_at + PROBLEM_TIME else ""
 
 
 class PooledLink:

@@ -21,7 +21,7 @@ def survey_ports(addresses: Mapping[str, tuple[str, int]], waiting: Mapping[str,
     """What is known where ports are listened on: the services, in the order of their ports' beginning, and how many
     service clients wait for each before anybody serves them."""
     services = [
-        ServiceStatus(name=name, address=show_address(address), waiting=waiting.get(name, 0))
+        ServiceStatus(name=name, address=show_address(address), is_published=True, waiting=waiting.get(name, 0))
         for name, address in dict(addresses).items()  # relay clients come and go meanwhile, and some with their ports
         if name
     ]
@@ -62,6 +62,6 @@ def show_client(member: Member, links: list[PooledLink], idle: set[PooledLink], 
                 vias[splice.id] = f"{pooled.name} at {pooled.host}"
     return ClientStatus(
         service=first.service, id=first.client, name=first.name, address=first.host, proof=first.proof,
-        since=member.since, problem=member.problem, links_idle=count, links_busy=len(links) - count,
+        since=member.since, problem=member.recent_problem, links_idle=count, links_busy=len(links) - count,
         opened=carried.opened, broken=carried.broken, bytes_in=carried.to_link, bytes_out=carried.from_link,
     )  # fmt: skip

@@ -14,6 +14,8 @@ from collections.abc import Container, Iterable
 
 LONGEST = 3600.0
 """Seconds for which a relay client is believed at most."""
+LONGEST_REASON = 240
+"""Characters of what it says of it."""
 MOST_CLIENTS = 1024
 """Relay clients that are remembered for each service; of more the oldest are forgotten."""
 
@@ -34,7 +36,7 @@ class Withdrawals:
         """A relay client has withdrawn a service, which holds for so many seconds."""
         said = self._said.setdefault(service, {})
         said.pop(client, None)
-        said[client] = time.monotonic() + min(seconds, LONGEST), reason
+        said[client] = time.monotonic() + min(seconds, LONGEST), reason[:LONGEST_REASON]
         if len(said) > MOST_CLIENTS:
             del said[next(iter(said))]
 
@@ -49,6 +51,10 @@ class Withdrawals:
         """It has no links any more."""
         if client not in self._said.get(service, {}):
             self.forget(service)
+
+    def is_said(self, service: str) -> bool:
+        """Whether any relay client has said so of a service."""
+        return bool(self._said.get(service))
 
     def services(self) -> list[str]:
         """Those of which any relay client has said so."""

@@ -86,6 +86,8 @@ class ServerWorkers(Workers):
         self._queues: dict[str, deque[Visitor]] = {name: deque() for name in services}
         self._present: dict[tuple[str, str], tuple[ClientUp, set[int]]] = {}
         """The relay clients, and which workers have links of them."""
+        self._clients_of: dict[str, set[str]] = {}
+        """The same by service."""
         self._told: set[str] = set()
         """Services of which it has been told that no relay client is connected."""
         self._given_at = dict.fromkeys(services, 0.0)
@@ -238,20 +240,22 @@ class ServerWorkers(Workers):
 
     # Services that relay clients have withdrawn
 
-    def _note_withdrawn(self) -> None:
-        """Tell the workers where it is another service, or for another reason, that is withdrawn by all, and turn away
-        those who wait for it here."""
-        services = [service for service in self._withdrawals.services() if service in self._queues]
-        withdrawn = {service: self._withdrawals.why(service, self._present) for service in services}
-        if withdrawn == self._account.withdrawn:
+    def _note_withdrawn(self, service: str) -> None:
+        """Tell the workers where a service is withdrawn by all, or not any more, and turn away those who wait for it
+        here."""
+        said, withdrawn = service in self._queues and self._withdrawals.is_said(service), self._account.withdrawn
+        present = ((service, client) for client in self._clients_of.get(service, ()))
+        why = self._withdrawals.why(service, present) if said else None
+        if why == withdrawn.get(service):
             return
-        self._account.withdrawn.clear()
-        self._account.withdrawn.update(withdrawn)
+        if why is None:
+            del withdrawn[service]
+        else:
+            withdrawn[service] = why
         for worker in self._living():
-            worker.send(encode_message({"withdrawn": withdrawn}))
-        for service, why in withdrawn.items():
-            while why and (visitor := self._next(service)):
-                self._refuse(visitor, unreachable(why))
+            worker.send(encode_message({"withdrawn": service, "why": why}))
+        while why and (visitor := self._next(service)):
+            self._refuse(visitor, unreachable(why))
 
     def _next(self, service: str) -> Visitor | None:
         queue = self._queues[service]
@@ -299,6 +303,7 @@ class ServerWorkers(Workers):
             table.pop(key, None)
         self._told.discard(key)
         self._withdrawals.forget(key)
+        self._note_withdrawn(key)
         self._account.close(key)
         for worker in self._living():
             worker.send(encode_message({"given_back": key}))
@@ -325,11 +330,12 @@ class ServerWorkers(Workers):
                 if other is not worker:
                     other.order(encode_message(message))
         elif "withdraw" in message:
-            self._withdrawals.note(message["withdraw"], message["client"], message["seconds"], message["reason"])
-            self._note_withdrawn()
+            if message["withdraw"] in self._queues:  # its port may have been given back
+                self._withdrawals.note(message["withdraw"], message["client"], message["seconds"], message["reason"])
+                self._note_withdrawn(message["withdraw"])
         elif "back" in message:
             self._withdrawals.forget(message["back"], message["client"])
-            self._note_withdrawn()
+            self._note_withdrawn(message["back"])
         elif "ask" in message:
             self._answer(worker, message["ask"], message["for"])
         elif "left" in message:
@@ -383,11 +389,12 @@ class ServerWorkers(Workers):
         if event == "ClientUp":
             if key not in self._present:
                 self._present[key] = ClientUp(**fields), set()
+                self._clients_of.setdefault(key[0], set()).add(key[1])
                 self._told.discard(key[0])
                 self.emit(self._present[key][0])
             self._present[key][1].add(worker.number)
             self._withdrawals.forget(*key)
-            self._note_withdrawn()
+            self._note_withdrawn(key[0])
         elif key in self._present:
             self._absent(key, worker, fields["reason"])
 
@@ -396,8 +403,12 @@ class ServerWorkers(Workers):
         numbers.discard(worker.number)
         if not numbers:
             del self._present[key]
+            clients = self._clients_of[key[0]]
+            clients.discard(key[1])
+            if not clients:
+                del self._clients_of[key[0]]
             self._withdrawals.leave(*key)
-            self._note_withdrawn()
+            self._note_withdrawn(up.service)
             self.emit(ClientDown(service=up.service, client=up.client, name=up.name, peer=up.peer, reason=reason))
 
     def lost(self, worker: WorkerProcess) -> None:
@@ -411,8 +422,9 @@ class ServerWorkers(Workers):
         self.leases.look()
         wait, now = min(1.0, self._listeners.look()), time.monotonic()
         self.emit.tell_floods()
-        self._note_withdrawn()
         retry = now >= self._next_retry
+        for service in {*self._withdrawals.services(), *self._account.withdrawn} if retry else ():
+            self._note_withdrawn(service)  # what was said holds for a while alone
         self._next_retry = now + self.LOOK_AGAIN if retry else self._next_retry
         for service, queue in list(self._queues.items()):
             for visitor in queue if retry else ():

@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from ..messages import MESSAGE_ROOM, MESSAGE_SIZE, encode_message
@@ -69,8 +70,11 @@ class Asking:
 
     def lose(self, worker: int) -> None:
         """A worker has died."""
-        if (known := self._known.pop(worker, None)) is not None:
-            self._gone = merge(self._gone, counted(known))
+        old = self._known.pop(worker, None)
+        if (known := self._answers.pop(worker, old)) is not None:
+            left = counted(known)
+            services = tuple(replace(service, failures_hour=0) for service in left.services)  # an hour passes
+            self._gone = merge(self._gone, replace(left, services=services))
         if self._pieces.pop(worker, None) is not None and not self._pieces:
             self._conclude()
 

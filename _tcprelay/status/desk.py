@@ -25,16 +25,19 @@ from ..text import say_error
 from ..waiting import Wakes
 from .places import bind_socket, own_directory, remove_socket
 from .report import Status
-from .web import FAILED, MOST_HEAD, Request, Wrong, admit, answer, parse
+from .web import FAILED, TOO_LONG, MOST_HEAD, Request, Wrong, admit, answer, parse
 
-MOST_VISITORS = 32
-"""Who may be there at once; then those go first that have been there longest."""
+MOST_VISITORS = 16
+"""Who may be there at once, over TCP and over the Unix socket apart: those who come by the one do not keep others from
+the other.  Then those go first who have not asked yet, and of them those that have been there longest."""
 PATIENCE = 10.0
 """Seconds that a visitor has to ask, and then to take the answer."""
 PAUSE = 0.1
 """Seconds for which none is accepted after an error."""
 FRESH = 0.5
 """Seconds for which a status is given out again."""
+STALE = 5.0
+"""The same to those who have not proven that they know the token, and hear no more than whether all is well."""
 
 
 class Visitor:
@@ -44,6 +47,8 @@ class Visitor:
         self.sock = sock
         self.is_local = is_local
         self.asked = bytearray()
+        self.has_asked = False
+        """It has asked for something that it may have."""
         self.answer = memoryview(b"")
         """What it has not taken yet."""
         self.until = time.monotonic() + PATIENCE
@@ -144,6 +149,8 @@ class Desk:
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError:  # out of descriptors, say: it stays in the queue
+            if self._resume_at < math.inf:
+                return  # another listener has met it in this round
             self._resume_at = time.monotonic() + PAUSE
             for each in self._listeners:
                 self._selector.unregister(each)
@@ -151,9 +158,10 @@ class Desk:
         sock.setblocking(False)
         if not self._listeners[listener]:  # what relays accept is reset when it is closed
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
-        if len(self._visitors) >= MOST_VISITORS:
-            self._leave(min(self._visitors, key=lambda visitor: visitor.until))
         visitor = Visitor(sock, self._listeners[listener])
+        alike = [other for other in self._visitors if other.is_local == visitor.is_local]
+        if len(alike) >= MOST_VISITORS:
+            self._leave(min(alike, key=lambda other: (other.has_asked, other.until)))
         self._visitors.add(visitor)
         self._selector.register(sock, selectors.EVENT_READ, functools.partial(self._hear, visitor))
 
@@ -172,16 +180,20 @@ class Desk:
         end = visitor.asked.find(b"\r\n\r\n")
         if end < 0 and len(visitor.asked) < MOST_HEAD:
             return
+        is_long = end < 0 or end + 4 > MOST_HEAD  # never judged by a part of it: what it says of itself may be missing
         assert self._selector is not None
         self._selector.unregister(visitor.sock)
         try:
-            request = parse(bytes(visitor.asked[: end + 4] if end >= 0 else visitor.asked))
+            if is_long:
+                raise TOO_LONG
+            request = parse(bytes(visitor.asked[: end + 4]))
             sees_all = admit(request, self._token(), visitor.is_local)
         except Wrong as wrong:
             self._say(visitor, wrong.answer())
             return
+        visitor.has_asked = True
         self._waiting.append((visitor, request, sees_all))
-        if self._status is not None and time.monotonic() - self._made_at < FRESH:
+        if self._status is not None and time.monotonic() - self._made_at < (FRESH if sees_all else STALE):
             self._tell(self._status)
         elif len(self._waiting) == 1:
             try:
@@ -198,8 +210,13 @@ class Desk:
     def _tell(self, status: Status) -> None:
         waiting, self._waiting = self._waiting, []
         for visitor, request, sees_all in waiting:
+            try:
+                words = answer(request, status, sees_all)
+            except Exception:  # the others have their answers
+                self._log.exception("unexpected error in the status")
+                words = FAILED.answer()
             if visitor in self._visitors:
-                self._say(visitor, answer(request, status, sees_all))
+                self._say(visitor, words)
 
     def _fail(self) -> None:
         """No status could be made."""
@@ -228,6 +245,7 @@ class Desk:
         if visitor not in self._visitors:
             return
         self._visitors.discard(visitor)
+        self._waiting = [one for one in self._waiting if one[0] is not visitor]
         if self._selector is not None:
             with contextlib.suppress(KeyError):
                 self._selector.unregister(visitor.sock)

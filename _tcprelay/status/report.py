@@ -90,6 +90,8 @@ class ServiceStatus:
     published."""
     target: str = _told()
     """On a relay client: where the service is."""
+    is_published: bool = _told(False)
+    """It is one of the role's services; False of one that was taken out, while connections of it live."""
     problem: str = _told()
     """Why it cannot be reached by service clients now, as far as that is known; "" where it can."""
     links_idle: int = _sum()

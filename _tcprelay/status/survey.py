@@ -167,7 +167,10 @@ def concluded(status: Status) -> Status:
     services, problems = [], list(status.problems)
     for service in status.services:
         problem = ""
-        if status.role == "server":
+        if not service.is_published:
+            if not service.open:
+                continue  # it was taken out, and nothing of it is left but what was counted
+        elif status.role == "server":
             clients = by_service.get(service.name, [])
             if service.problem or not clients:
                 problem = service.problem or "no relay client is connected"

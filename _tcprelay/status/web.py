@@ -42,6 +42,7 @@ class Request:
     path: str
     headers: Mapping[str, str] = field(default_factory=dict)
     """By their names in lower case."""
+    version: str = "HTTP/1.1"
     services: tuple[str, ...] = ()
     """Those that are asked for: ?service=NAME."""
 
@@ -58,6 +59,7 @@ class Wrong(Exception):
         return encode(self.status, "text/plain; charset=utf-8", f"{self}\n".encode(), self.headers)
 
 
+TOO_LONG = Wrong(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"A request has {MOST_HEAD:,} bytes at most.")
 FAILED = Wrong(HTTPStatus.INTERNAL_SERVER_ERROR, "No status could be made: the log says why.")
 
 
@@ -77,7 +79,8 @@ def parse(head: bytes) -> Request:
         headers[name] = ", ".join(filter(None, [headers.get(name), value.strip()]))
     path, _, query = words[1].partition("?")
     asked = (word.partition("=") for word in query.split("&"))
-    return Request(words[0], path, headers, tuple(value for name, _, value in asked if name == "service"))
+    services = tuple(value for name, _, value in asked if name == "service")
+    return Request(words[0], path, headers, words[2], services)
 
 
 def admit(request: Request, token: bytes, is_local: bool) -> bool:
@@ -104,7 +107,8 @@ def admit(request: Request, token: bytes, is_local: bool) -> bool:
             HTTPStatus.UNAUTHORIZED, "The status token is asked for, as a password or a bearer token.",
             {"WWW-Authenticate": REALM},
         )  # fmt: skip
-    if host and not is_address(host):  # no browser leaves it out
+    # HAProxy's checks speak HTTP/1.0 without it, which no browser does.
+    if not (is_address(host) or (not host and request.version == "HTTP/1.0")):
         raise Wrong(HTTPStatus.MISDIRECTED_REQUEST, "Name this host by its address, or have it ask for a status token.")
     return True
 
@@ -113,7 +117,7 @@ def given_token(authorization: str) -> bytes:
     """The token in a header: a bearer token (RFC 6750), or a password (RFC 7617), whatever the user's name."""
     scheme, _, rest = authorization.partition(" ")
     if scheme.lower() == "bearer":
-        return rest.strip().encode("utf-8", "surrogateescape")
+        return rest.strip().encode("latin-1")
     if scheme.lower() == "basic":
         try:
             return base64.b64decode(rest.strip(), validate=True).partition(b":")[2]
