@@ -304,7 +304,10 @@ class Relay(abc.ABC, Generic[OptionsT]):
         return ""
 
     def _load_all(self, options: OptionsT) -> Credentials:
-        return replace(self._load_credentials(options), status_token=options.read_status_token())
+        credentials, token = self._load_credentials(options), options.read_status_token()
+        if token and token == credentials.token:
+            raise ValueError("the status token is the relay's token, too, and crosses networks readable: take another")
+        return replace(credentials, status_token=token)
 
     @abc.abstractmethod
     def _load_credentials(self, options: OptionsT) -> Credentials:

@@ -154,7 +154,12 @@ def parse_status(text: str) -> Endpoint:
     """``PORT``, which is one of this host's loopback address, or ``ADDRESS:PORT``."""
     if text.startswith("unix:"):
         raise ValueError("PORT or ADDRESS:PORT; a Unix socket is there anyway, where there is a runtime directory")
-    return parse_endpoint(text, "127.0.0.1")
+    try:
+        return parse_endpoint(text, "127.0.0.1")
+    except ValueError:
+        if ":" in text or text.isdigit():
+            raise
+        raise ValueError("PORT or ADDRESS:PORT, as in 9090 or 127.0.0.1:9090") from None
 
 
 def parse_tls(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -393,3 +394,14 @@ def lay_wire() -> Iterator[Callable[..., Wire]]:
 PEER_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
 __all__ = ["PATIENCE", "PEER_PATH", "Bench", "Recorder", "Service", "connect", "echo", "read_all", "read_exactly"]
+
+
+@pytest.fixture
+def own_logging() -> Iterator[None]:
+    """Takes away what the commands set up for the whole process."""
+    yield
+    logger = logging.getLogger("tcprelay")
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = True

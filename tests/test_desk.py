@@ -13,6 +13,7 @@ import os
 import re
 import selectors
 import socket
+import ssl
 import stat
 import threading
 import time
@@ -24,6 +25,7 @@ import pytest
 
 from _tcprelay.addresses import Endpoint
 from _tcprelay.status.asking import Asking
+from _tcprelay.status import desk as desk_room
 from _tcprelay.status.desk import MOST_VISITORS, Desk
 from _tcprelay.status.report import Status, as_dict
 from _tcprelay.status.web import MOST_HEAD, Request, given_token, is_address
@@ -668,3 +670,22 @@ def test_an_answer_that_is_read_late_is_whole(bench: Bench, monkeypatch: pytest.
         slow.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
         wait_until(lambda: server.desk._status is not None and not server.desk._visitors)
         assert len(read_all(slow)) == 20_000
+
+
+def test_who_speaks_tls_hears_at_once_that_there_is_none(server: RelayServer) -> None:
+    """He has sent a ClientHello, and waits for an answer before he says more."""
+    began = time.monotonic()
+    with pytest.raises(ssl.SSLError), connect(server.status_address) as sock:
+        ssl._create_unverified_context().wrap_socket(sock)
+    assert time.monotonic() - began < desk_room.PATIENCE / 2
+
+
+def test_a_name_of_a_service_may_be_encoded(server: RelayServer) -> None:
+    """As libraries that build addresses do."""
+    assert "there is no service a@1\n" in ask(server.status_address, "/healthz?service=a%401").body.decode()  # type: ignore[attr-defined]
+
+
+def test_the_status_token_is_no_other_token(bench: Bench) -> None:
+    """It is sent with every request."""
+    with pytest.raises(ValueError, match="the status token is the relay's token, too"):
+        RelayServer(0, 0, token=TOKEN, status="0", status_token=TOKEN).start()

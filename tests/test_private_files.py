@@ -254,7 +254,7 @@ def test_systemd_s_directory_needs_no_home(tmp_path: Path) -> None:
     assert not (tmp_path / "state").exists(), "a check makes nothing"
 
 
-def test_a_check_says_what_there_is(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_check_says_what_there_is(state: Path, capsys: pytest.CaptureFixture[str], own_logging: None) -> None:
     """After a first start: the line to paste, again, with the pin that is in force."""
     words = ["0", "0", "--tls", "--state-dir", str(state), "--check"]
     assert tcprelay_server.main(words) == 0

@@ -4,7 +4,6 @@ file, a program, or the file that holds a secret.  What is empty, what does not 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -72,17 +71,6 @@ def give(
 ) -> Give:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "nothing"))
     return Give(monkeypatch, capsys, tmp_path)
-
-
-@pytest.fixture
-def own_logging() -> Iterator[None]:
-    """Takes away what the commands set up for the whole process."""
-    yield
-    logger = logging.getLogger("tcprelay")
-    logger.handlers.clear()
-    logger.propagate = True
-    logger.setLevel(logging.NOTSET)
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = True
 
 
 SOURCES = ("command line", "environment", "file")

@@ -88,7 +88,8 @@ def invitation(options: ServerOptions, credentials: Credentials, port: int, with
     if copied:
         words += ["--token-file", "FILE"]
         notes.append(f"FILE: a copy of {os.path.abspath(copied)}")
-    notes.append(f"certificate and token are kept in {os.path.abspath(options.state_dir or state_directory())}")
+    kept = "certificate is" if options.token_file or options.token else "certificate and token are"
+    notes.append(f"{kept} kept in {os.path.abspath(options.state_dir or state_directory())}")
     return say_line(options, credentials, port, words, notes)
 
 

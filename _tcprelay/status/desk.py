@@ -30,6 +30,8 @@ from .web import FAILED, TOO_LONG, MOST_HEAD, Request, Wrong, admit, answer, par
 MOST_VISITORS = 16
 """Who may be there at once, over TCP and over the Unix socket apart: those who come by the one do not keep others from
 the other.  Then those go first who have not asked yet, and of them those that have been there longest."""
+TLS = 0x16
+"""What a TLS ClientHello begins with (RFC 8446, 5.1): whoever tries https hears at once that there is none."""
 PATIENCE = 10.0
 """Seconds that a visitor has to ask, and then to take the answer."""
 PAUSE = 0.1
@@ -93,14 +95,15 @@ class Desk:
             self._log.info("the status is at http://%s/", show_address((host, port)))
             if not is_own_host(place.host):
                 self._log.warning("the status token crosses the network readable: have a proxy speak TLS before it")
-        if signals is not None and own_directory():
+        if signals is not None:
             try:
                 listener = bind_socket(role)
                 listener.setblocking(False)
                 self._listeners[listener] = True
             except OSError as error:
                 path = f"{error.filename}: " if isinstance(error.filename, str) else ""
-                self._log.warning("tcprelay status cannot ask this process: %s%s", path, say_error(error))
+                level = logging.WARNING if own_directory() else logging.INFO  # a user without one may not miss it
+                self._log.log(level, "tcprelay status cannot ask this process: %s%s", path, say_error(error))
 
     @property
     def is_open(self) -> bool:
@@ -178,9 +181,11 @@ class Desk:
             self._leave(visitor)
             return
         end = visitor.asked.find(b"\r\n\r\n")
-        if end < 0 and len(visitor.asked) < MOST_HEAD:
+        is_tls = visitor.asked[0] == TLS
+        if end < 0 and len(visitor.asked) < MOST_HEAD and not is_tls:
             return
-        is_long = end < 0 or end + 4 > MOST_HEAD  # never judged by a part of it: what it says of itself may be missing
+        # Never judged by a part of it: what it says of itself may be missing.
+        is_long = (end < 0 and not is_tls) or end + 4 > MOST_HEAD
         assert self._selector is not None
         self._selector.unregister(visitor.sock)
         try:

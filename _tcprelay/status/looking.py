@@ -41,7 +41,7 @@ OPTIONS = ("--watch", "--json", "--check", "--connections", "--help", "--version
 
 USAGE = """{prog} status [RELAY_PORT|PID] [options]
 
-Says what each {command} that runs here is doing: its relay clients and services,
+Says what each {command} that runs here is doing: its services, who is connected,
 open connections, what went through, and what was refused and why. For example:
 
   {prog} status
@@ -200,7 +200,7 @@ class Seen:
 
     def select(self, number: int) -> Seen:
         """Those that have this relay port or process number."""
-        statuses = [one for one in self.statuses if number in (one.get("pid"), port_of(one))]
+        statuses = [one for one in self.statuses if number in (one.get("pid"), port_of(one), *ports_of_relays(one))]
         return Seen(statuses, [pid for pid in self.silent if pid == number], self.barred)
 
 
@@ -208,6 +208,13 @@ def port_of(status: Mapping[str, Any]) -> int | None:
     """The relay port: a relay server's own, or that of a relay client's relay server."""
     port = str(status.get("address", "")).rpartition(":")[2]
     return int(port) if port.isascii() and port.isdigit() else None
+
+
+def ports_of_relays(status: Mapping[str, Any]) -> list[int]:
+    """The ports of a relay client's relay servers, where it has several."""
+    rows = status.get("relays")
+    found = [port_of(row) for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
+    return [port for port in found if port is not None]
 
 
 def look(roles: Sequence[str]) -> Seen:

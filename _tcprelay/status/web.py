@@ -20,6 +20,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from urllib.parse import unquote
 
 from ..protocol import is_same
 from ..text import random_id, shown
@@ -79,7 +80,7 @@ def parse(head: bytes) -> Request:
         headers[name] = ", ".join(filter(None, [headers.get(name), value.strip()]))
     path, _, query = words[1].partition("?")
     asked = (word.partition("=") for word in query.split("&"))
-    services = tuple(value for name, _, value in asked if name == "service")
+    services = tuple(unquote(value) if "%" in value else value for name, _, value in asked if name == "service")
     return Request(words[0], path, headers, words[2], services)
 
 
