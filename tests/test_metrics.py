@@ -736,15 +736,15 @@ def status_port(relay: RelayProcess) -> int:
 def test_prometheus_and_real_relays(peers: Peers, workers: str) -> None:
     """It sees what has passed through them, by the name of the relay client, which a token vouches for, and who was
     turned away."""
-    token, other = peers.path / "token", peers.path / "other"
-    for path in (token, other):
+    token, other, own = (peers.path / name for name in ("token", "other", "status"))
+    for path in (token, other, own):
         path.write_text(f"the {path.name} one, which is long enough\n")
         path.chmod(0o600)
-    asked = "--status", "0", "--status-token-file", str(token)
+    asked = "--status", "0", "--status-token-file", str(own)
     server = peers.server("--service", "web=0", "--pair-timeout", "0.1", "--token-file", str(token), *asked)
     service = peers.service(echo).port
     client = peers.client(server.relay_port, service, "--name", "nas", "--token-file", str(token), *asked)
-    prometheus = Prometheus(peers, token, server=status_port(server), client=status_port(client))
+    prometheus = Prometheus(peers, own, server=status_port(server), client=status_port(client))
     prometheus.wait_for("up", 1, 1)
     assert prometheus.targets() == {"server": ("up", ""), "client": ("up", "")}
     assert prometheus.query('tcprelay_build_info{role="server",job="server"}') == [1]
