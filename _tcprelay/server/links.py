@@ -97,10 +97,6 @@ class Links:
                 self._intake.leave("", address)
         if pooled is not None:
             pooled.address = address  # by which it was counted in
-            if pooled.is_doubtful or pooled.moved:
-                why = "has slept or moved" if pooled.is_doubtful else f"comes from {pooled.host} now"
-                self.suspect(pooled.client, why)
-                self._intake.suspect(pooled.client, why)
             self.give_back(pooled)
 
     def _join(self, pooled: PooledLink) -> None:
@@ -118,6 +114,10 @@ class Links:
             raise
         where = {"service": pooled.service, "client": pooled.client}
         try:
+            if pooled.is_doubtful or pooled.moved:  # before anybody hears that it is there again
+                why = "has slept or moved" if pooled.is_doubtful else f"comes from {pooled.host} now"
+                self.suspect(pooled.client, why)
+                self._intake.suspect(pooled.client, why)
             if first:
                 self._runtime.emit(ClientUp(name=pooled.name, peer=pooled.host, **where))
             self._intake.note_back(pooled.service, pooled.client)
