@@ -19,6 +19,7 @@ opened anew.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import errno
 import itertools
@@ -56,7 +57,7 @@ SPARE_TAKERS = 8
 """Threads of a worker that wait for connections, at most."""
 
 
-class Intake:
+class Intake(abc.ABC):
     """What the parts of a relay server know of where connections come from."""
 
     serve_client: Callable[[ServiceClient], None]
@@ -74,21 +75,21 @@ class Intake:
         self.threads: list[threading.Thread] = []
         """Those that live as long as the server."""
 
+    @abc.abstractmethod
     def start(self) -> None:
         """Begin to take connections."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def stop(self) -> None:
         """Take no more; `Runtime.stop` has been requested."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def settle(self, client: ServiceClient) -> None:
         """A service client has found a link, or is gone; any number of times."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def leave(self, service: str, address: Any) -> None:
         """A connection from this address is gone: a service client's, or to the relay port under ""."""
-        raise NotImplementedError
 
     def arrive(self, client: ServiceClient) -> None:
         """A service client is ready to be served, which may be some time after its connection was accepted."""
@@ -111,9 +112,9 @@ class Intake:
         """How many idle links there should be here, of so many that a relay client keeps."""
         return idle
 
+    @abc.abstractmethod
     def ask(self, ask: Ask) -> str:
         """Have a relay client be given the port that it asks for; returns the key of its service.  Raises `Refusal`."""
-        raise NotImplementedError
 
     def obey(self, order: dict[str, Any]) -> bool:
         """Whether what the parent asks for is for this part; then it is done."""
