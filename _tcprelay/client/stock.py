@@ -151,10 +151,11 @@ class Stock:
             return tuple(
                 ServiceStatus(
                     name=service.name, address=service.address if service.told == "" else "",
-                    target=str(service.target), is_published=service in self.services, problem=say_problem(service),
+                    target=str(service.target), is_published=is_published, problem=say_problem(service),
                     links_idle=service.idle, links_busy=service.busy, links_opening=service.connecting,
                 )
-                for service in (*self.services, *self._leaving)
+                for services, is_published in ((self.services, True), (self._leaving, False))
+                for service in services
             )  # fmt: skip
 
     def missing(self, publications: list[Publication]) -> list[Publication]:
