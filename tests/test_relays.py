@@ -159,12 +159,7 @@ def test_connections_that_live_end_with_their_relay_server_alone(bench: Bench) -
 
 def test_each_has_its_own_pin(bench: Bench, certificates: Certificates) -> None:
     """A wrong one keeps that relay server out, and no other; one without is verified as ever."""
-    files: dict[str, Any] = {
-        "cert": certificates.path("server.pem"),
-        "key": certificates.path("server.key"),
-        "tls": "relay",
-    }
-    servers = [bench.server(token=TOKEN, **files) for _ in range(3)]
+    servers = [bench.server(token=TOKEN, **secured(certificates)) for _ in range(3)]
     pin = f"sha256:{digest_of(certificates)}"
     right, wrong, vouched = servers
     pins = [f"{relay_of(right)}={pin}", f"{relay_of(wrong)}=sha256:{'0' * 64}"]
@@ -179,12 +174,7 @@ def test_each_has_its_own_pin(bench: Bench, certificates: Certificates) -> None:
 
 def test_one_without_a_pin_is_verified(bench: Bench, certificates: Certificates) -> None:
     """The token is too short to vouch, and no CA has signed the certificate."""
-    files: dict[str, Any] = {
-        "cert": certificates.path("server.pem"),
-        "key": certificates.path("server.key"),
-        "tls": "relay",
-    }
-    one, other = (bench.server(token="short", **files) for _ in range(2))
+    one, other = (bench.server(token="short", **secured(certificates)) for _ in range(2))
     pin = f"{relay_of(one)}=sha256:{digest_of(certificates)}"
     client_of(bench, one, other, token="short", tls="relay", pin=pin)
     assert answers(bench, one)
@@ -257,6 +247,11 @@ def found(monkeypatch: pytest.MonkeyPatch) -> Found:
     return Found(monkeypatch)
 
 
+def secured(certificates: Certificates) -> dict[str, Any]:
+    """What gives a relay server TLS on its links."""
+    return {"cert": certificates.path("server.pem"), "key": certificates.path("server.key"), "tls": "relay"}
+
+
 def start_servers(bench: Bench, *hosts: str) -> tuple[int, dict[str, RelayServer]]:
     """Relay servers with one relay port, each at an address of its own."""
     port = unused_port()
@@ -311,12 +306,9 @@ def test_a_name_that_nobody_knows_is_told(bench: Bench, found: Found, monkeypatc
 def test_the_certificate_is_that_of_the_name(bench: Bench, found: Found, certificates: Certificates) -> None:
     """With TLS the name in the options counts, whichever address is dialled."""
     port = unused_port()
-    files: dict[str, Any] = {
-        "cert": certificates.path("server.pem"),
-        "key": certificates.path("server.key"),
-        "tls": "relay",
-    }
-    server = bench.enter(RelayServer(port, 0, hostname="127.0.0.2", token=TOKEN, drain_timeout=0, **files))
+    server = bench.enter(
+        RelayServer(port, 0, hostname="127.0.0.2", token=TOKEN, drain_timeout=0, **secured(certificates))
+    )
     found.hosts = ["127.0.0.2"]
     client_of(bench, f"relay.example:{port}", relay_all=True, token=TOKEN, tls="relay",
               ca_file=certificates.path("ca.pem"))  # fmt: skip
@@ -381,13 +373,8 @@ def test_the_end_at_a_refusal(peers: Peers, refusing: int) -> None:
 def test_the_pin_is_that_of_the_name(bench: Bench, found: Found, certificates: Certificates) -> None:
     """It counts for all addresses behind it: what is not told for an address is no leave to take anybody."""
     port = unused_port()
-    files: dict[str, Any] = {
-        "cert": certificates.path("server.pem"),
-        "key": certificates.path("server.key"),
-        "tls": "relay",
-    }
     server = bench.enter(RelayServer(port, 0, hostname="127.0.0.2", token=TOKEN, drain_timeout=0,
-                                     on_event=bench.server_events, **files))  # fmt: skip
+                                     on_event=bench.server_events, **secured(certificates)))  # fmt: skip
     found.hosts, name = ["127.0.0.2"], f"relay.example:{port}"
     wrong = client_of(bench, name, relay_all=True, token=TOKEN, tls="relay", pin=f"{name}=sha256:{'0' * 64}")
     [refused, *_] = bench.server_events.wait(LinkRefused)
