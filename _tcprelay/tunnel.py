@@ -7,6 +7,7 @@ is the relay server's: not a byte of it is taken.
 
 from __future__ import annotations
 
+import abc
 import base64
 import ipaddress
 import re
@@ -106,7 +107,7 @@ def _decode(text: str) -> bytes:
     return re.sub(b"%(..)", lambda found: bytes.fromhex(found[1].decode()), raw)
 
 
-class Tunnel:
+class Tunnel(abc.ABC):
     """Asks a proxy to connect to a relay server, and reads its answers in pieces of any size.
 
     Parameters: the proxy, and the relay server, whose name may be one that only the proxy knows.  Raises `ProxyFault`
@@ -122,18 +123,18 @@ class Tunnel:
         """From here on all bytes are the relay server's."""
 
     @property
+    @abc.abstractmethod
     def is_amid(self) -> bool:
         """A part of an answer has come."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def begin(self) -> bytes:
         """What is sent first."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def feed(self, piece: bytes) -> tuple[int, bytes]:
         """Take what belongs to the proxy's answer from a piece of the stream; returns how many bytes that are, and what
         is to be sent now.  Raises `ProxyFault` as soon as there can be no way."""
-        raise NotImplementedError
 
     def _quote(self, said: bytes) -> str:
         """The first line of what the proxy has said, made safe; also where it says back what it was told."""

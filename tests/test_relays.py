@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import socket
 import ssl
 import subprocess
@@ -13,7 +15,9 @@ import pytest
 
 from _tcprelay.addresses import Endpoint
 from _tcprelay.client import branches as branches_room
+from _tcprelay.client.stock import Service, begin_all
 from _tcprelay.names import Addresses, Name
+from _tcprelay.values import parse_publication
 from tcprelay import (
     ClientDown, ClientOptions, ConnectionClosed, LinkRefused, Published, RelayClient, RelayServer, ServiceBack,
     ServiceDown, ServiceStatus, Unpublished,
@@ -413,6 +417,38 @@ def test_an_address_that_has_vanished_is_shown_while_connections_live(bench: Ben
         wait_until(lambda: other.counters["links_idle"] == 0)
         assert [row.address for row in client.status().relays] == [f"{host}:{port}" for host in servers]
     wait_until(lambda: [row.address for row in client.status().relays] == [f"127.0.0.1:{port}"])
+
+
+def test_a_relay_server_that_cannot_be_added_yet(
+    bench: Bench, found: Found, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For want of descriptors, say: what was made for it is given back, others do not notice, and it is tried again."""
+    port, servers = start_servers(bench, "127.0.0.1", "127.0.0.2")
+    found.hosts, other = ["127.0.0.1"], servers["127.0.0.2"]
+    client = client_of(bench, f"relay.example:{port}", relay_all=True, token=TOKEN)
+    wait_until(lambda: servers["127.0.0.1"].counters["links_idle"] == 2)
+    begin, refused = Service.begin, list[Service]()
+
+    def refuse_once(service: Service) -> None:
+        if not refused:
+            refused.append(service)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        begin(service)
+
+    monkeypatch.setattr(Service, "begin", refuse_once)
+    found.hosts = list(servers)
+    wait_until(lambda: other.counters["links_idle"] == 2)
+    assert f"no links to 127.0.0.2:{port} yet: too many open files" in caplog.text
+    assert "unexpected error" not in caplog.text
+    assert len(client.status().relays) == 2 and not bench.client_events.of(Unpublished)
+
+
+def test_all_services_begin_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = (Service(parse_publication(text), 2) for text in ("one=1", "two=2"))
+    monkeypatch.setattr(other, "begin", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        begin_all([one, other])
+    assert one.stop is not None and one.stop.fileno() == -1
 
 
 def test_a_relay_server_that_appears_while_a_service_is_down(

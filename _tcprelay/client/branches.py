@@ -24,11 +24,12 @@ from ..client_options import ClientOptions
 from ..names import Name
 from ..runtime import Runtime
 from ..status.report import RelayStatus, ServiceStatus
+from ..text import say_error
 from ..threads import JOIN_TIMEOUT
 from ..values import Publication
 from ..waiting import Deadline
 from .links import Links
-from .stock import Service, Stock, say_problem
+from .stock import Service, Stock, begin_all, say_problem
 
 FIRST_LOOK = 2.0
 """Seconds that a name server has at the start before the name itself is dialled, which tells why there is none."""
@@ -91,15 +92,7 @@ class Branches:
         with self.condition:
             branches = list(self._all)
         fresh = [(branch, self._make_services(branch.stock.missing(publications))) for branch in branches]
-        made: list[Service] = []
-        try:
-            for service in itertools.chain(*(services for _, services in fresh)):
-                service.begin()
-                made.append(service)
-        except BaseException:
-            for service in made:
-                service.close()
-            raise
+        begin_all(itertools.chain(*(services for _, services in fresh)))
         return fresh
 
     def replace(self, publications: list[Publication], fresh: list[tuple[Branch, list[Service]]]) -> None:
@@ -232,8 +225,12 @@ class Branches:
                 continue
             there = {branch.relay for branch in here}
             for relay in wanted:
-                if relay not in there:
+                if relay in there:
+                    continue
+                try:
                     self._add(relay, called)
+                except OSError as error:  # for want of descriptors, say
+                    self._runtime.log.warning("no links to %s yet: %s", relay, say_error(error))
             for branch in here:
                 if branch.relay not in wanted:
                     self._give_up(branch)
@@ -250,10 +247,10 @@ class Branches:
         return list(dict.fromkeys(Endpoint(host_of(address), called.port) for _, address in found))
 
     def _add(self, relay: Endpoint, called: Endpoint) -> None:
+        """Keep links to one more.  Raises `OSError`."""
         with self.changing:
             branch = self._make(relay, called, self)
-            for service in branch.stock.services:
-                service.begin()
+            begin_all(branch.stock.services)
             with self.condition:
                 if self._ending:
                     branch.stock.end()

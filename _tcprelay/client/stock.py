@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Iterable
 
 from ..link import AnyLink
 from ..sockets import Dialer
@@ -405,6 +406,19 @@ class Stock:
         with self._condition:  # a link is closed after it has left the set
             for link in self._links:
                 link.wake()
+
+
+def begin_all(services: Iterable[Service]) -> None:
+    """Have all of them begin, or none.  Raises `OSError`."""
+    begun: list[Service] = []
+    try:
+        for service in services:
+            service.begin()
+            begun.append(service)
+    except BaseException:
+        for service in begun:
+            service.close()
+        raise
 
 
 def say_problem(service: Service) -> str:
