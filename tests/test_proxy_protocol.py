@@ -17,7 +17,7 @@ import pytest
 
 import tcprelay_client
 import tcprelay_server
-from _tcprelay.addresses import is_among
+from _tcprelay.addresses import is_among, show_address
 from _tcprelay.link import Link
 from _tcprelay.protocol import AUTH, CHALLENGE, CLIENT, HELLO, REFUSED, START, WELCOME, Frame, prove
 from _tcprelay.proxy_header import SIGNATURE, encode_proxy_header
@@ -310,9 +310,12 @@ def test_a_header_from_anybody_else_is_refused(
     is_reset(through(bench, server.relay_address[1], header, OTHER_HOST))
     [refused] = bench.server_events.wait(LinkRefused)
     assert refused.reason == UNTRUSTED
-    assert is_reset(through(bench, service_port(server), header, OTHER_HOST))
+    sock = through(bench, service_port(server), header, OTHER_HOST)
+    assert is_reset(sock)
     reason = ends_of_all(bench)
-    assert reason == (f"no TLS handshake: {UNTRUSTED}" if tls else UNTRUSTED)
+    assert {e.code for e in bench.server_events.of(ConnectionFailed)} <= {"tls" if tls else "protocol"}
+    before = "no TLS handshake" if tls else f"service client {show_address(sock.getsockname())}"
+    assert reason == f"{before}: {UNTRUSTED}"
     assert not got
 
 
@@ -343,9 +346,32 @@ def test_a_header_from_anybody_else_in_pieces(bench: Bench, header: bytes) -> No
         for number in range(len(header)):
             sock.sendall(header[number : number + 1])
         sock.recv(1)
-    assert ends_of_all(bench) == UNTRUSTED
+    assert ends_of_all(bench).endswith(UNTRUSTED)
     assert len(got) < 12
     assert not got.startswith(b"PROXY ")
+
+
+@pytest.mark.parametrize("header", [header_of(1), header_of(2)])
+@pytest.mark.parametrize("where", ["opening", "pumps", "raw", "paced"])
+def test_a_header_from_anybody_else_behind_the_service_s_answer(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, header: bytes, where: str
+) -> None:
+    """However late it comes: a piece of it that may be anything has been answered before the next one is sent."""
+    replace(monkeypatch, "OPENING_TIME", 0.0 if where == "pumps" else 6 * PATIENCE)
+    mark = b"PROXY " if header.startswith(b"PROXY ") else SIGNATURE
+    wire = "raw" if where == "raw" else "v1"
+    server = bench.server(**BELIEVE, wire=wire, **({"limit_rate": "1Mi"} if where == "paced" else {}))
+    bench.client(server, bench.service().port, wire=wire)
+    sock = connect_from(bench, OTHER_HOST, service_port(server))
+    for number in range(len(mark) - 1):
+        sock.sendall(mark[number : number + 1])
+        assert sock.recv(1) == mark[number : number + 1]
+    bench.server_events.wait(ConnectionOpened)
+    sock.sendall(header[len(mark) - 1 :])
+    assert is_reset(sock)
+    [closed] = bench.server_events.wait(ConnectionClosed)
+    assert closed.reason == f"service client {closed.peer}: {UNTRUSTED}"
+    assert (closed.bytes_in, closed.bytes_out) == (len(mark) - 1, len(mark) - 1)
 
 
 def test_what_only_begins_like_a_header_is_served(bench: Bench) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ..addresses import show_address
 from ..hello import Faces
 from ..link import Link
 from ..protocol import ABORT
-from ..proxy_header import begins_header, may_begin_header
+from ..proxy_header import HeaderFault, begins_header, may_begin_header
 from ..streams import Stream
 from ..system import ssl
 from ..text import connection_id, say_error, shown
@@ -19,7 +20,8 @@ from ..tls import TLSStream
 EARLY_BYTES = 65536
 """How much a service client may send before READY; it is kept, to be offered to another link after a FAIL."""
 
-
+SURE = 16
+"""Bytes after which it is certain whether a stream begins with a PROXY protocol header."""
 UNTRUSTED = "it sent a PROXY protocol header, and --accept-proxy-protocol does not name its address"
 
 
@@ -61,6 +63,42 @@ def make_stream(
     return TLSStream(sock, name, context, address, server_side=True, faces=faces)
 
 
+class WaryStream(Stream):
+    """A stream whose peer is no proxy that is believed, so that a PROXY protocol header would be a fault.
+
+    Its first bytes are looked at, in whatever pieces and however late they come.  Where they are a header, receiving
+    raises `HeaderFault`, and nothing of the last piece is passed on.
+    """
+
+    def __init__(self, stream: Stream, start: bytes | bytearray) -> None:
+        """Goes on with the socket of another, of which these bytes were received."""
+        super().__init__(stream.sock, stream.name, stream.peer)
+        self.received = stream.received
+        self._start = bytearray(start[:SURE])
+        self._is_wary = may_begin_header(self._start)
+
+    def calls(self) -> tuple[Callable[[memoryview], int], Callable[[memoryview], int]]:
+        receive, send = super().calls()
+        return (self._receive if self._is_wary else receive), send
+
+    def recv_into(self, view: memoryview) -> int:
+        return self._look(view, super().recv_into(view)) or 0
+
+    def recv_now(self, view: memoryview) -> int | None:
+        return self._look(view, super().recv_now(view))
+
+    def _receive(self, view: memoryview) -> int:
+        return self._look(view, self.sock.recv_into(view)) or 0
+
+    def _look(self, view: memoryview, count: int | None) -> int | None:
+        if self._is_wary and count:
+            self._start += view[: min(count, SURE)]
+            self._is_wary = may_begin_header(self._start)
+            if begins_header(self._start):
+                raise HeaderFault(UNTRUSTED)
+        return count
+
+
 class ServiceClient:
     """A service client until its service has answered: its stream, and the bytes that it sent early."""
 
@@ -74,7 +112,7 @@ class ServiceClient:
         self.introduced = 0
         """Bytes of the PROXY protocol header that has said so; they are taken already."""
         self.is_wary = False
-        """A PROXY protocol header would be a fault, and nothing has ruled it out yet."""
+        """A PROXY protocol header would be a fault: see `WaryStream`; before TLS, what is no handshake is one maybe."""
         self.peer = show_address(address)
         self.stream = make_stream(sock, f"service client {self.peer}", address, faces.first if faces else None, faces)
         self.early = bytearray()
@@ -83,7 +121,9 @@ class ServiceClient:
         self.exposed = False
         """The link that it is offered to has taken bytes."""
         self.gone = ""
-        """Why it is no longer there."""
+        """Why it is no longer there, or is not to be."""
+        self.fault = ""
+        """The same as a code."""
         self.failed = NOBODY
         """Ids of relay clients that could not reach their service."""
         self.reason = ""
@@ -131,6 +171,12 @@ class ServiceClient:
         self.stream.peer, self.stream.name = origin, f"service client {self.peer}"
         self.stream.received += count
 
+    def be_wary(self) -> None:
+        """A PROXY protocol header from it is a fault."""
+        self.is_wary = True
+        if not self.stream.secure:
+            self.stream = WaryStream(self.stream, self.early)
+
     @property
     def was_check(self) -> bool:
         """It was a proxy's own, most likely to see whether somebody listens: it has come for nobody, and is gone
@@ -149,16 +195,11 @@ class ServiceClient:
             count = self.stream.recv_now(memoryview(piece))
         except OSError as error:
             self.gone = f"{self.stream.name}: {say_error(error)}"
+            self.fault = "protocol" if isinstance(error, HeaderFault) else "left"
             return
         if count == 0:
             self.ended = True
         self.may_hold_more = count == len(piece) or (count is not None and self.stream.holds_bytes())
-        if self.is_wary and count:
-            start = self.early[:16] + piece[: min(count, 16)]
-            self.is_wary = may_begin_header(start)
-            if begins_header(start):
-                self.gone = UNTRUSTED  # and the service gets nothing of this piece
-                return
         self.early += piece[: count or 0]
 
     def look(self, waited: bool) -> None:
@@ -166,7 +207,7 @@ class ServiceClient:
         if not self.early and not self.ended:
             self.read_early()
         if self.gone:
-            raise Refusal(self.gone, "left")
+            raise Refusal(self.gone, self.fault)
         if self.ended and not self.early and waited:
             # It may be waiting for a greeting with its own direction ended (on the raw wire in vain: nothing would
             # start the link); far more often it has left.

@@ -107,7 +107,6 @@ class Pairing:
                 reason, code = TOO_MANY_HANDSHAKES, "limit"
         if reason:
             raise Refusal(f"no TLS handshake: {reason}", code)
-        client.is_wary = False  # what comes over TLS is for the service
 
     def _find_link(self, client: ServiceClient) -> PooledLink:
         """Offer the service client to one idle link after another until a service answers.  Raises `Refusal`."""
@@ -156,7 +155,7 @@ class Pairing:
                 return pooled
             self._links.give_back(pooled)
             if client.gone:
-                raise Refusal(client.gone, "left")
+                raise Refusal(client.gone, client.fault)
             client.reason = reason
             client.failed |= {pooled.client}
 

@@ -90,7 +90,7 @@ class Proxies:
             if reason := self._refuses(client.service, client.origin):
                 self.judge(reason, client.address, client.origin)
         else:
-            client.is_wary = True
+            client.be_wary()
 
     def judge(self, reason: str, address: Any, origin: Any) -> None:
         """Raises `Refusal` with the reason; a proxy that has come for nobody it names, as to see whether somebody
