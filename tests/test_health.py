@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +14,13 @@ from pathlib import Path
 import pytest
 
 from _tcprelay.signals import watchdog_seconds
+from _tcprelay.status.survey import AWAY
 from _tcprelay.watch import Pulse
 from tcprelay import RelayServer
 
-from .conftest import PATIENCE, echo, read_exactly, wait_until
+from .conftest import PATIENCE, connect, echo, read_exactly, wait_until
 from .peers import HOST, ROOT, Peers, RelayProcess, workers_of
-from .test_desk import ask, port_of
+from .test_desk import ask, body_of, port_of
 
 HANGING = """
 import os, time
@@ -142,6 +145,41 @@ def test_of_workers_only_the_one_that_hangs_is_ended(peers: Peers, manager: Mana
     assert 0 < alive < 8
     assert manager.hears("WATCHDOG=1")
     wait_until(lambda: ask(port_of(server), "/healthz").status == 200)
+
+
+def test_a_relay_client_that_died_while_a_slow_reader_still_gets_its_bytes(peers: Peers, workers: str) -> None:
+    """Its last bytes, and the end behind them, wait for that one; all others are to hear that it is not there."""
+    is_full = threading.Event()
+
+    def serve(sock: socket.socket) -> None:
+        while select.select([], [sock], [], 1.0)[1]:
+            sock.send(bytes(65536))
+        is_full.set()
+        sock.recv(1)
+
+    server = peers.relay_process(
+        "server", "--relay-port", "0", "--service-port", "0", "--hostname", HOST, "--status", "0"
+    )
+    words = [
+        *("--host", HOST, "--port", str(peers.service(serve).port), "--num-conn", "2"),
+        *("--relay-host", HOST, "--relay-port", str(server.relay_port)),
+    ]
+    client = peers.relay_process("client", *words)
+    slow = connect((HOST, server.service_port))
+    with slow:
+        assert is_full.wait(PATIENCE)
+        before = health(server)
+        client.end_by(signal.SIGKILL)
+        answer = wait_until(lambda: (found := health(server))[0] == 503 and found)
+        assert (before, answer) == ((200, b"well\n"), (503, f"service default: {AWAY}\n".encode()))
+        assert len(slow.recv(1)) == 1
+        peers.relay_process("client", *words)
+        wait_until(lambda: health(server) == (200, b"well\n"))
+
+
+def health(server: RelayProcess) -> tuple[int, bytes]:
+    answer = ask(port_of(server), "/healthz?service=default")
+    return answer.status, body_of(answer)
 
 
 @pytest.mark.parametrize(

@@ -17,17 +17,20 @@ import pytest
 from _tcprelay.carried import MOST_PARTIES, SLOT, SLOTS, Carried, History, current_slot
 from _tcprelay.events import FAILURES
 from _tcprelay.messages import decode_message
+from _tcprelay.protocol import READY, START
 from _tcprelay.splice import Splice
 from _tcprelay.status.asking import Asking, answers
 from _tcprelay.status.report import (
-    MOST_CONNECTIONS, ConnectionStatus, ServiceStatus, Status, as_dict, counted, from_dict, merge, pick_connections,
+    MOST_CONNECTIONS, ClientStatus, ConnectionStatus, ServiceStatus, Status, as_dict, counted, from_dict, merge,
+    pick_connections,
 )  # fmt: skip
-from _tcprelay.status.survey import concluded
+from _tcprelay.status.survey import AWAY, AWAY_TIME, concluded
 from _tcprelay.tally import HOUR, MOST_EVENTS, OTHERS, Histogram, Tally, Trouble
 from _tcprelay.watch import Splices
 from tcprelay import ConnectionFailed, ConnectionOpened, Event, LinkRefused, RelayClient, RelayServer
 
 from .conftest import PATIENCE, Bench, connect, echo, read_exactly, replace as put, unused_port, wait_until
+from .peers_v1 import FakeClient
 from .samples import NOW, client_status, server_status
 
 TOKEN = "a long and random secret"
@@ -582,6 +585,68 @@ def test_a_client_whose_links_are_all_busy_is_healthy(bench: Bench) -> None:
     [service] = client.status().services
     assert (service.links_idle, service.links_busy, service.problem) == (0, 1, "")
     assert client.status().is_healthy
+
+
+def test_a_client_that_gets_no_further_links_says_so(bench: Bench) -> None:
+    """Service clients cannot reach it, though a connection lives; to start it anew would break that off."""
+    server = bench.server(drain_timeout=6 * PATIENCE)
+    client = bench.client(server, bench.service().port, num_conn=1)
+    sock = bench.connect(server)
+    sock.sendall(b"x")
+    assert read_exactly(sock, 1) == b"x"
+    end = threading.Thread(target=server.end)
+    end.start()
+    try:
+        status = wait_until(lambda: (found := client.status()).services[0].problem and found)
+        assert (status.services[0].links_idle, status.services[0].links_busy) == (0, 1)
+        assert status.services[0].problem.startswith("no idle link: ") and "refused" in status.services[0].problem
+        assert "refused" in status.relays[0].problem
+        assert status.is_healthy
+    finally:
+        sock.close()
+        end.join()
+    wait_until(lambda: not client.status().is_healthy)
+
+
+def test_a_relay_client_that_has_lost_its_idle_links(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that lives does not prove that it is there: a dead host's last bytes may wait for a slow reader."""
+    put(monkeypatch, "AWAY_TIME", 0.1)
+    server = bench.server()
+    busy, idle = bench.enter(FakeClient(server)), bench.enter(FakeClient(server))
+    busy.hello()
+    sock = bench.connect(server)
+    sock.sendall(b"x")
+    assert busy.next().kind == START
+    busy.send(READY)
+    wait_until(lambda: service_of(server).open)
+    idle.hello()
+    idle.close()
+    wait_until(lambda: service_of(server).problem == AWAY)
+    assert [(one.problem, one.links_busy) for one in server.status().clients] == [(AWAY, 1)]
+    bench.enter(FakeClient(server)).hello()
+    wait_until(lambda: service_of(server).problem == "")
+    assert service_of(server).open == 1
+
+
+@pytest.mark.parametrize(
+    ("idle", "linked", "unlinked", "is_away"),
+    [
+        (0, 10.0, 20.0, True),
+        (1, 10.0, 20.0, False),
+        (0, 20.0, 10.0, False),  # the last idle link was taken: it may have as many as it may
+        (0, 10.0, 0.0, False),
+        (0, 10.0, NOW - AWAY_TIME + 0.1, False),
+    ],
+)
+def test_which_relay_client_is_away(idle: int, linked: float, unlinked: float, is_away: bool) -> None:
+    """Of workers one may have its idle link, or have given one out last."""
+    nobody = Status(role="server", time=NOW, services=(ServiceStatus(name="ssh", is_published=True),))
+    client = ClientStatus(service="ssh", id="a", links_idle=0, links_busy=1, linked=5.0, unlinked=6.0)
+    other = replace(client, links_idle=idle, linked=linked, unlinked=unlinked)
+    for one, another in ((client, other), (other, client)):
+        found = concluded(merge(replace(nobody, clients=(one,)), replace(nobody, clients=(another,))))
+        assert (found.clients[0].problem, found.services[0].problem) == ((AWAY, AWAY) if is_away else ("", ""))
+        assert found.is_healthy
 
 
 def test_connections_that_were_broken_off(bench: Bench) -> None:

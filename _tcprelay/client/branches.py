@@ -121,7 +121,7 @@ class Branches:
             rows = [branch.stock.survey() for branch in branches]
         relays = []
         for branch, services in zip(branches, rows, strict=True):
-            why = next((service.problem for service in services if not service.links_idle + service.links_busy), "")
+            why = next((service.problem for service in services if not service.links_idle), "")
             relays.append(
                 RelayStatus(
                     address=str(branch.relay), links_idle=sum(service.links_idle for service in services),

@@ -96,6 +96,8 @@ class Service:
         """What was last told of its state: "" is published, ``None`` nothing yet, otherwise why not."""
         self.reasons: set[str] = set()
         """Those that were told since it was published: each is told once, also where they take turns."""
+        self.failing = ""
+        """Why the last attempt has failed, until a link is up."""
         self.remarks: set[str] = set()
         """Why it got no further links, as far as that was told."""
         self.is_known = False
@@ -152,7 +154,8 @@ class Stock:
             return tuple(
                 ServiceStatus(
                     name=service.name, address=service.address if service.told == "" else "",
-                    target=str(service.target), is_published=is_published, problem=say_problem(service),
+                    target=str(service.target), is_published=is_published,
+                    problem=say_problem(service) or ("" if service.idle else service.failing),
                     links_idle=service.idle, links_busy=service.busy, links_opening=service.connecting,
                 )
                 for services, is_published in ((self.services, True), (self._leaving, False))
@@ -271,6 +274,7 @@ class Stock:
         """An attempt that began then has failed: wait, longer each time.  True where that is to be told."""
         with self._condition:
             service.connecting -= 1
+            service.failing = reason
             self._back_off(service, began, longest)
             self._forget(service)
             return not ending and service in self.services and self._should_tell(service, reason)
@@ -303,6 +307,7 @@ class Stock:
         with self._condition:
             self._links.add(link)
             service.connecting -= 1
+            service.failing = ""
             self._handshakes = min(self._most_handshakes, self._handshakes + 1)
             service.idle += 1
             service.asked = max(0, waiting - 1)  # this one serves the first

@@ -103,6 +103,7 @@ class Pool:
             pooled.moved = not first and all(other.host != pooled.host for other in pooled.member.links)
             self._withdrawals.forget(*key)
             pooled.member.links.add(pooled)
+            pooled.member.linked = time.time()
             self._count_members(pooled.service, 1)
             self._told.discard(pooled.service)
             return first
@@ -113,6 +114,7 @@ class Pool:
             key = pooled.service, pooled.client
             member = pooled.member
             member.links.discard(pooled)
+            member.unlinked = time.time()
             member.carried.add_all(pooled.carried)
             self._count_members(pooled.service, -1)
             if self._is_watched:
@@ -182,6 +184,7 @@ class Pool:
                 self.selector.register(pooled.link.fd, events, pooled)
                 self._aside.add(pooled)
                 return True
+            pooled.member.linked = time.time()
             for waiter in self._waiting[pooled.service]:
                 if pooled.client not in waiter.failed:
                     self._waiting[pooled.service].remove(waiter)
@@ -387,7 +390,7 @@ class Pool:
                 return None
             pooled = last_resort
         self._remove(pooled)
-        self._given_at[service] = time.monotonic()
+        self._given_at[service], pooled.member.linked = time.monotonic(), time.time()
         if pooled.origin in origins:
             origins.move_to_end(pooled.origin)
         return pooled

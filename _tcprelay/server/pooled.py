@@ -24,7 +24,7 @@ finding out that the service can be reached again."""
 class Member:
     """A relay client as far as it has links for one service."""
 
-    __slots__ = ("_noted_at", "carried", "links", "problem", "since")
+    __slots__ = ("_noted_at", "carried", "linked", "links", "problem", "since", "unlinked")
 
     def __init__(self) -> None:
         self.links: set[PooledLink] = set()
@@ -33,6 +33,10 @@ class Member:
         """What was carried on links that are no more."""
         self.problem = ""
         """Why it could not reach the service when it was last asked to."""
+        self.linked = self.since
+        """When a link last came, was given to a service client or became idle again."""
+        self.unlinked = 0.0
+        """When one last ended.  These are in seconds since 1970."""
         self._noted_at = 0.0
 
     def note(self, problem: str) -> None:

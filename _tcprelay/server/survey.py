@@ -63,5 +63,6 @@ def show_client(member: Member, links: list[PooledLink], idle: set[PooledLink], 
     return ClientStatus(
         service=first.service, id=first.client, name=first.name, address=first.host, proof=first.proof,
         since=member.since, problem=member.recent_problem, links_idle=count, links_busy=len(links) - count,
+        linked=member.linked, unlinked=member.unlinked,
         opened=carried.opened, broken=carried.broken, bytes_in=carried.to_link, bytes_out=carried.from_link,
     )  # fmt: skip

@@ -143,9 +143,13 @@ class ClientStatus:
     since: float = _merged(min, 0.0)
     """Seconds since 1970."""
     problem: str = _told()
-    """Why it could not reach the service when it was last asked to; "" where it could."""
+    """Why it could not reach the service when it was last asked to, or cannot be asked; "" where it can."""
     links_idle: int = _sum()
     links_busy: int = _sum()
+    linked: float = _merged(max, 0.0)
+    """When a link of it last came, was given to a service client or became idle again: seconds since 1970."""
+    unlinked: float = _merged(max, 0.0)
+    """When one last ended; 0 for none yet."""
     opened: int = _sum()
     """Connections since then, as are the next three."""
     broken: int = _sum()
@@ -162,7 +166,7 @@ class RelayStatus:
     links_busy: int = _sum()
     links_opening: int = _sum()
     problem: str = _told()
-    """Why there is no link to it for one of the services; "" where there are."""
+    """Why there is no idle link to it for one of the services, as far as something has gone wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,10 @@ from .report import (
     WITHDRAWN, ServiceStatus, Status, merge, pick_connections,
 )  # fmt: skip
 
+AWAY = "the relay client has no idle link and opens none"
+AWAY_TIME = 5.0
+"""Seconds without an idle link after which that is said: a relay client opens others at once, and tries again."""
+
 
 def last_slot() -> int:
     """The last moment of the histories that is over."""
@@ -159,10 +163,20 @@ def process_figures() -> ProcessStatus:
     )  # fmt: skip
 
 
+def is_away(client: ClientStatus, now: float) -> bool:
+    """Whether a relay client has lost its idle links and opens no others, though connections that it carries live on.
+
+    Those prove nothing: what a relay client's host had sent before it died may take hours to reach a slow reader.
+    Where all idle links were taken, and none has ended since, it may have as many links as it may.
+    """
+    return not client.links_idle and client.unlinked > client.linked and now - client.unlinked > AWAY_TIME
+
+
 def concluded(status: Status) -> Status:
     """With what can be said of the whole role alone."""
     by_service: dict[str, list[ClientStatus]] = {}
-    for client in status.clients:
+    clients = [replace(one, problem=AWAY) if is_away(one, status.time) else one for one in status.clients]
+    for client in clients:
         by_service.setdefault(client.service, []).append(client)
     services, problems = [], list(status.problems)
     for service in status.services:
@@ -171,19 +185,21 @@ def concluded(status: Status) -> Status:
             if not service.open:
                 continue  # it was taken out, and nothing of it is left but what was counted
         elif status.role == "server":
-            clients = by_service.get(service.name, [])
-            if service.problem or not clients:
+            serving = by_service.get(service.name, [])
+            if service.problem or not serving:
                 problem = service.problem or "no relay client is connected"
-            elif all(client.problem for client in clients):
-                problem = clients[0].problem
+            elif all(client.problem for client in serving):
+                problem = serving[0].problem
         elif service.problem.startswith(WITHDRAWN):
             problem = service.problem  # connections that live may have links still
             problems.append(f"service {service.name} is {problem}")
         elif not (service.links_idle or service.links_busy):
             problem = service.problem or "no answer from the relay yet"
             problems.append(f"service {service.name} has no link: {problem}")
+        elif service.problem and not service.links_idle:  # to start it anew would break off what lives
+            problem = f"no idle link: {service.problem}"
         services.append(replace(service, problem=problem))
     if status.is_ending:
         problems.insert(0, f"the relay {status.role} is ending")
     problems += [f"worker {number} does not answer" for number in status.missing]
-    return replace(status, services=tuple(services), problems=tuple(dict.fromkeys(problems)))
+    return replace(status, services=tuple(services), clients=tuple(clients), problems=tuple(dict.fromkeys(problems)))
