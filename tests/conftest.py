@@ -183,15 +183,15 @@ class Bench:
         return self._stack.enter_context(RelayServer(0, **options))
 
     def client(self, server: RelayServer, port: int | None, **options: Any) -> RelayClient:
-        """A client with (by default) two links, once they are in the server's pool."""
+        """A client with (by default) two links, once both sides count them as idle."""
         own = {"num_conn": 2, "drain_timeout": 0.0, "on_event": self.client_events, "try_service": False}
         options = {**own, **options}
         idle = server.counters["links_idle"]
         client = self._stack.enter_context(
             RelayClient("127.0.0.1", port, "127.0.0.1", server.relay_address[1], **options)
         )
-        wanted = idle + options["num_conn"] * len(client.options.services)
-        wait_until(lambda: server.counters["links_idle"] >= wanted)
+        wanted = options["num_conn"] * len(client.options.services)
+        wait_until(lambda: server.counters["links_idle"] >= idle + wanted and client.counters["links_idle"] >= wanted)
         return client
 
     def relay(self, serve: Callable[[socket.socket], object] = echo, **options: Any) -> RelayServer:

@@ -216,7 +216,7 @@ def test_a_connection_that_lives_goes_on(bench: Bench, switch: Switch) -> None:
     switch.start()
     bench.client_events.wait(ServiceBack)
     wait_until(lambda: server.counters["links_idle"] == 2)
-    assert client.status().is_healthy
+    wait_until(lambda: client.status().is_healthy)
     assert not server.status().services[0].problem
 
 
