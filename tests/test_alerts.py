@@ -95,7 +95,7 @@ def test_the_selectors_are_found() -> None:
     """None of the tests below can be empty."""
     found = selectors('sum by (a_b) (rate(x_y{k="v",l=~"w|z"}[5m])) > up and histogram_quantile(0.5, a_bucket)')
     assert list(found) == [("x_y", [("k", "v"), ("l", "w|z")]), ("up", []), ("a_bucket", [])]
-    assert len(RULES) == 8 and len(board_expressions()) > 20
+    assert len(RULES) == 9 and len(board_expressions()) > 20
 
 
 @pytest.mark.parametrize("expression", expressions())
@@ -163,11 +163,6 @@ def failures(code: str, values: str, opened: str) -> Series:
     }
 
 
-def links(idle: str, busy: str, opening: str = "0x60") -> Series:
-    states = {"idle": idle, "busy": busy, "opening": opening}
-    return {f'tcprelay_links{{{SSH},state="{state}"}}': values for state, values in states.items()}
-
-
 def descriptors(used: str, build: str = AT) -> Series:
     return {
         f"process_open_fds{{{AT}}}": used, f"process_max_fds{{{AT}}}": "1000x60",
@@ -184,10 +179,11 @@ CASES = [
     Case("TcprelayUnhealthy", {f"tcprelay_healthy{{{AT}}}": "0 1 0 1x9", f"tcprelay_ending{{{AT}}}": "0x10"}, 5, None),
     Case("TcprelayWorkerMissing", {f"tcprelay_workers_missing{{{AT}}}": "0 1x10"}, 4, {}),
     Case("TcprelayWorkerMissing", {f"tcprelay_workers_missing{{{AT}}}": "0 1 0x10"}, 4, None),
-    Case("TcprelayServiceWithoutLinks", links("8 0x60", "0x60"), 4, {"service": "ssh"}),
-    Case("TcprelayServiceWithoutLinks", links("8 0x60", "0x60", "1x60"), 4, {"service": "ssh"}),
-    Case("TcprelayServiceWithoutLinks", links("8 0x60", "0 8x60"), 4, None),
-    Case("TcprelayServiceWithoutLinks", links("8 0 8x60", "0x60"), 4, None),
+    Case("TcprelayServiceUnreachable", {f"tcprelay_service_reachable{{{SSH}}}": "1 0x60"}, 4, {"service": "ssh"}),
+    Case("TcprelayServiceUnreachable", {f"tcprelay_service_reachable{{{SSH}}}": "1 0x60"}, 2, None),
+    Case("TcprelayServiceUnreachable", {f"tcprelay_service_reachable{{{SSH}}}": "1 0 0 1x60"}, 5, None),
+    Case("TcprelayRelayLost", {f'tcprelay_relay_reachable{{{AT},relay="b:1"}}': "1 0x60"}, 7, {"relay": "b:1"}),
+    Case("TcprelayRelayLost", {f'tcprelay_relay_reachable{{{AT},relay="b:1"}}': "1 0x60"}, 5, None),
     Case("TcprelayClientGone", {f"tcprelay_clients{{{SSH}}}": "2x20 1x40"}, 27, {"service": "ssh"}),
     Case("TcprelayClientGone", {f"tcprelay_clients{{{SSH}}}": "2x20 1x40"}, 24, None),
     Case("TcprelayClientGone", {f"tcprelay_clients{{{SSH}}}": "2x20 1x90"}, 90, None),

@@ -27,7 +27,7 @@ import pytest
 from _tcprelay.events import FAILURES
 from _tcprelay.status.metrics import METRICS, REFUSALS, Metric, content_type, escape, render
 from _tcprelay.status.report import (
-    ClientStatus, FailureStatus, HistogramStatus, PartyStatus, ProcessStatus, ServiceStatus, Status,
+    ClientStatus, FailureStatus, HistogramStatus, PartyStatus, ProcessStatus, RelayStatus, ServiceStatus, Status,
 )  # fmt: skip
 from _tcprelay.tally import DURATION_BOUNDS, PAIRING_BOUNDS
 
@@ -59,6 +59,7 @@ def sum_of(status: Status, name: str, **labels: str) -> float:
 
 SMALL = Status(
     role="client", version="1.2.3", started=1_700_000_000.5, workers=2,
+    relays=(RelayStatus(address="192.0.2.1:10080"), RelayStatus(address="[2001:db8::1]:10080", problem="refused")),
     services=(
         ServiceStatus(
             name="web", target="localhost:80", links_idle=7, links_busy=1, links_opening=2, failed={"unreachable": 3},
@@ -89,6 +90,10 @@ tcprelay_workers_missing 0
 # TYPE tcprelay_service_reachable gauge
 # HELP tcprelay_service_reachable 1 where service clients can reach the service as far as is known, else 0.
 tcprelay_service_reachable{service="web"} 1
+# TYPE tcprelay_relay_reachable gauge
+# HELP tcprelay_relay_reachable 1 where the relay client gets links to the relay server for each of its services, else 0.
+tcprelay_relay_reachable{relay="192.0.2.1:10080"} 1
+tcprelay_relay_reachable{relay="[2001:db8::1]:10080"} 0
 # TYPE tcprelay_links gauge
 # HELP tcprelay_links Links for the service that are idle, busy with a connection, or on a relay client being opened.
 tcprelay_links{service="web",state="idle"} 7
@@ -775,7 +780,7 @@ def test_prometheus_and_real_relays(peers: Peers, workers: str) -> None:
     peers.relay_process("client", *stranger, "--token-file", str(other)).wait_event("Unpublished")
     assert wait_until(lambda: prometheus.query('tcprelay_links_refused_total{code="token"} > 0'), timeout=20)
 
-    wait_until(lambda: prometheus.alerts() == {("TcprelayServiceWithoutLinks", "server", "web")}, timeout=20)
+    wait_until(lambda: prometheus.alerts() == {("TcprelayServiceUnreachable", "server", "web")}, timeout=20)
     [group] = prometheus.ask("/api/v1/rules")["groups"]
     assert {rule["health"] for rule in group["rules"]} == {"ok"}
 

@@ -206,6 +206,9 @@ def test_what_is_at_the_top(browser: Browser, desk: Desk) -> None:
     assert not browser.run("return document.getElementById('workers').checkVisibility()")
     desk.say(well)
     browser.wait("return document.getElementById('state').textContent === '1 service cannot be reached'")
+    lost = dataclasses.replace(client_status(), problems=(), services=client_status().services[:1])
+    desk.say(lost)
+    browser.wait("return document.getElementById('state').textContent === '1 relay server cannot be reached'")
     desk.say(dataclasses.replace(well, is_ending=True))
     browser.wait("return document.getElementById('state').textContent.startsWith('It is ending')")
 

@@ -244,6 +244,11 @@ def _read_clients(status: Status) -> Iterator[Sample]:
         yield (service.name,), sum(client.service == service.name for client in status.clients)
 
 
+def _read_relays(status: Status) -> Iterator[Sample]:
+    for one in status.relays:
+        yield (one.address,), int(not one.problem)
+
+
 def _read_failure_times(status: Status) -> Iterator[Sample]:
     for service in status.services:
         if service.last_failure.time:
@@ -275,6 +280,8 @@ METRICS = (
     Metric(name="tcprelay_service_reachable", type="gauge", labels=("service",),
            read=_each_present(lambda one: int(not one.problem)),
            help="1 where service clients can reach the service as far as is known, else 0."),
+    Metric(name="tcprelay_relay_reachable", type="gauge", labels=("relay",), role="client", read=_read_relays,
+           help="1 where the relay client gets links to the relay server for each of its services, else 0."),
     Metric(name="tcprelay_clients", type="gauge", labels=("service",), role="server", read=_read_clients,
            help="Relay clients that have links for the service; each worker process of a relay client counts as one."),
     Metric(name="tcprelay_links", type="gauge", labels=("service", "state"), read=_read_links,
