@@ -56,7 +56,8 @@ def arrange(cls: type[Options], argv: Sequence[str]) -> list[str]:
     given = [info for word in arranged if (info := known.get(word.partition("=")[0]))]
     names = cls.short(bare)
     if len(names) < len(bare):
-        raise ValueError(f"{_show_stray(bare[len(names)], given)}: expected {cls.short_form}")
+        stray = _show_stray(bare[len(names)], given)
+        raise ValueError(f"{stray}: expected {cls.short_form}{say_meant(stray, ['status'])}")
     for word, name in zip(bare, names, strict=True):
         info = known[f"--{name}"]
         if info in given and info and not info.many:

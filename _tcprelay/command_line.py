@@ -51,7 +51,13 @@ class Given(Generic[OptionsT]):
             origin = self.origins.get(name) or self.origins.get(PARTNERS.get(name, ""))
             if origin is None or value is None:
                 continue
-            said = shown(", ".join(map(str, value)) if info.many else info.public(value) if info.secret else say(value))
+            said = shown(
+                ", ".join(map(str, value))
+                if info.many
+                else info.public(value)
+                if info.secret
+                else say(value, info.is_flag)
+            )
             lines.append(f"  {name.replace('_', '-')} = {said}    {origin}")
         return "\n".join([*lines, "everything else has its default"])
 
@@ -67,11 +73,11 @@ def _rank(origin: str) -> int:
     return 0 if origin == COMMAND_LINE else 1 if origin.startswith(VARIABLE) else 2
 
 
-def say(value: object) -> str:
-    """A value as it stands in a configuration file."""
+def say(value: object, is_flag: bool) -> str:
+    """A value as it stands in a configuration file, of an option that may stand there alone as well."""
     if isinstance(value, float):
         return str(value).removesuffix(".0")
-    if value == "relay":  # of --tls
+    if is_flag and value == "relay":  # of --tls
         return "true"
     return str(value).lower() if isinstance(value, bool) else str(value)
 

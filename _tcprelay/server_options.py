@@ -156,7 +156,7 @@ class ServerOptions(Options):
         certificates, keys = len(self.service_cert), len(self.service_key)
         yield (
             keys > certificates,
-            f"--service-key is given {keys} times, and --service-cert {certificates}: each key is a certificate's",
+            f"--service-key names {keys} files, and --service-cert {certificates}: each key is a certificate's",
         )
         yield from self._wrong_protocols(self.service_alpn, [service.name for service in services])
         yield from self._useless("ca_file", "--auth", self.auth)

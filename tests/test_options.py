@@ -251,7 +251,7 @@ def test_check_says_what_came_of_it(
 ) -> None:
     """Each value with its origin, of files and variables all that were read; and no secret."""
     config = tmp_path / "c.conf"
-    config.write_text("# mine\nrelay-host = relay.example.net:10080\ntls = yes\npublish = web=80\n")
+    config.write_text("# mine\nrelay-host = relay:10080\ntls = yes\npublish = web=80\n")
     monkeypatch.setenv("TCPRELAY_TOKEN", "hunter2-hunter2-hunter2")
     words = ["--config", str(config), "--keepalive", "6.0", "--try-service", "no", "--check"]
     assert tcprelay_client.main([*words, "--host", "unix:/x"]) == 0
@@ -263,7 +263,7 @@ def test_check_says_what_came_of_it(
         "  keepalive = 6    command line",
         "  token = (not shown)    environment variable TCPRELAY_TOKEN",
         f"  tls = true    {config}, line 3",
-        f"  relay-host = relay.example.net    {config}, line 2",
+        f"  relay-host = relay    {config}, line 2",
         f"  relay-port = 10080    {config}, line 2",
         "  host = 10.0.0.0    command line",
         "  port = 22    command line",
@@ -320,6 +320,7 @@ def test_check_says_what_came_of_it(
         (["web=80"], "web=80: expected the relay port and services"),
         (["--heartbeat", "--tls=both"], "--heartbeat needs a value"),
         (["1", "2", "3"], "3: expected the relay port and services"),
+        (["stat"], "stat: expected the relay port and services, as in 10080 2222 web=8080; did you mean status?"),
         (["1", "2"], "1: without an option it is the --relay-port, which is given, too"),
         (["--tls", "maybe"], "--tls 'maybe' (from command line): expected true (or yes, on, relay), both, service, or"),
         (["--token", "a", "b"], "a word without an option (not shown: it may be a secret): expected the relay port"),

@@ -269,7 +269,7 @@ def test_mistakes_in_certificates(certs: Certificates) -> None:
     with pytest.raises(ValueError, match=re.escape(f"{nameless[0]} has no host name in it (subjectAltName)")):
         RelayServer(0, 0, tls="service", service_cert=[first[0], nameless[0]], service_key=[first[1], nameless[1]])
     RelayServer(0, 0, tls="service", service_cert=[nameless[0], first[0]], service_key=[nameless[1], first[1]])
-    with pytest.raises(ValueError, match="--service-key is given 2 times, and --service-cert 1"):
+    with pytest.raises(ValueError, match="--service-key names 2 files, and --service-cert 1"):
         RelayServer(0, 0, tls="service", service_cert=first[0], service_key=[first[1], first[1]])
     with pytest.raises(ValueError, match=re.escape(f"{certs.path('second.pem')} holds a certificate without")):
         RelayServer(0, 0, tls="service", service_cert=[certs.path("second-whole.pem"), certs.path("second.pem")])

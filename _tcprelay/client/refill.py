@@ -17,9 +17,9 @@ GROWTH = 24
 """Links that may be opened at once for each one in use, beyond the idle ones, where the server says that more service
 clients wait: 200 that come together have theirs after one round from a pool of 8, as with relays that open one for
 each; and a number that is not true opens three pools more for each connection that is real."""
-WITHDRAWN_AGAIN = 240.0
+WITHDRAWN_AGAIN = 60.0
 """Seconds after which the relay server is told once more, by a link that is given up at once, that a service is
-withdrawn: it believes it for `WITHDRAWN_TIME`."""
+withdrawn: it believes it for `WITHDRAWN_TIME`, and may have been started anew meanwhile."""
 WITHDRAWN_TIME = 600
 """Seconds for which that holds.  A relay client that has vanished meanwhile makes nobody wait in vain for longer."""
 EAGER_TIME, EAGER_SPAN = 30.0, 0.5

@@ -71,7 +71,7 @@ def pair_files(certificates: Sequence[str], keys: Sequence[str]) -> list[tuple[s
             bare.append(path)
     if len(bare) != len(keys):
         raise ValueError(
-            f"--service-key is given {len(keys)} times, and of the files in --service-cert {len(bare)} have no key in "
+            f"--service-key names {len(keys)}, and of the files in --service-cert {len(bare)} have no key in "
             f"them ({', '.join(bare) or 'none'}): give a key for each of these, in the same order"
         )
     left = iter(keys)
