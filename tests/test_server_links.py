@@ -1202,7 +1202,7 @@ def test_a_link_that_is_given_up_in_a_connection_is_down_for_that_reason(bench: 
     [closed] = bench.server_events.wait(ConnectionClosed)
     [down] = bench.server_events.wait(LinkDown)
     assert closed.reason
-    assert down.reason == closed.reason
+    assert down.reason == f"its connection was broken off: {closed.reason}"
 
 
 def test_who_got_no_link_is_expected_no_longer(bench: Bench) -> None:

@@ -274,7 +274,8 @@ class Pairing:
             )  # fmt: skip
             client.stream.close()
             if not link.is_idle:
-                self._links.drop(pooled, splice.reason or "its connection is over")
+                broken = f"its connection was broken off: {splice.reason}"
+                self._links.drop(pooled, broken if splice.reason else "its connection is over")
             else:
                 pooled.use()
                 pooled.hear()
