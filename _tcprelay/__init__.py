@@ -18,6 +18,7 @@ Each room imports only rooms that stand above it in this list (tests/test_house.
     link            a link that carries one connection at a time
     threads         a cache of parked threads
     pace            how fast one direction of a connection may be
+    ahead           how much is taken ahead of a slow sink
     pump            one direction of a connection
     splice          a stream and a link that carry one connection
     events          what happens

@@ -17,7 +17,7 @@ from .protocol import (
 )  # fmt: skip
 from .streams import BULK, FLUSH_TIMEOUT, Sink, Source, Stream
 from .system import ignore_oserror
-from .tcp import is_held_back, round_trip
+from .tcp import holds_much, is_held_back, round_trip
 from .text import shown
 from .waiting import Deadline, Stop, wait_for
 
@@ -50,8 +50,8 @@ class Link:
         """Seconds between the server's PINGs, as it said in WELCOME."""
         self.passed = 0
         """Bytes of the present connection, or the last, that the relay client had passed on when it sent END."""
-        self.spent = False
-        """Not to be used again, since a new link would be faster: see `is_held_back`."""
+        self.spent = ""
+        """Why it is not to be used again, as a new link would be better; "" where it would not."""
         self._buffer = bytearray()  # what has been received beyond the last frame: [_start:_end]
         self._start = self._end = 0
         self.left = 0
@@ -315,11 +315,15 @@ class Link:
                 raise ConnectionResetError("the other side did not stop sending")
         return dropped
 
-    def conclude(self, whole: bool, sent: int) -> None:
-        """The connection is over, and so many bytes of it were sent on this link."""
+    def conclude(self, whole: bool, sent: int, was_ahead: bool) -> None:
+        """The connection is over, and so many bytes of it were sent on this link; what came on it may have been ahead
+        of a slow reader, and have had the system offer a window that nothing but this needed."""
         self.stream.rest()
         self.rest()
-        self.spent = is_held_back(self.sock, sent)
+        if is_held_back(self.sock, sent):
+            self.spent = "it has lost packets, and a new one will be faster"
+        elif was_ahead and holds_much(self.sock):
+            self.spent = "a slow reader had much wait on it, and on a new one less will"
 
     def wake(self) -> None:
         """Make blocked calls of other threads return.  A FIN here is no false end: only END is an end."""
@@ -373,7 +377,8 @@ class RawLink:
     END_EVENTS = 0
     heartbeat = 0.0
     passed = 0
-    spent = leaving = is_idle = is_between = has_ended = False
+    spent = ""
+    leaving = is_idle = is_between = has_ended = False
     peer_has_ended = True
     """There is nothing that would have to be heard to its end."""
 
@@ -426,7 +431,7 @@ class RawLink:
     def discard(self, deadline: Deadline, stop: Stop | None = None) -> int:
         raise ConnectionResetError("a raw link has no end but its own")
 
-    def conclude(self, whole: bool, sent: int) -> None:
+    def conclude(self, whole: bool, sent: int, was_ahead: bool) -> None:
         self.stream.conclude(whole)
 
     def wake(self) -> None:

@@ -20,14 +20,13 @@ from __future__ import annotations
 import itertools
 import os
 import socket
-import time
 
+from .ahead import Queue
 from .link import Link
 from .pace import Pace
 from .protocol import DATA_HEAD, HEAD, HEADER
 from .streams import BULK, PIPE_SIZE, Sink, Source
 from .system import fcntl, go_home, roam
-from .tcp import UNSENT, hold_much, limit_unsent, waiting_bytes
 from .text import say_error
 from .tls import LARGE_TLS_BUFFER, SMALL_READS
 
@@ -78,6 +77,8 @@ class Flow:
         """Nothing is left to do: the sink has ended too, or something broke."""
         self.halted = False
         """Stop, whatever there is to carry."""
+        self.was_ahead = False
+        """The sink was the slower side of bulk traffic, so that much came ahead of it."""
         self.pace: Pace | None = None
         """How fast it may be; set before the first byte."""
         self.out = bytearray(first)
@@ -298,6 +299,7 @@ class Flow:
                 return self._pump_in_kernel(*pipe, queue)
             return self._pump_large(queue, PIPE_AGAIN if spliceable else None)
         finally:
+            self.was_ahead |= queue.is_ahead
             queue.release()
             go_home()
 
@@ -352,53 +354,6 @@ class Flow:
         finally:
             os.close(reader)
             os.close(writer)
-
-
-class Queue:
-    """Bounds what waits for a sink: to about as much as passes in `HELD_TIME`.
-
-    A relay would be a long queue otherwise: the system lets each of its sockets hold some megabytes, and the more,
-    the more is taken from it at once (measured at 10 Mbit/s and 50 ms: 7.2 MB still came after a service client had
-    said stop, 0.6 directly).  Whatever else that service client says waits behind them, and so does its end.
-
-    What the system holds of a far source stays its affair, since such a path needs a large window.  So it is with a
-    near one from when that turns out to be the slower side, or much passes: see `hold_little`.
-    """
-
-    HELD_TIME = 0.1
-    """Seconds; how often the rate is looked at, too."""
-    LEAST, MOST = UNSENT, PIPE_SIZE
-    """Bytes: how little it bounds, since less would cost processor time, and where it bounds no longer."""
-
-    def __init__(self, source: socket.socket, sink: socket.socket) -> None:
-        self._source = source
-        self._sink = sink
-        self.bound = self.LEAST
-        """Bytes: so many are taken from the source at once (and by TLS some more), and by the sink's socket before it
-        has sent some.  It is one figure for both: a piece that is larger than what the socket takes would wait for
-        0.2 s behind its own header, which is held back for it."""
-        self._count, self._since = 0, time.monotonic()
-        self._held = True
-        """Nothing has told yet that the source needs a large window."""
-
-    def sent(self, count: int) -> None:
-        self._count += count
-        now = time.monotonic()
-        if (past := now - self._since) < self.HELD_TIME and self._count < self.MOST:
-            return
-        bound = int(min(max(self.LEAST, self.HELD_TIME * self._count / max(past, 1e-6)), self.MOST))
-        self._count, self._since = 0, now
-        if bound == self.MOST != self.bound or not self.bound / 2 <= bound <= 2 * self.bound:
-            self.bound = bound
-            limit_unsent(self._sink, bound if bound < self.MOST else 0)
-        if self._held and (bound == self.MOST or not waiting_bytes(self._sink)):
-            self._held = False
-            hold_much(self._source)
-
-    def release(self) -> None:
-        """Have the sink take as little as before."""
-        if self.bound != self.LEAST:
-            limit_unsent(self._sink)
 
 
 def _little(size: int) -> int:

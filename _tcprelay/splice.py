@@ -98,7 +98,7 @@ class Splice:
             with self._lock:
                 self._over = True
         self.stream.conclude(whole=not self.reason)
-        self.link.conclude(not self.reason, self.to_link.carried)
+        self.link.conclude(not self.reason, self.to_link.carried, self.from_link.was_ahead)
 
     # From any thread
 

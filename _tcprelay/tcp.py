@@ -126,11 +126,11 @@ def unsent_bytes(sock: socket.socket) -> int:
         return 0
 
 
-def waiting_bytes(sock: socket.socket) -> int:
-    """How many bytes a socket has taken and not sent yet (SIOCOUTQNSD); 0 where the system does not tell."""
+def unread_bytes(sock: socket.socket) -> int:
+    """How many bytes have arrived and were not received yet (FIONREAD); 0 where the system does not tell."""
     try:
-        return int(struct.unpack("i", fcntl.ioctl(sock, 0x894B, b"\0\0\0\0"))[0]) if LINUX else 0
-    except (OSError, ValueError):
+        return int(struct.unpack("i", fcntl.ioctl(sock, termios.FIONREAD, b"\0\0\0\0"))[0])
+    except (AttributeError, OSError, ValueError):
         return 0
 
 
@@ -195,6 +195,21 @@ FEW_SEGMENTS = 20
 """A slow-start threshold at which a connection is always held back: twice the window with which a new one begins
 (RFC 6928), which has no threshold.  Losses of 1 % lead to 8 or so, of 0.1 % to 27 (half of the window at which a
 packet is lost, 1.22 divided by the square root of the share: Mathis and others, 1997)."""
+
+
+MUCH = 1 << 20
+"""Bytes of a receive buffer that are a long queue: seconds of a slow reader's."""
+
+
+def holds_much(sock: socket.socket) -> bool:
+    """Whether the system would take so many bytes from a far peer before anybody reads them.
+
+    It does not make that less again: a peer has leave to send what it was once offered.
+    """
+    try:
+        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) > MUCH and not is_near(sock)
+    except OSError:
+        return False
 
 
 def is_held_back(sock: socket.socket, sent: int) -> bool:

@@ -143,7 +143,10 @@ class TLSStream(Stream):
     def recv_into(self, view: memoryview) -> int:
         count = None if self._drained else self._decrypt(view)
         while count is None:
-            count = self._decrypt(view, self.sock.recv_into(self._raw))
+            raw = self._raw
+            if len(raw) > len(view) > SMALL_TLS_BUFFER:
+                raw = raw[: len(view)]  # what is taken from the socket is taken ahead: see `Queue`
+            count = self._decrypt(view, self.sock.recv_into(raw))
         return count
 
     def believe_end(self) -> int:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import random
+import select
 import socket
 import threading
 import time
@@ -15,9 +16,10 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import pytest
 
 from _tcprelay.protocol import DATA, END, IDLE, MAX_DATA, READY, START, encode_frame, encode_header
-from _tcprelay.pump import LARGE_BUFFER, SMALL_BUFFER, SPARSE_READS, Flow, Queue, SinkError
+from _tcprelay.ahead import Queue
+from _tcprelay.pump import LARGE_BUFFER, SMALL_BUFFER, SPARSE_READS, Flow, SinkError
 from _tcprelay.streams import PIPE_SIZE, Stream
-from _tcprelay.tcp import UNSENT, hold_little, limit_unsent
+from _tcprelay.tcp import UNSENT, hold_little, limit_unsent, unread_bytes
 from _tcprelay.tls import LARGE_TLS_BUFFER
 
 from .conftest import PATIENCE, read_all, replace, wait_until
@@ -325,6 +327,8 @@ def held_queue(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Queue, socket.
             pytest.skip("before Linux 5.14 receive buffers cannot be given back to the system")
         hold_little(source)
         assert is_held(source)
+        far_source.sendall(b"some")
+        wait_until(lambda: unread_bytes(source) == 4)
         limit_unsent(sink)
         now = [100.0]
         monkeypatch.setattr(time, "monotonic", lambda: now[0])
@@ -363,11 +367,62 @@ def test_a_queue_is_bounded_by_what_its_sink_takes(held_queue: HeldQueue) -> Non
 
 
 def test_a_near_source_that_is_slower_than_its_sink_gets_its_window(held_queue: HeldQueue) -> None:
-    """It may have become farther than it was at its handshake."""
+    """Nothing waits of it then.  It may have become farther than it was at its handshake."""
     queue, source, _, now = held_queue
     now[0] += 0.2
     queue.sent(1000)
+    assert is_held(source)
+    source.recv(4)
+    now[0] += 0.2
+    queue.sent(1000)
     assert not is_held(source)
+
+
+def test_a_source_is_ahead_where_much_of_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much as is taken at once, or more, and again at another look."""
+    sink, far_sink = tcp_pair()
+    source, far_source = tcp_pair()
+    with sink, far_sink, source, far_source:
+        far_source.sendall(bytes(UNSENT))
+        wait_until(lambda: unread_bytes(source) == UNSENT)
+        now = [100.0]
+        monkeypatch.setattr(time, "monotonic", lambda: now[0])
+        queue, found = Queue(source, sink), []
+        for count in (1000, 1000, 1 << 20, 1000):  # the third is so fast that nothing is bounded
+            now[0] += 0.2 if count == 1000 else 0.001
+            queue.sent(count)
+            found.append(queue.is_ahead)
+        assert found == [False, True, True, True]
+        queue, found = Queue(source, sink), []
+        source.recv(1)
+        for _ in range(3):
+            now[0] += 0.2
+            queue.sent(1000)
+        assert not queue.is_ahead
+
+
+@pytest.mark.parametrize("spliceable", [True, False])
+def test_what_was_ahead_of_a_slow_reader_is_remembered(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, spliceable: bool
+) -> None:
+    """Of a link, which would be used again."""
+    monkeypatch.setattr(Queue, "HELD_TIME", 0.0)  # each piece is a look
+    rig.stream.spliceable = rig.link.spliceable = spliceable
+
+    def write() -> None:
+        for _ in range(100):
+            send_data(rig.far, bytes(60_000))
+        send_end(rig.far)
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    wait_until(lambda: unread_bytes(rig.link.sock) >= UNSENT and not select.select([], [rig.far.sock], [], 0.1)[1])
+    rig.far_stream.shutdown(socket.SHUT_WR)
+    assert len(read_all(rig.far_stream)) == 6_000_000
+    writer.join(PATIENCE)
+    assert rig.far.recv_into(memoryview(bytearray(1))) == 0
+    assert rig.done.wait(PATIENCE)
+    assert (rig.splice.from_link.was_ahead, rig.splice.to_link.was_ahead) == (True, False)
 
 
 def send_and_end(sock: socket.socket, data: bytes) -> None:

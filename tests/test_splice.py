@@ -529,6 +529,22 @@ def test_a_link_that_losses_hold_back_is_spent(rig: Rig, monkeypatch: pytest.Mon
     assert rig.link.spent
 
 
+@pytest.mark.parametrize(
+    ("was_ahead", "much", "spent"), [(True, True, True), (True, False, False), (False, True, False)]
+)
+def test_a_link_that_a_slow_reader_has_had_swell_is_spent(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, was_ahead: bool, much: bool, spent: bool
+) -> None:
+    """Else the next slow reader has megabytes wait; what a fast one needed is kept for the next fast one."""
+    replace(monkeypatch, "holds_much", lambda sock: sock is rig.link.sock and much)
+    rig.splice.from_link.was_ahead = was_ahead
+    rig.far_stream.shutdown(socket.SHUT_WR)
+    assert receive(rig.far) == b""
+    rig.far.send(END)
+    assert rig.done.wait(PATIENCE)
+    assert ("slow reader" in rig.link.spent) == spent
+
+
 def test_a_pump_s_end_says_what_was_passed_on(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the opening exchange's does; without it each larger connection's link would have to settle."""
     replace(monkeypatch, "OPENING_TIME", 0.0)

@@ -9,9 +9,9 @@ from unittest.mock import Mock
 
 import pytest
 
-from _tcprelay.tcp import NEAR, is_held_back, is_near, path_is_dead, round_trip, say_path, unsent_bytes
+from _tcprelay.tcp import NEAR, holds_much, is_held_back, is_near, path_is_dead, round_trip, say_path, unsent_bytes
 
-from .conftest import PATIENCE, wait_until
+from .conftest import PATIENCE, replace, wait_until
 from .rigs import tcp_pair
 from .wire import Way, Wire
 
@@ -53,6 +53,19 @@ def tcp_info(**values: int) -> socket.socket:
 def test_what_losses_hold_back(lost: int, threshold: int, sent: int, held_back: bool) -> None:
     """A threshold that is low, or less than a quarter of what was sent; without a loss it says nothing."""
     assert is_held_back(tcp_info(mss=1000, lost=lost, threshold=threshold), sent) is held_back
+
+
+@pytest.mark.parametrize(
+    ("size", "near", "much"), [(1 << 20, False, True), (1 << 20, True, False), (1 << 19, False, False)]
+)
+def test_for_which_the_system_holds_much(monkeypatch: pytest.MonkeyPatch, size: int, near: bool, much: bool) -> None:
+    """Linux doubles what it is told; a near peer's bytes come when they are wanted, however many may."""
+    replace(monkeypatch, "is_near", lambda sock: near)
+    sock = Mock(spec=socket.socket)
+    sock.getsockopt.side_effect = lambda level, option: {(socket.SOL_SOCKET, socket.SO_RCVBUF): 2 * size}[level, option]
+    assert holds_much(sock) is much
+    sock.getsockopt.side_effect = OSError
+    assert not holds_much(sock)
 
 
 def test_where_the_path_is_slow_that_is_said() -> None:

@@ -12,6 +12,7 @@ import socket
 import ssl
 import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from _tcprelay.openssl import new_context
 from _tcprelay.options import Options
 from _tcprelay.splice import Splice
 from _tcprelay.system import has_interpreter_lock
-from _tcprelay.tcp import RESET_ON_CLOSE
+from _tcprelay.tcp import RESET_ON_CLOSE, unread_bytes
 from _tcprelay.threads import Threads
 from _tcprelay.tls import ACCESS_DENIED, LARGE_TLS_BUFFER, SMALL_READS, SMALL_TLS_BUFFER, TLSStream
 from _tcprelay.waiting import Deadline, wait_for
@@ -588,6 +589,29 @@ def drain(stream: TLSStream, size: int = 5000) -> bytes:
     while count := stream.recv_into(view):
         data += view[:count]
     return bytes(data)
+
+
+def test_no_more_is_taken_than_fits(certificates: Certificates) -> None:
+    """What is decrypted ahead waits like any other queue, also after a time in which much was taken at once."""
+    with ExitStack() as stack:
+        one, two = tls_pair(stack, certificates, "1.3")
+        view = memoryview(bytearray(LARGE_TLS_BUFFER))
+        with ThreadPoolExecutor(1) as pool:
+            writing = pool.submit(two.send, bytes(3_000_000))
+            got = 0
+            while got < 3_000_000:
+                got += one.recv_into(view)
+            writing.result()
+        assert len(one._raw) == LARGE_TLS_BUFFER
+        data = random.Random(1).randbytes(200_000)
+        two.send(data)
+        wait_until(lambda: unread_bytes(one.sock) > 200_000)
+        before, piece = unread_bytes(one.sock), view[:32768]
+        count = one.recv_into(piece)
+        assert piece[:count] == data[:count] and count > 0
+        assert before - unread_bytes(one.sock) <= 32768
+        two.end()
+        assert bytes(piece[:count]) + drain(one) == data
 
 
 @pytest.mark.parametrize("version", ["1.2", "1.3"])

@@ -233,7 +233,7 @@ class Links:
                     return "its connection was broken off", False
                 if link.spent:
                     self._leave_to_server(link, service)
-                    return "it has lost packets, and a new one will be faster", False
+                    return link.spent, False
                 settled = False
                 self._doubts.settle(link, False)
             elif frame.kind == BYE:

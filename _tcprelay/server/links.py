@@ -173,7 +173,7 @@ class Links:
                 self._intake.withdraw(pooled.service, pooled.client, pooled.down, pooled.farewell)
                 self.drop(pooled, pooled.farewell)
             elif link.spent:
-                self._retire(pooled, "it has lost packets, and a new one will be faster", again=True)
+                self._retire(pooled, link.spent, again=True)
             else:
                 self._retire(pooled, pooled.farewell if link.leaving else "this relay server is ending")
 
