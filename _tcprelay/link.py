@@ -17,7 +17,7 @@ from .protocol import (
 )  # fmt: skip
 from .streams import BULK, FLUSH_TIMEOUT, Sink, Source, Stream
 from .system import ignore_oserror
-from .tcp import holds_much, is_held_back, round_trip
+from .tcp import is_swollen, is_held_back, round_trip
 from .text import shown
 from .waiting import Deadline, Stop, wait_for
 
@@ -322,7 +322,7 @@ class Link:
         self.rest()
         if is_held_back(self.sock, sent):
             self.spent = "it has lost packets, and a new one will be faster"
-        elif was_ahead and holds_much(self.sock):
+        elif was_ahead and is_swollen(self.sock):
             self.spent = "a slow reader had much wait on it, and on a new one less will"
 
     def wake(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import socket
@@ -197,19 +198,27 @@ FEW_SEGMENTS = 20
 packet is lost, 1.22 divided by the square root of the share: Mathis and others, 1997)."""
 
 
-MUCH = 1 << 20
-"""Bytes of a receive buffer that are a long queue: seconds of a slow reader's."""
+SWOLLEN = 1 << 20
+"""Bytes of a receive buffer, beyond those of a new connection, that are a long queue: seconds of a slow reader's."""
 
 
-def holds_much(sock: socket.socket) -> bool:
-    """Whether the system would take so many bytes from a far peer before anybody reads them.
+def is_swollen(sock: socket.socket) -> bool:
+    """Whether the system has come to take many bytes from a far peer before anybody reads them.
 
     It does not make that less again: a peer has leave to send what it was once offered.
     """
     try:
-        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) > MUCH and not is_near(sock)
+        size = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        return size > SWOLLEN + new_buffer() and not is_near(sock)
     except OSError:
         return False
+
+
+@functools.cache
+def new_buffer() -> int:
+    """Bytes of a new connection's receive buffer (net.ipv4.tcp_rmem).  Raises `OSError`."""
+    with socket.socket() as sock:
+        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
 
 
 def is_held_back(sock: socket.socket, sent: int) -> bool:

@@ -161,7 +161,7 @@ def test_a_relay_client_that_died_while_a_slow_reader_still_gets_its_bytes(peers
         "server", "--relay-port", "0", "--service-port", "0", "--hostname", HOST, "--status", "0"
     )
     words = [
-        *("--host", HOST, "--port", str(peers.service(serve).port), "--num-conn", "2"),
+        *("--host", HOST, "--port", str(peers.service(serve).port), "--num-conn", "1"),
         *("--relay-host", HOST, "--relay-port", str(server.relay_port)),
     ]
     client = peers.relay_process("client", *words)

@@ -483,3 +483,24 @@ def test_a_dead_worker_s_links_count_no_more(peers: Peers, monkeypatch: pytest.M
     children = sorted(pid for pid in find_family(server.process.pid) if pid != server.process.pid)
     os.kill(children[1], signal.SIGKILL)
     wait_until(lambda: len(server.events("LinkUp")) >= 6, 20)
+
+
+def test_a_relay_client_at_its_limit_is_well(
+    bench: Bench, clients: ClientsFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It serves with all the links that it may have: that it is refused another one, now or long ago, is no problem."""
+    replace(monkeypatch, "AWAY_TIME", 0.1)
+    clients.write(nas=f"{SECTIONS['nas']}max-links = 2\n")
+    server = serve(bench, clients)
+    client = bench.client(server, bench.service().port, name="nas", token=NAS, num_conn=2)
+    for count in (1, 2):
+        sock = bench.connect(server)
+        sock.sendall(b"x")
+        assert read_exactly(sock, 1) == b"x"
+        bench.server_events.wait(LinkRefused, count)
+    since = time.monotonic()
+    wait_until(lambda: time.monotonic() - since > 0.3)
+    status = client.status()
+    assert (status.services[0].links_busy, status.services[0].links_idle) == (2, 0)
+    assert (status.services[0].problem, status.relays[0].problem, status.is_healthy) == ("", "", True)
+    assert server.status().services[0].problem == ""

@@ -20,8 +20,8 @@ import tcprelay_server
 from _tcprelay.addresses import is_among, show_address
 from _tcprelay.link import Link
 from _tcprelay.protocol import AUTH, CHALLENGE, CLIENT, HELLO, REFUSED, START, WELCOME, Frame, prove
-from _tcprelay.proxy_header import SIGNATURE, encode_proxy_header
-from _tcprelay.server.clients import ServiceClient
+from _tcprelay.proxy_header import SIGNATURE, HeaderFault, encode_proxy_header
+from _tcprelay.server.clients import ServiceClient, WaryStream
 from _tcprelay.server.limits import Handshakes
 from _tcprelay.server.proxies import glance
 from _tcprelay.streams import Stream
@@ -357,7 +357,7 @@ def test_a_header_from_anybody_else_behind_the_service_s_answer(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, header: bytes, where: str
 ) -> None:
     """However late it comes: a piece of it that may be anything has been answered before the next one is sent."""
-    replace(monkeypatch, "OPENING_TIME", 0.0 if where == "pumps" else 6 * PATIENCE)
+    replace(monkeypatch, "OPENING_TIME", 6 * PATIENCE if where == "opening" else 0.0)
     mark = b"PROXY " if header.startswith(b"PROXY ") else SIGNATURE
     wire = "raw" if where == "raw" else "v1"
     server = bench.server(**BELIEVE, wire=wire, **({"limit_rate": "1Mi"} if where == "paced" else {}))
@@ -372,6 +372,20 @@ def test_a_header_from_anybody_else_behind_the_service_s_answer(
     [closed] = bench.server_events.wait(ConnectionClosed)
     assert closed.reason == f"service client {closed.peer}: {UNTRUSTED}"
     assert (closed.bytes_in, closed.bytes_out) == (len(mark) - 1, len(mark) - 1)
+
+
+def test_what_another_process_has_received_counts() -> None:
+    """A service client may be handed over in the midst of a header."""
+    near, far = tcp_pair()
+    with near, far:
+        before = Stream(near, "service client 192.0.2.7:1")
+        far.sendall(b"PRO")
+        assert before.recv_into(memoryview(bytearray(9))) == 3
+        stream = WaryStream(before, b"PRO")
+        assert (stream.received, stream.name) == (3, before.name)
+        far.sendall(b"XY ")
+        with pytest.raises(HeaderFault, match="does not name its address"):
+            stream.recv_into(memoryview(bytearray(9)))
 
 
 def test_what_only_begins_like_a_header_is_served(bench: Bench) -> None:

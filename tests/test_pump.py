@@ -393,7 +393,14 @@ def test_a_source_is_ahead_where_much_of_it_waits(monkeypatch: pytest.MonkeyPatc
             queue.sent(count)
             found.append(queue.is_ahead)
         assert found == [False, True, True, True]
-        queue, found = Queue(source, sink), []
+        replace(monkeypatch, "unread_bytes", lambda sock: 1 << 21)
+        queue = Queue(source, sink)
+        for _ in range(3):
+            now[0] += 0.001
+            queue.sent(1 << 20)
+        assert not queue.is_ahead
+        replace(monkeypatch, "unread_bytes", unread_bytes)
+        queue = Queue(source, sink)
         source.recv(1)
         for _ in range(3):
             now[0] += 0.2

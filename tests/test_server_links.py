@@ -16,6 +16,7 @@ from _tcprelay.protocol import (
     ABORT, AUTH, BYE, CHALLENGE, CLIENT, DATA, END, FAIL, HELLO, PING, PONG, READY, REFUSED, SERVER, START, WELCOME,
     encode_frame, encode_header, prove,
 )  # fmt: skip
+from _tcprelay.pump import Flow
 from _tcprelay.server.limits import Handshakes
 from _tcprelay.server.links import Links
 from _tcprelay.server.pool import Pool
@@ -1054,10 +1055,14 @@ def test_a_link_with_half_a_ping_in_it_is_not_given_out(bench: Bench, monkeypatc
     link.send_connection(sock)
 
 
-@pytest.mark.parametrize("settles", [False, True])
-def test_a_link_that_losses_hold_back_is_retired(bench: Bench, monkeypatch: pytest.MonkeyPatch, settles: bool) -> None:
+@pytest.mark.parametrize(("settles", "lost"), [(False, True), (True, True), (False, False)])
+def test_a_link_that_a_new_one_would_be_better_than_is_retired(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, settles: bool, lost: bool
+) -> None:
     """When its connection is over for its client, too; in peace."""
-    replace(monkeypatch, "is_held_back", lambda sock, sent: True)
+    replace(monkeypatch, "is_held_back", lambda sock, sent: lost)
+    replace(monkeypatch, "is_swollen", lambda sock: True)
+    monkeypatch.setattr(Flow, "was_ahead", property(lambda flow: True, lambda flow, value: None), raising=False)
     link = fake(bench)
     if settles:
         carry_one_way(link, bench.connect(link.server), 10)
@@ -1069,7 +1074,10 @@ def test_a_link_that_losses_hold_back_is_retired(bench: Bench, monkeypatch: pyte
     assert link.next().kind == BYE
     with pytest.raises(EOFError):
         link.next()
-    assert bench.server_events.wait(LinkDown)[0].reason == "it has lost packets, and a new one will be faster"
+    why = "it has lost packets, and a new one will be faster"
+    if not lost:
+        why = "a slow reader had much wait on it, and on a new one less will"
+    assert bench.server_events.wait(LinkDown)[0].reason == why
 
 
 def test_what_a_client_has_passed_on_counts_for_one_connection(bench: Bench) -> None:

@@ -527,3 +527,16 @@ def test_a_new_worker_opens_no_links_of_a_service_that_is_down(peers: Peers, swi
         opened = time.monotonic() + 1.5  # long enough to open links that nobody should have
         wait_until(lambda opened=opened: time.monotonic() > opened)  # type: ignore[misc]
         wait_until(lambda: status_of(server)["clients"] == [])  # one may just be saying that it is withdrawn
+
+
+def test_a_relay_server_is_not_lost_where_one_service_is_down(bench: Bench, switch: Switch) -> None:
+    """The other one has its links there; and what is withdrawn is to have none."""
+    server = bench.server(service="web=0")
+    publish = [f"default={switch.port}", f"web={bench.service().port}"]
+    client = bench.client(server, None, publish=publish, check_service=0.2)
+    switch.stop()
+    bench.client_events.wait(ServiceDown)
+    wait_until(lambda: server.counters["links_idle"] == 2)
+    status = client.status()
+    assert [bool(one.problem) for one in status.services] == [True, False]
+    assert [one.problem for one in status.relays] == [""]

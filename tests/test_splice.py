@@ -536,7 +536,7 @@ def test_a_link_that_a_slow_reader_has_had_swell_is_spent(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, was_ahead: bool, much: bool, spent: bool
 ) -> None:
     """Else the next slow reader has megabytes wait; what a fast one needed is kept for the next fast one."""
-    replace(monkeypatch, "holds_much", lambda sock: sock is rig.link.sock and much)
+    replace(monkeypatch, "is_swollen", lambda sock: sock is rig.link.sock and much)
     rig.splice.from_link.was_ahead = was_ahead
     rig.far_stream.shutdown(socket.SHUT_WR)
     assert receive(rig.far) == b""

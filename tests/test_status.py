@@ -21,13 +21,13 @@ from _tcprelay.protocol import READY, START
 from _tcprelay.splice import Splice
 from _tcprelay.status.asking import Asking, answers
 from _tcprelay.status.report import (
-    MOST_CONNECTIONS, ClientStatus, ConnectionStatus, ServiceStatus, Status, as_dict, counted, from_dict, merge,
-    pick_connections,
+    MOST_CONNECTIONS, NO_IDLE_LINK, ClientStatus, ConnectionStatus, ServiceStatus, Status, as_dict, counted, from_dict,
+    merge, pick_connections,
 )  # fmt: skip
-from _tcprelay.status.survey import AWAY, AWAY_TIME, concluded
+from _tcprelay.status.survey import AWAY, concluded
 from _tcprelay.tally import HOUR, MOST_EVENTS, OTHERS, Histogram, Tally, Trouble
 from _tcprelay.watch import Splices
-from tcprelay import ConnectionFailed, ConnectionOpened, Event, LinkRefused, RelayClient, RelayServer
+from tcprelay import ConnectionFailed, ConnectionOpened, Event, LinkDown, LinkRefused, RelayClient, RelayServer
 
 from .conftest import PATIENCE, Bench, connect, echo, read_exactly, replace as put, unused_port, wait_until
 from .peers_v1 import FakeClient
@@ -587,21 +587,26 @@ def test_a_client_whose_links_are_all_busy_is_healthy(bench: Bench) -> None:
     assert client.status().is_healthy
 
 
-def test_a_client_that_gets_no_further_links_says_so(bench: Bench) -> None:
+def test_a_client_that_gets_no_further_links_says_so(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Service clients cannot reach it, though a connection lives; to start it anew would break that off."""
+    put(monkeypatch, "AWAY_TIME", 0.1)
     server = bench.server(drain_timeout=6 * PATIENCE)
-    client = bench.client(server, bench.service().port, num_conn=1)
+    client = bench.client(server, bench.service().port, num_conn=2)
     sock = bench.connect(server)
     sock.sendall(b"x")
     assert read_exactly(sock, 1) == b"x"
     end = threading.Thread(target=server.end)
     end.start()
+
+    def says_so() -> bool:
+        status = client.status()
+        [service], [relay] = status.services, status.relays
+        assert (service.links_busy, status.is_healthy) == (1, True)
+        said = service.problem.startswith(f"{NO_IDLE_LINK}: ") and relay.problem == service.problem
+        return said and not service.links_idle and "refused" in service.problem
+
     try:
-        status = wait_until(lambda: (found := client.status()).services[0].problem and found)
-        assert (status.services[0].links_idle, status.services[0].links_busy) == (0, 1)
-        assert status.services[0].problem.startswith("no idle link: ") and "refused" in status.services[0].problem
-        assert "refused" in status.relays[0].problem
-        assert status.is_healthy
+        wait_until(says_so)
     finally:
         sock.close()
         end.join()
@@ -612,41 +617,65 @@ def test_a_relay_client_that_has_lost_its_idle_links(bench: Bench, monkeypatch: 
     """A connection that lives does not prove that it is there: a dead host's last bytes may wait for a slow reader."""
     put(monkeypatch, "AWAY_TIME", 0.1)
     server = bench.server()
-    busy, idle = bench.enter(FakeClient(server)), bench.enter(FakeClient(server))
-    busy.hello()
+    first, second, third = [bench.enter(FakeClient(server)) for _ in range(3)]
+    for link in (first, second):
+        link.hello()
+    second.close()
+    wait_until(lambda: len(bench.server_events.of(LinkDown)) == 1)
     sock = bench.connect(server)
     sock.sendall(b"x")
-    assert busy.next().kind == START
-    busy.send(READY)
+    assert first.next().kind == START
+    first.send(READY)
     wait_until(lambda: service_of(server).open)
-    idle.hello()
-    idle.close()
+    taken = time.monotonic()
+    wait_until(lambda: time.monotonic() - taken > 0.2)
+    assert service_of(server).problem == ""  # its last idle link was taken: it may have as many as it may
+    third.hello()
+    third.close()
     wait_until(lambda: service_of(server).problem == AWAY)
     assert [(one.problem, one.links_busy) for one in server.status().clients] == [(AWAY, 1)]
+    assert server.status().is_healthy
     bench.enter(FakeClient(server)).hello()
     wait_until(lambda: service_of(server).problem == "")
     assert service_of(server).open == 1
 
 
 @pytest.mark.parametrize(
-    ("idle", "linked", "unlinked", "is_away"),
+    ("idle", "busy", "linked", "unlinked", "is_away"),
     [
-        (0, 10.0, 20.0, True),
-        (1, 10.0, 20.0, False),
-        (0, 20.0, 10.0, False),  # the last idle link was taken: it may have as many as it may
-        (0, 10.0, 0.0, False),
-        (0, 10.0, NOW - AWAY_TIME + 0.1, False),
+        (0, 1, -9.0, -8.0, True),
+        (0, 0, -9.0, -8.0, True),  # it has none here any more
+        (1, 0, -9.0, -8.0, False),
+        (0, 1, -8.0, -9.0, False),  # the last idle link was taken: it may have as many as it may
+        (0, 1, -9.0, 0.0, False),
     ],
 )
-def test_which_relay_client_is_away(idle: int, linked: float, unlinked: float, is_away: bool) -> None:
-    """Of workers one may have its idle link, or have given one out last."""
-    nobody = Status(role="server", time=NOW, services=(ServiceStatus(name="ssh", is_published=True),))
-    client = ClientStatus(service="ssh", id="a", links_idle=0, links_busy=1, linked=5.0, unlinked=6.0)
-    other = replace(client, links_idle=idle, linked=linked, unlinked=unlinked)
+def test_which_relay_client_is_away(idle: int, busy: int, linked: float, unlinked: float, is_away: bool) -> None:
+    """Of workers one may have its idle link, or have given one out last, or have had the last one that ended."""
+    now = time.monotonic()
+    nobody = Status(role="server", services=(ServiceStatus(name="ssh", is_published=True),))
+    client = ClientStatus(service="ssh", id="a", links_busy=1, linked=now - 60.0)
+    other = replace(client, links_idle=idle, links_busy=busy, linked=now + linked, unlinked=now + unlinked)
     for one, another in ((client, other), (other, client)):
         found = concluded(merge(replace(nobody, clients=(one,)), replace(nobody, clients=(another,))))
         assert (found.clients[0].problem, found.services[0].problem) == ((AWAY, AWAY) if is_away else ("", ""))
         assert found.is_healthy
+
+
+def test_a_relay_client_without_links_is_none() -> None:
+    """What is remembered of it says only something of one that has some elsewhere."""
+    left = ClientStatus(service="ssh", id="a", linked=1.0, unlinked=2.0)
+    found = concluded(Status(role="server", services=(ServiceStatus(name="ssh", is_published=True),), clients=(left,)))
+    assert found.clients == () and found.services[0].problem == "no relay client is connected"
+
+
+@pytest.mark.parametrize(("idle", "told"), [(0, True), (1, False)])
+def test_other_links_of_a_service_count(idle: int, told: bool) -> None:
+    """Of another process, or to another relay server."""
+    problem = f"{NO_IDLE_LINK}: connection refused"
+    service = ServiceStatus(name="ssh", is_published=True, links_busy=1, links_idle=idle, problem=problem)
+    found = concluded(Status(role="client", services=(service,)))
+    assert (found.services[0].problem, found.is_healthy) == (problem if told else "", True)
 
 
 def test_connections_that_were_broken_off(bench: Bench) -> None:

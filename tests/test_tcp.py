@@ -9,7 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from _tcprelay.tcp import NEAR, holds_much, is_held_back, is_near, path_is_dead, round_trip, say_path, unsent_bytes
+from _tcprelay.tcp import NEAR, is_swollen, is_held_back, is_near, path_is_dead, round_trip, say_path, unsent_bytes
 
 from .conftest import PATIENCE, replace, wait_until
 from .rigs import tcp_pair
@@ -58,14 +58,15 @@ def test_what_losses_hold_back(lost: int, threshold: int, sent: int, held_back: 
 @pytest.mark.parametrize(
     ("size", "near", "much"), [(1 << 20, False, True), (1 << 20, True, False), (1 << 19, False, False)]
 )
-def test_for_which_the_system_holds_much(monkeypatch: pytest.MonkeyPatch, size: int, near: bool, much: bool) -> None:
+def test_for_which_the_system_is_swollen(monkeypatch: pytest.MonkeyPatch, size: int, near: bool, much: bool) -> None:
     """Linux doubles what it is told; a near peer's bytes come when they are wanted, however many may."""
     replace(monkeypatch, "is_near", lambda sock: near)
+    replace(monkeypatch, "new_buffer", lambda: 1 << 17)
     sock = Mock(spec=socket.socket)
     sock.getsockopt.side_effect = lambda level, option: {(socket.SOL_SOCKET, socket.SO_RCVBUF): 2 * size}[level, option]
-    assert holds_much(sock) is much
+    assert is_swollen(sock) is much
     sock.getsockopt.side_effect = OSError
-    assert not holds_much(sock)
+    assert not is_swollen(sock)
 
 
 def test_where_the_path_is_slow_that_is_said() -> None:

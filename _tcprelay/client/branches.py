@@ -23,7 +23,7 @@ from ..addresses import Endpoint, host_of
 from ..client_options import ClientOptions
 from ..names import Name
 from ..runtime import Runtime
-from ..status.report import RelayStatus, ServiceStatus
+from ..status.report import WITHDRAWN, RelayStatus, ServiceStatus
 from ..text import say_error
 from ..threads import JOIN_TIMEOUT
 from ..values import Publication
@@ -121,7 +121,7 @@ class Branches:
             rows = [branch.stock.survey() for branch in branches]
         relays = []
         for branch, services in zip(branches, rows, strict=True):
-            why = next((service.problem for service in services if not service.links_idle), "")
+            why = next(filter(None, map(_say_lost, services)), "")
             relays.append(
                 RelayStatus(
                     address=str(branch.relay), links_idle=sum(service.links_idle for service in services),
@@ -268,3 +268,9 @@ class Branches:
                 self._leaving.append(branch)
             branch.stock.replace([], [])
         self._runtime.log.info("%s is no more at %s: its links are given up", branch.called, branch.relay)
+
+
+def _say_lost(service: ServiceStatus) -> str:
+    """Why a relay server gives a service no links: not where it is to have none."""
+    is_wanted = service.is_published and not service.problem.startswith(WITHDRAWN)
+    return service.problem if is_wanted and not service.links_idle else ""

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 from ..link import AnyLink
 from ..sockets import Dialer
-from ..status.report import WITHDRAWN, ServiceStatus
+from ..status.report import AWAY_TIME, NO_IDLE_LINK, WITHDRAWN, ServiceStatus
 from ..system import random_fraction
 from ..values import Publication
 from ..waiting import Stop
@@ -98,6 +98,8 @@ class Service:
         """Those that were told since it was published: each is told once, also where they take turns."""
         self.failing = ""
         """Why the last attempt has failed, until a link is up."""
+        self.linked = self.unlinked = 0.0
+        """When a link last came, was taken or became idle again; and when an idle one last ended."""
         self.remarks: set[str] = set()
         """Why it got no further links, as far as that was told."""
         self.is_known = False
@@ -155,7 +157,7 @@ class Stock:
                 ServiceStatus(
                     name=service.name, address=service.address if service.told == "" else "",
                     target=str(service.target), is_published=is_published,
-                    problem=say_problem(service) or ("" if service.idle else service.failing),
+                    problem=say_problem(service) or say_loss(service),
                     links_idle=service.idle, links_busy=service.busy, links_opening=service.connecting,
                 )
                 for services, is_published in ((self.services, True), (self._leaving, False))
@@ -307,7 +309,7 @@ class Stock:
         with self._condition:
             self._links.add(link)
             service.connecting -= 1
-            service.failing = ""
+            service.failing, service.linked = "", time.monotonic()
             self._handshakes = min(self._most_handshakes, self._handshakes + 1)
             service.idle += 1
             service.asked = max(0, waiting - 1)  # this one serves the first
@@ -334,6 +336,7 @@ class Stock:
         with self._condition:
             service.idle -= idle
             service.busy += 1
+            service.linked = time.monotonic()
             service.carried += 1
             service.asked = waiting
             if service.idle + service.connecting < self._most_idle + waiting:
@@ -344,6 +347,8 @@ class Stock:
         with self._condition:
             service.idle += idle
             service.busy += busy
+            if idle > 0:
+                service.linked = time.monotonic()
             if idle < 0:
                 self._condition.notify_all()  # the keeper opens another
 
@@ -353,7 +358,8 @@ class Stock:
             self._links.discard(link)
             service.idle -= 1
             if was_idle:
-                service.pace.lose(time.monotonic())
+                service.unlinked = time.monotonic()
+                service.pace.lose(service.unlinked)
             # A relay that takes links and drops them is no better than one that refuses them; but a link
             # that was lost with a connection, or given up here, says nothing about the relay.
             if time.monotonic() - since >= STABLE_TIME or service.carried != carried or not was_idle:
@@ -429,3 +435,12 @@ def begin_all(services: Iterable[Service]) -> None:
 def say_problem(service: Service) -> str:
     """Why a service has no links, as far as that is known."""
     return f"{WITHDRAWN}: {service.down}" if service.down else service.told or ""
+
+
+def say_loss(service: Service) -> str:
+    """Why a service that has busy links alone gets no others, where it has lost its idle ones: as long as they were all
+    taken, and none has ended since, it may have as many as it may."""
+    lost = service.unlinked > service.linked and time.monotonic() - service.unlinked > AWAY_TIME
+    return (
+        f"{NO_IDLE_LINK}: {service.failing}" if lost and service.failing and service.busy and not service.idle else ""
+    )

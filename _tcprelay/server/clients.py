@@ -40,6 +40,20 @@ class Refusal(Exception):
 
 
 TOO_MANY_CONNECTIONS = Refusal("too many connections at once (--max-connections)", "limit")
+TOO_MANY_WAIT = Refusal("too many service clients wait for a link (--max-pending)", "limit")
+GONE = "its port was given back: the relay client that had asked for it is gone"
+ENDING = "the relay server is ending"
+
+
+def unreachable(reason: str) -> Refusal:
+    """Of a service client whose service none of the relay clients can reach: why the last of them could not."""
+    return Refusal(f"the service cannot be reached: {reason}", "unreachable")
+
+
+def no_link(has_client: bool) -> Refusal:
+    """Of a service client that has waited in vain."""
+    more = "" if has_client else "; no relay client is connected"
+    return Refusal(f"no link was idle in time (--pair-timeout){more}", "no-link")
 
 
 class Unacknowledged(ConnectionError):

@@ -46,9 +46,9 @@ from ..threads import JOIN_TIMEOUT, Threads, join
 from ..waiting import Bell, Deadline
 from .account import LINKS, WorkerAccount
 from .leases import Ask, Leases, name_in
-from .clients import NoLinkHere, Refusal, ServiceClient
+from .clients import ENDING, NoLinkHere, Refusal, ServiceClient, unreachable
 from .listeners import Listeners
-from .pool import ENDING, Pool, unreachable
+from .pool import Pool
 from .pooled import PooledLink
 
 ANSWER_TIMEOUT = 5.0

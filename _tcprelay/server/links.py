@@ -26,12 +26,12 @@ from ..tcp import path_is_dead
 from ..text import say_error, shown
 from ..waiting import Deadline
 from ..watch import in_batches
-from .clients import NOBODY, NoLinkHere, Refusal, make_stream
+from .clients import GONE, NOBODY, NoLinkHere, Refusal, make_stream
 from .greeting import Greeting, lost_right, renew_rights
 from .intake import Intake
 from .limits import TOO_MANY_HANDSHAKES, Handshakes, Quotas
 from .nonces import Nonces
-from .pool import GONE, Pool
+from .pool import Pool
 from .pooled import PooledLink
 from .proxies import Proxies, Unsaid
 

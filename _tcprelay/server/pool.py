@@ -10,10 +10,12 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Sequence
 
 from ..waiting import Deadline
-from .clients import NoLinkHere, Refusal
+from .clients import ENDING, GONE, TOO_MANY_WAIT, NoLinkHere, Refusal, no_link, unreachable
 from .pooled import Member, Origin, PooledLink
 from .withdrawals import Withdrawals, has_other
 
+MOST_GONE = 256
+"""Relay clients that are remembered when they have no links here any more."""
 STANDSTILL = 5.0
 """Seconds without a link for anybody after which a service counts as not served, where service clients wait."""
 
@@ -52,6 +54,8 @@ class Pool:
         self._aside: set[PooledLink] = set()
         """Idle links that are not to be given out now."""
         self._members: dict[tuple[str, str], Member] = {}  # of (service, client)
+        self._gone: OrderedDict[tuple[str, str], Member] = OrderedDict()
+        """Those that have no links here any more, the last `MOST_GONE`: they may have some in other processes."""
         self._member_counts: dict[str, int] = {}
         """How many of them each service has."""
         self._left = threading.Condition(self._lock)
@@ -99,11 +103,13 @@ class Pool:
             first = key not in self._members
             if first:
                 self._members[key] = pooled.member
+                if (before := self._gone.pop(key, None)) is not None:
+                    pooled.member.unlinked = before.unlinked
             pooled.member = self._members[key]
             pooled.moved = not first and all(other.host != pooled.host for other in pooled.member.links)
             self._withdrawals.forget(*key)
             pooled.member.links.add(pooled)
-            pooled.member.linked = time.time()
+            pooled.member.linked = time.monotonic()
             self._count_members(pooled.service, 1)
             self._told.discard(pooled.service)
             return first
@@ -114,14 +120,16 @@ class Pool:
             key = pooled.service, pooled.client
             member = pooled.member
             member.links.discard(pooled)
-            member.unlinked = time.time()
+            member.unlinked = time.monotonic()
             member.carried.add_all(pooled.carried)
             self._count_members(pooled.service, -1)
             if self._is_watched:
                 self._left.notify_all()
             if member.links:
                 return False
-            del self._members[key]
+            self._gone[key] = self._members.pop(key)
+            if len(self._gone) > MOST_GONE:
+                self._gone.popitem(last=False)
             self._withdrawals.leave(*key)
             return True
 
@@ -152,6 +160,11 @@ class Pool:
             tell = bool(problem) and not pooled.member.problem
             pooled.member.note(problem)
             return tell
+
+    def gone(self) -> list[tuple[str, str, Member]]:
+        """Relay clients that have had links here and have none now, each with its service and id."""
+        with self._lock:
+            return [(*key, member) for key, member in self._gone.items()]
 
     def survey(self) -> tuple[list[tuple[Member, list[PooledLink]]], set[PooledLink], dict[str, int]]:
         """All relay clients with their links; which links are idle; and how many service clients wait for each
@@ -184,7 +197,7 @@ class Pool:
                 self.selector.register(pooled.link.fd, events, pooled)
                 self._aside.add(pooled)
                 return True
-            pooled.member.linked = time.time()
+            pooled.member.linked = time.monotonic()
             for waiter in self._waiting[pooled.service]:
                 if pooled.client not in waiter.failed:
                     self._waiting[pooled.service].remove(waiter)
@@ -318,6 +331,7 @@ class Pool:
             if origins is None or pooled not in origins.get(pooled.origin, ()):
                 return False
             self._remove(pooled)
+            pooled.member.linked = time.monotonic()
             return True
 
     def hold_all(self, client: str) -> list[PooledLink]:
@@ -390,7 +404,7 @@ class Pool:
                 return None
             pooled = last_resort
         self._remove(pooled)
-        self._given_at[service], pooled.member.linked = time.monotonic(), time.time()
+        self._given_at[service] = pooled.member.linked = time.monotonic()
         if pooled.origin in origins:
             origins.move_to_end(pooled.origin)
         return pooled
@@ -410,26 +424,10 @@ class Pool:
         self.show(service, self._idle_counts[service], len(self._waiting[service]))
 
 
-GONE = "its port was given back: the relay client that had asked for it is gone"
-ENDING = "the relay server is ending"
-TOO_MANY_WAIT = Refusal("too many service clients wait for a link (--max-pending)", "limit")
-
-
-def unreachable(reason: str) -> Refusal:
-    """Of a service client whose service none of the relay clients can reach: why the last of them could not."""
-    return Refusal(f"the service cannot be reached: {reason}", "unreachable")
-
-
 def are_links_given(max_pending: int, last: float, oldest: float) -> bool:
     """Whether waiting for a link of a service makes sense: one was given out of late, or none has been waited for long.
     Where `max_pending` is 0 it makes none."""
     return max_pending > 0 and time.monotonic() - max(last, oldest) < STANDSTILL
-
-
-def no_link(has_client: bool) -> Refusal:
-    """Of a service client that has waited in vain."""
-    more = "" if has_client else "; no relay client is connected"
-    return Refusal(f"no link was idle in time (--pair-timeout){more}", "no-link")
 
 
 class _Waiter:

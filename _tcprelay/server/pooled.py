@@ -33,10 +33,10 @@ class Member:
         """What was carried on links that are no more."""
         self.problem = ""
         """Why it could not reach the service when it was last asked to."""
-        self.linked = self.since
+        self.linked = time.monotonic()
         """When a link last came, was given to a service client or became idle again."""
         self.unlinked = 0.0
-        """When one last ended.  These are in seconds since 1970."""
+        """When one last ended."""
         self._noted_at = 0.0
 
     def note(self, problem: str) -> None:

@@ -34,6 +34,11 @@ def survey_pool(pool: Pool, known: Status) -> tuple[Status, dict[str, str]]:
     members, idle, waiting = pool.survey()
     vias: dict[str, str] = {}
     clients = tuple(show_client(member, links, idle, vias) for member, links in members if links)
+    # Of a relay client whose last links are in another process: they alone would not show that others have ended.
+    gone = tuple(
+        ClientStatus(service=service, id=client, since=member.since, linked=member.linked, unlinked=member.unlinked)
+        for service, client, member in pool.gone()
+    )
     rows = [
         ServiceStatus(name=name, waiting=count, problem=f"withdrawn by its relay client: {why}" if why else "")
         for name, count in waiting.items()
@@ -46,7 +51,7 @@ def survey_pool(pool: Pool, known: Status) -> tuple[Status, dict[str, str]]:
     # What counts for a relay client begins at nothing when it has connected, and not with its first connection.
     names = dict.fromkeys((links[0].service, links[0].known_as) for _, links in members if links)
     parties = tuple(PartyStatus(service=service, name=name) for service, name in names if name)
-    return merge(known, Status(services=tuple(rows), clients=clients, parties=parties)), vias
+    return merge(known, Status(services=tuple(rows), clients=clients + gone, parties=parties)), vias
 
 
 def show_client(member: Member, links: list[PooledLink], idle: set[PooledLink], vias: dict[str, str]) -> ClientStatus:

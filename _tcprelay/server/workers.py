@@ -27,11 +27,11 @@ from ..processes import WorkerProcess, Workers
 from ..role import Relay
 from ..text import connection_id
 from .account import HANDED, LINKS, RETURNED, WAITING, Account, WorkerAccount
-from .clients import TOO_MANY_CONNECTIONS, Refusal
+from .clients import ENDING, GONE, TOO_MANY_CONNECTIONS, TOO_MANY_WAIT, Refusal, no_link, unreachable
 from .limits import Quotas
 from .leases import MOST_LEASES, Ask, Leases
 from .listeners import Listeners
-from .pool import ENDING, GONE, TOO_MANY_WAIT, are_links_given, no_link, unreachable
+from .pool import are_links_given
 from .proxies import glance
 from .withdrawals import Withdrawals, has_other
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from ..events import FAILURES
 from .report import HistogramStatus, PartyStatus, ServiceStatus, Status, merge
+from .survey import AWAY
 
 OPEN_METRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 CLASSIC = "text/plain; version=0.0.4; charset=utf-8"
@@ -241,7 +242,7 @@ def _read_links(status: Status) -> Iterator[Sample]:
 
 def _read_clients(status: Status) -> Iterator[Sample]:
     for service in _present(status):
-        yield (service.name,), sum(client.service == service.name for client in status.clients)
+        yield (service.name,), sum(one.service == service.name and one.problem != AWAY for one in status.clients)
 
 
 def _read_relays(status: Status) -> Iterator[Sample]:

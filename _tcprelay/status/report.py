@@ -18,6 +18,10 @@ from ..tally import DURATION_BOUNDS, MOST_EVENTS, PAIRING_BOUNDS
 
 WITHDRAWN = "withdrawn, since its check fails"
 """How the problem of a service begins that a relay client has withdrawn."""
+NO_IDLE_LINK = "no idle link"
+"""The same of one that a relay client has busy links for alone, since it has lost the others."""
+AWAY_TIME = 5.0
+"""Seconds without an idle link after which that is said: a relay client opens others at once, and tries again."""
 MOST_CONNECTIONS = 200
 """Connections that are shown: half of them the newest, and half those that have carried most."""
 
@@ -147,7 +151,8 @@ class ClientStatus:
     links_idle: int = _sum()
     links_busy: int = _sum()
     linked: float = _merged(max, 0.0)
-    """When a link of it last came, was given to a service client or became idle again: seconds since 1970."""
+    """When a link of it last came, was given to a service client or became idle again: on the host's monotonic clock,
+    which no correction of the time moves."""
     unlinked: float = _merged(max, 0.0)
     """When one last ended; 0 for none yet."""
     opened: int = _sum()
@@ -166,7 +171,8 @@ class RelayStatus:
     links_busy: int = _sum()
     links_opening: int = _sum()
     problem: str = _told()
-    """Why there is no idle link to it for one of the services, as far as something has gone wrong."""
+    """Why there is no idle link to it for one of the services, where there should be, as far as something has gone
+    wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)

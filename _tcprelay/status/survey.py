@@ -22,12 +22,10 @@ from ..splice import Splice
 from ..tally import Histogram, Recent, Tally
 from .report import (
     ClientStatus, ConnectionStatus, EventStatus, FailureStatus, HistogramStatus, PartyStatus, ProcessStatus,
-    WITHDRAWN, ServiceStatus, Status, merge, pick_connections,
+    AWAY_TIME, NO_IDLE_LINK, WITHDRAWN, ServiceStatus, Status, merge, pick_connections,
 )  # fmt: skip
 
 AWAY = "the relay client has no idle link and opens none"
-AWAY_TIME = 5.0
-"""Seconds without an idle link after which that is said: a relay client opens others at once, and tries again."""
 
 
 def last_slot() -> int:
@@ -175,7 +173,8 @@ def is_away(client: ClientStatus, now: float) -> bool:
 def concluded(status: Status) -> Status:
     """With what can be said of the whole role alone."""
     by_service: dict[str, list[ClientStatus]] = {}
-    clients = [replace(one, problem=AWAY) if is_away(one, status.time) else one for one in status.clients]
+    now, present = time.monotonic(), [one for one in status.clients if one.links_idle or one.links_busy]
+    clients = [replace(one, problem=AWAY) if is_away(one, now) else one for one in present]
     for client in clients:
         by_service.setdefault(client.service, []).append(client)
     services, problems = [], list(status.problems)
@@ -196,8 +195,8 @@ def concluded(status: Status) -> Status:
         elif not (service.links_idle or service.links_busy):
             problem = service.problem or "no answer from the relay yet"
             problems.append(f"service {service.name} has no link: {problem}")
-        elif service.problem and not service.links_idle:  # to start it anew would break off what lives
-            problem = f"no idle link: {service.problem}"
+        elif service.problem.startswith(NO_IDLE_LINK) and not service.links_idle:
+            problem = service.problem  # to start it anew would break off what lives
         services.append(replace(service, problem=problem))
     if status.is_ending:
         problems.insert(0, f"the relay {status.role} is ending")
