@@ -300,15 +300,17 @@ class Flow:
             return self._pump_large(queue, PIPE_AGAIN if spliceable else None)
         finally:
             self.was_ahead |= queue.is_ahead
+            self.source.stream.room = PIPE_SIZE
             queue.release()
             go_home()
 
     def _pump_large(self, queue: Queue, most: int | None) -> bool:
         """The same through a large buffer, with so many reads at `most`; then there may be a pipe again."""
-        view, small = memoryview(bytearray(HEADER + LARGE_TLS_BUFFER)), 0
+        view, small, stream = memoryview(bytearray(HEADER + LARGE_TLS_BUFFER)), 0, self.source.stream
         for _ in itertools.count() if most is None else range(most):
             if small == SPARSE_READS:
                 return False
+            stream.room = queue.bound
             room = self._room(queue.bound)
             count = self._pass_piece(view, view[HEADER : HEADER + room]) if room else 0
             if count == 0:

@@ -99,6 +99,8 @@ class Stream:
     """It speaks TLS: there is a handshake, bytes may have left although a send has failed, and its end is a message."""
     protocol = ""
     """What both sides have agreed to speak over TLS (ALPN), once they have shaken hands; "" for nothing."""
+    room = PIPE_SIZE
+    """Bytes that are taken from the socket at once at most, where TLS takes more than it is asked for."""
     beginning = b""
     """Of what was received for a TLS handshake the first bytes, up to 16: they may say what else the peer speaks."""
 

@@ -23,8 +23,6 @@ SMALL_TLS_BUFFER = 4096
 """What a TLS connection takes from its socket at once; filled, it grows by eight times and by eight times again."""
 LARGE_TLS_BUFFER = 1 << 18
 """The same for bulk traffic where TLS is in between: it is twice as fast as 16 KiB."""
-LARGEST_RECORD = 16384 + 256 + 5
-"""Bytes of a TLS record at most, encrypted (RFC 8446, 5.2)."""
 MAX_ANSWERS = 65536
 """Bytes of answers that a peer may make TLS prepare while there is nothing else to send."""
 MAX_FRUITLESS = 65536
@@ -146,8 +144,8 @@ class TLSStream(Stream):
         count = None if self._drained else self._decrypt(view)
         while count is None:
             raw = self._raw
-            if len(raw) > SMALL_TLS_BUFFER:
-                raw = raw[: max(len(view), LARGEST_RECORD)]  # what is taken beyond that is taken ahead: see `Queue`
+            if len(raw) > self.room:
+                raw = raw[: self.room]
             count = self._decrypt(view, self.sock.recv_into(raw))
         return count
 
