@@ -152,7 +152,7 @@ def test_a_relay_client_that_died_while_a_slow_reader_still_gets_its_bytes(peers
     is_full = threading.Event()
 
     def serve(sock: socket.socket) -> None:
-        while select.select([], [sock], [], 1.0)[1]:
+        while select.select([], [sock], [], 3.0)[1]:
             sock.send(bytes(65536))
         is_full.set()
         sock.recv(1)

@@ -423,7 +423,7 @@ def test_what_was_ahead_of_a_slow_reader_is_remembered(
 
     writer = threading.Thread(target=write, daemon=True)
     writer.start()
-    wait_until(lambda: unread_bytes(rig.link.sock) >= UNSENT and not select.select([], [rig.far.sock], [], 0.1)[1])
+    wait_until(lambda: unread_bytes(rig.link.sock) >= UNSENT and not select.select([], [rig.far.sock], [], 0.5)[1])
     rig.far_stream.shutdown(socket.SHUT_WR)
     assert len(read_all(rig.far_stream)) == 6_000_000
     writer.join(PATIENCE)
