@@ -69,6 +69,7 @@ class Front:
             text = text.replace("port 9090", f"addr {HOST} port {ports['status']}", 1)
         config.write_text(text)
         peers.program(find("haproxy"), "-f", str(config), "-db").wait_until_listening(self.port)
+        wait_until(self.admin.exists)  # it has several listeners, and makes one after another
         wait_until(lambda: self.ask("show servers state").count(" 2 0 ") >= 2)
 
     def start(self, number: int) -> RelayProcess:
