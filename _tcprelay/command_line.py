@@ -17,6 +17,7 @@ from .options import Options, OptionsT, WrongOptions, options_of
 from .server_options import ServerOptions
 from .state import say_open
 from .text import shown, trim
+from .values import Option
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,7 @@ class Given(Generic[OptionsT]):
             origin = self.origins.get(name) or self.origins.get(PARTNERS.get(name, ""))
             if origin is None or value is None:
                 continue
-            said = shown(
-                ", ".join(map(str, value))
-                if info.many
-                else info.public(value)
-                if info.secret
-                else say(value, info.is_flag)
-            )
-            lines.append(f"  {name.replace('_', '-')} = {said}    {origin}")
+            lines.append(f"  {name.replace('_', '-')} = {shown(say(value, info))}    {origin}")
         return "\n".join([*lines, "everything else has its default"])
 
 
@@ -73,11 +67,15 @@ def _rank(origin: str) -> int:
     return 0 if origin == COMMAND_LINE else 1 if origin.startswith(VARIABLE) else 2
 
 
-def say(value: object, is_flag: bool) -> str:
-    """A value as it stands in a configuration file, of an option that may stand there alone as well."""
+def say(value: Any, info: Option) -> str:
+    """A value as it stands in a configuration file; of a secret no more than may be seen."""
+    if info.many:
+        return ", ".join(map(str, value))
+    if info.secret:
+        return info.public(value)
     if isinstance(value, float):
         return str(value).removesuffix(".0")
-    if is_flag and value == "relay":  # of --tls
+    if info.is_flag and value == "relay":  # of --tls
         return "true"
     return str(value).lower() if isinstance(value, bool) else str(value)
 

@@ -17,7 +17,7 @@ from .protocol import (
 )  # fmt: skip
 from .streams import BULK, FLUSH_TIMEOUT, Sink, Source, Stream
 from .system import ignore_oserror
-from .tcp import is_swollen, is_held_back, round_trip
+from .tcp import is_held_back, is_swollen, round_trip
 from .text import shown
 from .waiting import Deadline, Stop, wait_for
 

@@ -283,13 +283,23 @@ def test_an_address_that_swallows_packets_costs_little(
             assert sock.recv(1) == b"x"
 
 
-def test_a_late_first_address_may_still_win(names: Names, busy: socket.socket) -> None:
+def test_a_late_first_address_may_still_win(names: Names, busy: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not given up while the next one is tried, and a refusal of that one is not the end."""
     names.addresses = [*at(busy.getsockname()[1]), *at(unused_port())]
     accepted: list[socket.socket] = []
+    refused, advance = threading.Event(), Race._advance
+
+    def note(race: Race) -> socket.socket | None:
+        try:
+            return advance(race)
+        except OSError:
+            refused.set()
+            raise
+
+    monkeypatch.setattr(Race, "_advance", note)
 
     def accept() -> None:
-        time.sleep(0.5)  # meanwhile the other one has been begun, and was refused
+        assert refused.wait(PATIENCE)
         accepted.extend(busy.accept()[0] for _ in range(2))
 
     thread = threading.Thread(target=accept)
@@ -344,7 +354,7 @@ def test_who_answers_late_is_connected(busy: socket.socket) -> None:
     """Later than the one call that connects waits; then the socket blocks, as all do that are spliced."""
 
     def accept() -> None:
-        time.sleep(0.5)  # the first SYN was dropped; it is sent again after a second
+        time.sleep(0.5)  # how late it is: the first SYN was dropped, and is sent again after a second
         for _ in range(2):
             busy.accept()[0].close()
 
@@ -360,7 +370,7 @@ def test_who_does_not_answer_is_tried_once_more_beside(busy: socket.socket) -> N
     """The kernel sends its next SYN a second or more later; a second attempt finds a path that is back before that."""
 
     def accept() -> None:
-        time.sleep(0.3)
+        time.sleep(0.3)  # how late it is: later than the second attempt, sooner than the next SYN
         for _ in range(2):
             busy.accept()[0].close()
 
@@ -424,7 +434,7 @@ def test_a_full_backlog_of_a_unix_socket_is_waited_for(full_path: tuple[Endpoint
     assert 0.6 < time.monotonic() - began < PATIENCE
 
     def accept() -> None:
-        time.sleep(0.7)
+        time.sleep(0.7)  # how late it is: later than one call that connects waits
         listener.accept()[0].close()
 
     thread = threading.Thread(target=accept)

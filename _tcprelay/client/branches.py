@@ -24,6 +24,7 @@ from ..client_options import ClientOptions
 from ..names import Name
 from ..runtime import Runtime
 from ..status.report import WITHDRAWN, RelayStatus, ServiceStatus
+from ..status.survey import is_away
 from ..text import say_error
 from ..threads import JOIN_TIMEOUT
 from ..values import Publication
@@ -119,9 +120,9 @@ class Branches:
         with self.condition:
             branches = [*self._all, *self._leaving]
             rows = [branch.stock.survey() for branch in branches]
-        relays = []
+        relays, now = [], time.monotonic()
         for branch, services in zip(branches, rows, strict=True):
-            why = next(filter(None, map(_say_lost, services)), "")
+            why = next(filter(None, (_say_lost(service, now) for service in services)), "")
             relays.append(
                 RelayStatus(
                     address=str(branch.relay), links_idle=sum(service.links_idle for service in services),
@@ -270,7 +271,8 @@ class Branches:
         self._runtime.log.info("%s is no more at %s: its links are given up", branch.called, branch.relay)
 
 
-def _say_lost(service: ServiceStatus) -> str:
-    """Why a relay server gives a service no links: not where it is to have none."""
+def _say_lost(service: ServiceStatus, now: float) -> str:
+    """Why a relay server gives a service no links; "" where it does, or is to give none."""
     is_wanted = service.is_published and not service.problem.startswith(WITHDRAWN)
-    return service.problem if is_wanted and not service.links_idle else ""
+    has_none = not (service.links_idle or service.links_busy)
+    return service.problem if is_wanted and (has_none or is_away(service, now)) else ""

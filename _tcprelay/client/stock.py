@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 from ..link import AnyLink
 from ..sockets import Dialer
-from ..status.report import AWAY_TIME, NO_IDLE_LINK, WITHDRAWN, ServiceStatus
+from ..status.report import WITHDRAWN, ServiceStatus
 from ..system import random_fraction
 from ..values import Publication
 from ..waiting import Stop
@@ -157,8 +157,9 @@ class Stock:
                 ServiceStatus(
                     name=service.name, address=service.address if service.told == "" else "",
                     target=str(service.target), is_published=is_published,
-                    problem=say_problem(service) or say_loss(service),
+                    problem=say_problem(service) or service.failing,
                     links_idle=service.idle, links_busy=service.busy, links_opening=service.connecting,
+                    linked=service.linked, unlinked=service.unlinked,
                 )
                 for services, is_published in ((self.services, True), (self._leaving, False))
                 for service in services
@@ -435,12 +436,3 @@ def begin_all(services: Iterable[Service]) -> None:
 def say_problem(service: Service) -> str:
     """Why a service has no links, as far as that is known."""
     return f"{WITHDRAWN}: {service.down}" if service.down else service.told or ""
-
-
-def say_loss(service: Service) -> str:
-    """Why a service that has busy links alone gets no others, where it has lost its idle ones: as long as they were all
-    taken, and none has ended since, it may have as many as it may."""
-    lost = service.unlinked > service.linked and time.monotonic() - service.unlinked > AWAY_TIME
-    return (
-        f"{NO_IDLE_LINK}: {service.failing}" if lost and service.failing and service.busy and not service.idle else ""
-    )

@@ -1,4 +1,4 @@
-"""A service client until its service has answered."""
+"""A service client until its service has answered, and why one is turned away."""
 
 from __future__ import annotations
 

@@ -161,16 +161,12 @@ class Pool:
             pooled.member.note(problem)
             return tell
 
-    def gone(self) -> list[tuple[str, str, Member]]:
-        """Relay clients that have had links here and have none now, each with its service and id."""
+    def survey(self) -> tuple[list[tuple[str, str, Member, list[PooledLink]]], set[PooledLink], dict[str, int]]:
+        """All relay clients, by service and id, with their links, those that have none any more included; which links
+        are idle; and how many service clients wait for each service."""
         with self._lock:
-            return [(*key, member) for key, member in self._gone.items()]
-
-    def survey(self) -> tuple[list[tuple[Member, list[PooledLink]]], set[PooledLink], dict[str, int]]:
-        """All relay clients with their links; which links are idle; and how many service clients wait for each
-        service."""
-        with self._lock:
-            members = [(member, list(member.links)) for member in self._members.values()]
+            known = (*self._members.items(), *self._gone.items())
+            members = [(*key, member, list(member.links)) for key, member in known]
             idle = {pooled for origins in self._idle.values() for links in origins.values() for pooled in links}
             return members, idle | self._aside, {service: len(queue) for service, queue in self._waiting.items()}
 

@@ -8,6 +8,7 @@ its handshake, and while the keeper looks at it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from ..addresses import show_address
 from ..carried import Carried
@@ -33,12 +34,7 @@ def survey_pool(pool: Pool, known: Status) -> tuple[Status, dict[str, str]]:
     """The same with the links of this process, and which relay client carries each connection, by its id."""
     members, idle, waiting = pool.survey()
     vias: dict[str, str] = {}
-    clients = tuple(show_client(member, links, idle, vias) for member, links in members if links)
-    # Of a relay client whose last links are in another process: they alone would not show that others have ended.
-    gone = tuple(
-        ClientStatus(service=service, id=client, since=member.since, linked=member.linked, unlinked=member.unlinked)
-        for service, client, member in pool.gone()
-    )
+    clients = tuple(show_client(*one, idle, vias) for one in members)
     rows = [
         ServiceStatus(name=name, waiting=count, problem=f"withdrawn by its relay client: {why}" if why else "")
         for name, count in waiting.items()
@@ -47,15 +43,27 @@ def survey_pool(pool: Pool, known: Status) -> tuple[Status, dict[str, str]]:
     rows += [
         ServiceStatus(name=client.service, links_idle=client.links_idle, links_busy=client.links_busy)
         for client in clients
+        if client.links_idle or client.links_busy
     ]
     # What counts for a relay client begins at nothing when it has connected, and not with its first connection.
-    names = dict.fromkeys((links[0].service, links[0].known_as) for _, links in members if links)
+    names = dict.fromkeys((links[0].service, links[0].known_as) for *_, links in members if links)
     parties = tuple(PartyStatus(service=service, name=name) for service, name in names if name)
-    return merge(known, Status(services=tuple(rows), clients=clients + gone, parties=parties)), vias
+    return merge(known, Status(services=tuple(rows), clients=clients, parties=parties)), vias
 
 
-def show_client(member: Member, links: list[PooledLink], idle: set[PooledLink], vias: dict[str, str]) -> ClientStatus:
-    """A relay client, with its links for one service; notes in `vias` which connections it carries."""
+def show_client(
+    service: str, client: str, member: Member, links: list[PooledLink], idle: set[PooledLink], vias: dict[str, str]
+) -> ClientStatus:
+    """A relay client, with its links for one service; notes in `vias` which connections it carries.
+
+    It may have none in this process any more, and some in others: those alone would not show that the others have
+    ended.
+    """
+    known = ClientStatus(
+        service=service, id=client, since=member.since, linked=member.linked, unlinked=member.unlinked
+    )  # fmt: skip
+    if not links:
+        return known
     carried, first, count = Carried(), links[0], 0
     carried.add_all(member.carried)
     for batch in in_batches(links):
@@ -65,9 +73,8 @@ def show_client(member: Member, links: list[PooledLink], idle: set[PooledLink], 
             if splice := pooled.splice:
                 carried.add(splice)
                 vias[splice.id] = f"{pooled.name} at {pooled.host}"
-    return ClientStatus(
-        service=first.service, id=first.client, name=first.name, address=first.host, proof=first.proof,
-        since=member.since, problem=member.recent_problem, links_idle=count, links_busy=len(links) - count,
-        linked=member.linked, unlinked=member.unlinked,
-        opened=carried.opened, broken=carried.broken, bytes_in=carried.to_link, bytes_out=carried.from_link,
+    return replace(
+        known, name=first.name, address=first.host, proof=first.proof, problem=member.recent_problem,
+        links_idle=count, links_busy=len(links) - count, opened=carried.opened, broken=carried.broken,
+        bytes_in=carried.to_link, bytes_out=carried.from_link,
     )  # fmt: skip

@@ -18,10 +18,6 @@ from ..tally import DURATION_BOUNDS, MOST_EVENTS, PAIRING_BOUNDS
 
 WITHDRAWN = "withdrawn, since its check fails"
 """How the problem of a service begins that a relay client has withdrawn."""
-NO_IDLE_LINK = "no idle link"
-"""The same of one that a relay client has busy links for alone, since it has lost the others."""
-AWAY_TIME = 5.0
-"""Seconds without an idle link after which that is said: a relay client opens others at once, and tries again."""
 MOST_CONNECTIONS = 200
 """Connections that are shown: half of them the newest, and half those that have carried most."""
 
@@ -103,6 +99,9 @@ class ServiceStatus:
     """Links that carry a connection, or are about to."""
     links_opening: int = _sum()
     """On a relay client: those that are being opened."""
+    linked: float = _merged(max, 0.0)
+    """On a relay client: as in `ClientStatus`."""
+    unlinked: float = _merged(max, 0.0)
     waiting: int = _sum()
     """On a relay server: service clients that wait for a link."""
     open: int = _sum()
@@ -171,8 +170,7 @@ class RelayStatus:
     links_busy: int = _sum()
     links_opening: int = _sum()
     problem: str = _told()
-    """Why there is no idle link to it for one of the services, where there should be, as far as something has gone
-    wrong."""
+    """Why it gives one of the services no links, or none any more; "" where it does."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,10 +22,12 @@ from ..splice import Splice
 from ..tally import Histogram, Recent, Tally
 from .report import (
     ClientStatus, ConnectionStatus, EventStatus, FailureStatus, HistogramStatus, PartyStatus, ProcessStatus,
-    AWAY_TIME, NO_IDLE_LINK, WITHDRAWN, ServiceStatus, Status, merge, pick_connections,
+    WITHDRAWN, ServiceStatus, Status, merge, pick_connections,
 )  # fmt: skip
 
 AWAY = "the relay client has no idle link and opens none"
+AWAY_TIME = 5.0
+"""Seconds without an idle link after which that is said: a relay client opens others at once, and tries again."""
 
 
 def last_slot() -> int:
@@ -161,13 +163,14 @@ def process_figures() -> ProcessStatus:
     )  # fmt: skip
 
 
-def is_away(client: ClientStatus, now: float) -> bool:
-    """Whether a relay client has lost its idle links and opens no others, though connections that it carries live on.
+def is_away(one: ClientStatus | ServiceStatus, now: float) -> bool:
+    """Whether a relay client has lost its idle links and gets no others, though connections that it carries live on; as
+    a relay server sees one, or as it sees one of its own services.
 
     Those prove nothing: what a relay client's host had sent before it died may take hours to reach a slow reader.
     Where all idle links were taken, and none has ended since, it may have as many links as it may.
     """
-    return not client.links_idle and client.unlinked > client.linked and now - client.unlinked > AWAY_TIME
+    return not one.links_idle and one.unlinked > one.linked and now - one.unlinked > AWAY_TIME
 
 
 def concluded(status: Status) -> Status:
@@ -195,8 +198,8 @@ def concluded(status: Status) -> Status:
         elif not (service.links_idle or service.links_busy):
             problem = service.problem or "no answer from the relay yet"
             problems.append(f"service {service.name} has no link: {problem}")
-        elif service.problem.startswith(NO_IDLE_LINK) and not service.links_idle:
-            problem = service.problem  # to start it anew would break off what lives
+        elif service.problem and is_away(service, now):
+            problem = f"no idle link: {service.problem}"  # to start it anew would break off what lives
         services.append(replace(service, problem=problem))
     if status.is_ending:
         problems.insert(0, f"the relay {status.role} is ending")
