@@ -282,7 +282,8 @@ def test_a_dead_worker_s_share_of_a_limit_is_free_again(peers: Peers, limit: str
     limited = peers.server(*TWO, limit, "8")
     limited.expected_error = "worker "
     peers.client(limited.relay_port, witness.port, *TWO)
-    wait_until(lambda: [count_links(limited, pid) for pid in workers_of(limited)] == [4, 4])  # else one gets them all
+    # Else one gets them all.
+    wait_until(lambda: min(count_links(limited, pid) for pid in workers_of(limited)) >= 2)
     connections = [Connection(peers, limited, witness, number) for number in range(8)]
     assert is_refused(limited)
     victim, _ = workers_of(limited)
